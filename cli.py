@@ -1,0 +1,227 @@
+"""The front door: reads flags and a configuration, calls one function in stages/, prints what it returns.
+
+Heavy libraries are imported inside the verbs: help stays quick, and training never loads the teacher's library.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from configs.errors import UserError
+from configs.load import as_settings, resolve
+from configs.schema import Config
+
+app = typer.Typer(
+    name="clip-zss",
+    help="CLIP-ZSS: any closed-set segmentation encoder learns, from a frozen CLIP, to segment classes it never saw a "
+    "mask of, and then runs without CLIP.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset", metavar="NAME|FILE.yaml", help="Dataset; default: that of the cache or run, else scenes."
+    ),
+]
+DataRootOption = Annotated[Path, typer.Option("--data-root", metavar="DIR", help="Folder that holds the datasets.")]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        metavar="DIR",
+        help="Cache; default: named by its settings (precompute), else the newest below caches/.",
+    ),
+]
+RunOption = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="DIR", help="Run; default: a new one below runs/ (train), else the newest."),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE.yaml", help="Settings; default: configs/experiments/DATASET.yaml."),
+]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="One setting; repeatable.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of this stage.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DATA = Path("data")
+
+
+def _seeded(assignments: list[str], key: str, seed: int | None) -> list[str]:
+    return assignments if seed is None else [f"{key}={seed}", *assignments]
+
+
+def _device(asked: str) -> str:
+    from stages.runs import choose_device
+
+    return choose_device(asked)
+
+
+def _open_cache(
+    cache: Path | None, dataset: str | None, config: Path | None, assignments: list[str]
+) -> tuple[Any, Config]:
+    """The cache a command works on, and the configuration: the cache's settings under those that are asked for."""
+    from stages.caches import choose_cache
+
+    wanted = resolve(dataset, config).dataset.name if dataset or config else None
+    opened = choose_cache(cache, wanted)
+    base = {key: value for key, value in opened.manifest.settings.items() if key != "files"}
+    return opened, resolve(dataset, config, assignments, base=base)
+
+
+@app.command()
+def precompute(
+    dataset: DatasetOption = None,
+    data_root: DataRootOption = DATA,
+    cache: CacheOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = [],  # noqa: B006 (typer copies it)
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Stage one: run the frozen teacher once over the training images and cache what it says.
+
+    Example: clip-zss precompute --dataset scenes --set pseudo_labels.lambda=0.9
+    """
+    from stages.precompute import precompute as stage
+
+    settings = resolve(dataset, config, _seeded(set_, "views.seed", seed))
+    stage(settings, data_root, cache, _device(device))
+
+
+@app.command()
+def train(
+    dataset: DatasetOption = None,
+    data_root: DataRootOption = DATA,
+    cache: CacheOption = None,
+    run: RunOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = [],  # noqa: B006
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Stage two: train a student against a cache. The teacher is not loaded.
+
+    Example: clip-zss train --seed 1 --set train.iterations=1000 --set loss.bank=16
+    """
+    from stages.train import train as stage
+
+    opened, settings = _open_cache(cache, dataset, config, _seeded(set_, "train.seed", seed))
+    stage(settings, opened, data_root, run, _device(device))
+
+
+@app.command()
+def evaluate(
+    dataset: DatasetOption = None,
+    data_root: DataRootOption = DATA,
+    run: RunOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = [],  # noqa: B006
+    device: DeviceOption = "auto",
+    teacher_dense: Annotated[
+        bool, typer.Option("--teacher-dense", help="Score the teacher's own dense prediction instead.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores here too.")] = None,
+) -> None:
+    """Score a run: pixel accuracy, mIoU of seen and unseen classes, their harmonic mean, IoU of every class.
+
+    Example: clip-zss evaluate --set evaluate.gamma=0.5 --json scores.json
+    """
+    from stages.evaluate import evaluate as stage
+    from stages.evaluate import student_predictor, teacher_predictor
+    from stages.report import score_table
+    from stages.runs import load_run, newest_run
+
+    on = _device(device)
+    if teacher_dense:
+        settings = resolve(dataset, config, set_)
+        name, predict = "teacher's dense tokens", teacher_predictor(settings, on)
+    else:
+        opened = load_run(run or newest_run(), on)
+        settings = resolve(dataset, config, set_, base=as_settings(opened.config))
+        if settings.dataset.classes != opened.config.dataset.classes:
+            known, wanted = opened.config.dataset.name, settings.dataset.name
+            raise UserError(f"run {opened.path} knows the classes of {known}, not those of {wanted}")
+        name = f"{opened.path} (iteration {opened.iteration})"
+        predict = student_predictor(opened.student, opened.text_features, settings.views.size, on)
+    gamma, scores = stage(predict, settings, data_root)
+    score_table(name, settings, gamma, scores)
+    if json_file:
+        iou = dict(zip(settings.dataset.classes, scores.iou, strict=True))
+        report = {
+            "of": name,
+            "split": settings.evaluate.split,
+            "gamma": gamma,
+            **dataclasses.asdict(scores),
+            "iou": iou,
+        }
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+
+
+@app.command("inspect-pseudolabels")
+def inspect_pseudolabels(
+    dataset: DatasetOption = None,
+    data_root: DataRootOption = DATA,
+    cache: CacheOption = None,
+    set_: SetOption = [],  # noqa: B006
+    seed: SeedOption = None,
+    image: Annotated[
+        list[str], typer.Option("--image", metavar="ID", help="Image to show; repeatable. Default: random ones.")
+    ] = [],  # noqa: B006
+    count: Annotated[int, typer.Option("--count", min=1, help="How many random images.")] = 8,
+    output: Annotated[Path, typer.Option("--output", metavar="FILE.png", help="Where the picture goes.")] = Path(
+        "pseudo-labels.png"
+    ),
+) -> None:
+    """Show what stage one found: a picture of regions, and a table of groups, coverage and purity.
+
+    Example: clip-zss inspect-pseudolabels --count 12 --output regions.png
+    """
+    from stages.inspect import choose_rows, sheet, table
+    from stages.report import pseudo_label_table
+
+    opened, settings = _open_cache(cache, dataset, None, set_)
+    rows = choose_rows(opened, image, count, seed or 0)
+    pseudo_label_table(table(settings, opened, data_root, rows))
+    typer.echo(f"picture: {sheet(settings, opened, data_root, rows, output)}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where tables and pictures go.")] = Path(
+        "demo"
+    ),
+    seeds: Annotated[str, typer.Option("--seeds", help="Training seeds, separated by commas.")] = "0",
+    set_: SetOption = [],  # noqa: B006
+    device: DeviceOption = "auto",
+) -> None:
+    """The whole pipeline on the embedded dataset, with and without GLM, and the table of results.
+
+    Example: clip-zss demo --seeds 0,1,2 --output benchmarks
+    """
+    from stages.demo import demo as stage
+
+    try:
+        chosen = [int(seed) for seed in seeds.split(",")]
+    except ValueError as error:
+        raise UserError(f"--seeds {seeds}: write numbers separated by commas") from error
+    stage(output, chosen, set_, _device(device))
+
+
+def main() -> None:
+    """Runs the app; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

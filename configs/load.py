@@ -1,0 +1,147 @@
+"""Resolves a configuration: defaults < experiment YAML < flags < `--set key.path=value`."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from configs.errors import UserError
+from configs.schema import CONFIGS, Config
+
+DEFAULT_DATASET = "scenes"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = "" if line is None else f" near line {line + 1}"
+        raise UserError(f"{path} is not valid YAML{where}: correct it") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold settings (key: value), not a {type(content).__name__}")
+    return content
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def known_datasets() -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / "datasets").glob("*.yaml"))
+
+
+def dataset_settings(name_or_file: str) -> dict[str, Any]:
+    """A dataset's YAML by its name in configs/datasets or by its file."""
+    if name_or_file in known_datasets():
+        return _read_yaml(CONFIGS / "datasets" / f"{name_or_file}.yaml")
+    if name_or_file.endswith((".yaml", ".yml")):
+        return _read_yaml(Path(name_or_file))
+    names = known_datasets()
+    hint = _suggest(name_or_file, names)
+    raise UserError(f"unknown dataset {name_or_file!r}{hint}; known: {', '.join(names)}, or give a YAML file")
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _assignment(text: str) -> dict[str, Any]:
+    path, separator, value = text.partition("=")
+    if not separator or not path:
+        raise UserError(f"--set {text}: write it as key.path=value")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text}: {value!r} is not a YAML value") from error
+    for key in reversed(path.split(".")):
+        nested = {key: nested}
+    assert isinstance(nested, dict)
+    return nested
+
+
+def _section_keys(path: Sequence[str | int]) -> list[str]:
+    """The keys that the section at `path` of Config takes."""
+    model: Any = Config
+    for part in path:
+        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _validate(settings: dict[str, Any], source: str) -> Config:
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        location = [str(part) for part in first["loc"]]
+        key = ".".join(location)
+        if first["type"] == "extra_forbidden":
+            hint = _suggest(location[-1], _section_keys(location[:-1]))
+            raise UserError(f"{source}: unknown setting {key}{hint}") from error
+        if first["type"] == "missing":
+            raise UserError(f"{source}: setting {key} is missing") from error
+        value = first["input"]
+        shown = f" (it is {value!r})" if isinstance(value, (str, int, float, bool)) else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{source}: setting {key}: {message}{shown}") from error
+
+
+def resolve(
+    dataset: str | None = None,
+    config: Path | None = None,
+    assignments: Sequence[str] = (),
+    base: dict[str, Any] | None = None,
+) -> Config:
+    """The configuration that the flags ask for.
+
+    Args:
+        dataset: name or YAML file (`--dataset`).
+        config: experiment YAML (`--config`); without it, configs/experiments/<dataset>.yaml where there is one.
+        assignments: `key.path=value` texts (`--set`), applied last.
+        base: settings to start from: those of the cache or run at hand.
+
+    Raises:
+        UserError: unknown names, unreadable files, misspelt keys, values out of range.
+    """
+    settings: dict[str, Any] = dict(base or {})
+    experiment = _read_yaml(config) if config else {}
+    chosen = dataset or experiment.pop("dataset", None)
+    experiment.pop("dataset", None)
+    if isinstance(chosen, dict):
+        settings["dataset"] = chosen
+    elif chosen is not None or "dataset" not in settings:
+        settings["dataset"] = dataset_settings(str(chosen or DEFAULT_DATASET))
+    sources = [str(config)] if config else []
+    name = settings["dataset"].get("name")
+    default = CONFIGS / "experiments" / f"{name}.yaml"
+    if config is None and default.is_file():
+        experiment = _read_yaml(default)
+        experiment.pop("dataset", None)
+        sources.append(str(default))
+        if base:  # what the cache or the run holds wins over the dataset's default experiment
+            experiment = _merge(experiment, settings)
+    settings = _merge(settings, experiment)
+    for text in assignments:
+        settings = _merge(settings, _assignment(text))
+    sources += [f"--set {text}" for text in assignments]
+    return _validate(settings, " + ".join(sources) or "settings")
+
+
+def as_settings(section: BaseModel) -> dict[str, Any]:
+    """Plain JSON values under the names that YAML files use."""
+    return section.model_dump(mode="json", by_alias=True)

@@ -1,0 +1,68 @@
+"""The training objective, Eq. 8: what turns student features and cached teacher outputs into losses."""
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import Loss
+from pipeline.learning.bank import TokenBank
+from pipeline.learning.glm import info_nce, predict_cls
+from pipeline.learning.labels import UNLABELLED, at_stride, class_centroids, fuse_labels
+from pipeline.learning.losses import classify, nel, pixel_cross_entropy, prototype_bce
+from pipeline.learning.synthesizer import make_synthesizer
+
+
+class Criterion(nn.Module):
+    """Holds what is trained beside the student (alpha, the synthesizer) and the CLS token bank."""
+
+    def __init__(self, config: Loss, text_seen: Tensor) -> None:
+        """`text_seen`: (K, C) unit-length text features of the seen classes."""
+        super().__init__()
+        self.config = config
+        self.register_buffer("text_seen", text_seen)
+        self.alpha = nn.Parameter(torch.ones(()))
+        self.synthesizer = make_synthesizer(config.synthesizer, text_seen.shape[1])
+        self.bank = TokenBank(config.bank)
+
+    def forward(
+        self, features: Tensor, cls_token: Tensor, seen: Tensor, groups: Tensor, image_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """Each loss that is switched on, under its name in Eq. 8; their sum is the objective.
+
+        Args:
+            features: (B, C, h, w) the student's R.
+            cls_token: (B, C) teacher CLS tokens S of the same views, unnormalised.
+            seen: (B, H, W) uint8 seen classes, 255 = unannotated.
+            groups: (B, G, G) uint8 pseudo labels, 255 = annotated.
+            image_ids: (B,) which image each view shows.
+        """
+        losses: dict[str, Tensor] = {}
+        if self.config.global_:
+            predicted = predict_cls(features, cls_token, self.config.glm)
+            bank, bank_ids = self.bank.tokens(like=cls_token)
+            losses["global"] = info_nce(predicted, cls_token, bank, self.config.tau, image_ids, bank_ids)
+            self.bank.enqueue(cls_token, image_ids)
+
+        text_seen: Tensor = self.text_seen  # type: ignore[assignment]
+        num_seen = len(text_seen)
+        labels, count = fuse_labels(seen, groups, num_seen)
+        centroids, present = class_centroids(features, at_stride(labels, (features.shape[2], features.shape[3])), count)
+        rows = present.nonzero()[:, 0]
+        prototypes = self.synthesizer(centroids[rows], cls_token) if len(rows) else centroids[rows]
+        is_seen = rows < num_seen
+        if self.config.bce:
+            losses["bce"] = prototype_bce(prototypes[is_seen], rows[is_seen], text_seen)
+        if self.config.nel or self.config.ce:
+            logits = classify(features, text_seen, prototypes[~is_seen], self.alpha, self.config.beta)
+            # Labels become channels of the logits: a group without a centroid has no channel.
+            channel = torch.full((count + 1,), UNLABELLED, device=labels.device)
+            channel[:num_seen] = torch.arange(num_seen, device=labels.device)
+            channel[rows[~is_seen]] = torch.arange(num_seen, logits.shape[1], device=labels.device)
+            size = (-(-seen.shape[1] // self.config.label_stride), -(-seen.shape[2] // self.config.label_stride))
+            target = channel[at_stride(labels, size)]  # UNLABELLED = -1 finds the last entry, which is UNLABELLED too
+            if logits.shape[2:] != size:
+                logits = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            if self.config.nel:
+                losses["nel"] = nel(logits, target)
+            if self.config.ce:
+                losses["ce"] = pixel_cross_entropy(logits, target)
+        return losses

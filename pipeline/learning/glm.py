@@ -1,0 +1,40 @@
+"""Global Learning Module, section 3.2: dense features are pulled to the CLS token of their image."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+def attention(features: Tensor, cls_token: Tensor) -> Tensor:
+    """Eq. 1: W = softmax(S R / sqrt(C)) over the positions. (B, C, H, W), (B, C) -> (B, H * W)."""
+    scores = torch.einsum("bc,bcl->bl", cls_token, features.flatten(2))
+    return (scores / cls_token.shape[1] ** 0.5).softmax(dim=1)
+
+
+def predict_cls(features: Tensor, cls_token: Tensor, mode: Literal["attention", "max", "mean"]) -> Tensor:
+    """Eq. 2: predicted CLS tokens W R^T (B, C), or the pooled features of Table 3."""
+    flat = features.flatten(2)  # (B, C, H * W)
+    if mode == "max":
+        return flat.amax(dim=2)
+    if mode == "mean":
+        return flat.mean(dim=2)
+    return torch.einsum("bl,bcl->bc", attention(features, cls_token), flat)
+
+
+def info_nce(
+    predicted: Tensor, cls_token: Tensor, bank: Tensor, tau: float, image_ids: Tensor, bank_ids: Tensor
+) -> Tensor:
+    """Eq. 3 with -log, over cosine similarities; mean over the batch.
+
+    Args:
+        predicted, cls_token: (B, C); row i of both belongs to image i.
+        bank: (M, C) more negatives, M may be 0.
+        image_ids, bank_ids: (B,), (M,); other tokens of the same image are no negatives and are left out.
+    """
+    candidates = nn.functional.normalize(torch.cat([cls_token, bank]), dim=1)
+    logits = nn.functional.normalize(predicted, dim=1) @ candidates.T / tau  # (B, B + M)
+    same_image = image_ids[:, None] == torch.cat([image_ids, bank_ids])[None]
+    own = torch.arange(len(predicted), device=predicted.device)
+    same_image[own, own] = False
+    return nn.functional.cross_entropy(logits.masked_fill(same_image, -torch.inf), own)

@@ -1,0 +1,55 @@
+"""Fused labels F, section 3.3: seen classes where there are annotations, groups of tokens elsewhere."""
+
+import torch
+from torch import Tensor, nn
+
+UNLABELLED = -1
+ANNOTATED = 255
+
+
+def fuse_labels(seen: Tensor, groups: Tensor, num_seen: int) -> tuple[Tensor, int]:
+    """Labels of every pixel of a batch.
+
+    Annotated pixels keep their seen class. The others take `num_seen` + the group of their token, groups of different
+    images being different labels. A pixel with neither is UNLABELLED.
+
+    Args:
+        seen: (B, H, W) uint8, 255 = unannotated.
+        groups: (B, G, G) uint8, 255 = annotated token.
+
+    Returns:
+        (B, H, W) int64, and the number of labels: num_seen + all groups of the batch.
+    """
+    groups = groups.long()
+    counts = torch.where(groups == ANNOTATED, -1, groups).amax(dim=(1, 2)) + 1  # (B,)
+    first = num_seen + counts.cumsum(0) - counts
+    labels = torch.where(groups == ANNOTATED, UNLABELLED, groups + first[:, None, None])
+    pixels = nn.functional.interpolate(labels[:, None].double(), size=seen.shape[1:], mode="nearest-exact")[:, 0].long()
+    fused = torch.where(seen == ANNOTATED, pixels, seen.long())
+    return fused, num_seen + int(counts.sum())
+
+
+def at_stride(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Labels (B, H, W) brought to (B, h, w): each feature takes the label of the pixel at its centre."""
+    resized = nn.functional.interpolate(labels[:, None].double(), size=size, mode="nearest-exact")
+    return resized[:, 0].long()
+
+
+def class_centroids(features: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Eq. 5: mean feature of every label over the batch.
+
+    Args:
+        features: (B, C, h, w).
+        labels: (B, h, w), UNLABELLED pixels take no part.
+        count: number of labels L.
+
+    Returns:
+        (L, C), zero for absent labels, and (L,) bool: present.
+    """
+    flat = features.permute(0, 2, 3, 1).flatten(0, 2)  # (B * h * w, C)
+    index = labels.flatten()
+    keep = index != UNLABELLED
+    index = index[keep]
+    sums = flat.new_zeros(count, flat.shape[1]).index_add(0, index, flat[keep])
+    sizes = torch.bincount(index, minlength=count)
+    return sums / sizes.clamp(min=1)[:, None], sizes > 0

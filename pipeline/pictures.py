@@ -1,0 +1,81 @@
+"""Pictures for people: class and group colours, overlays, contact sheets. No step of the method uses them."""
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+IGNORE = 255
+IGNORED_COLOUR = (40, 40, 40)
+_GOLDEN = 0.61803398875
+
+
+def palette(count: int = 256) -> np.ndarray:
+    """(256, 3) uint8: neighbours in number are far apart in hue and lightness; IGNORE is dark grey."""
+    colours = np.zeros((256, 3), np.uint8)
+    for index in range(min(count, 255)):
+        hue, value = (index * _GOLDEN) % 1, (1.0, 0.75, 0.5)[index % 3]
+        colours[index] = [round(255 * part) for part in colorsys.hsv_to_rgb(hue, (0.65, 0.9)[index % 2], value)]
+    colours[IGNORE] = IGNORED_COLOUR
+    return colours
+
+
+def colourise(labels: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 labels -> (H, W, 3) uint8."""
+    return np.asarray(palette()[labels])
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, strength: float = 0.65) -> np.ndarray:
+    """Labels in colour over the image; ignored pixels are darkened. (H, W, 3), (H, W) -> (H, W, 3) uint8."""
+    mixed = (1 - strength) * image + strength * colourise(labels)
+    return np.asarray(mixed.round().astype(np.uint8))
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], names: Sequence[str], side: int = 192
+) -> Image.Image:
+    """A table of pictures with a title above each column and a name beside each row."""
+    font = ImageFont.load_default(14)
+    gap, top, left = 6, 26, 12 + max(int(font.getlength(name)) for name in names)
+    sheet = Image.new("RGB", (left + len(titles) * (side + gap), top + len(rows) * (side + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((left + column * (side + gap), 5), title, "black", font)
+    for line, (row, name) in enumerate(zip(rows, names, strict=True)):
+        y = top + line * (side + gap)
+        draw.text((4, y + side // 2), name, "black", font)
+        for column, picture in enumerate(row):
+            shown = Image.fromarray(picture)
+            shown.thumbnail((side, side)) if max(shown.size) > side else None
+            if max(shown.size) < side:
+                scale = side / max(shown.size)
+                shown = shown.resize(
+                    (round(shown.width * scale), round(shown.height * scale)), Image.Resampling.NEAREST
+                )
+            sheet.paste(shown, (left + column * (side + gap), y))
+    return sheet
+
+
+def legend(names: Sequence[str], columns: int = 10) -> Image.Image:
+    """A strip of colour swatches with class names."""
+    font = ImageFont.load_default(14)
+    width = 34 + max(int(font.getlength(name)) for name in names)
+    lines = -(-len(names) // columns)
+    strip = Image.new("RGB", (width * min(columns, len(names)) + 6, 24 * lines + 6), "white")
+    draw = ImageDraw.Draw(strip)
+    for index, name in enumerate(names):
+        x, y = 6 + width * (index % columns), 6 + 24 * (index // columns)
+        draw.rectangle((x, y, x + 16, y + 16), fill=tuple(int(part) for part in palette()[index]))
+        draw.text((x + 22, y), name, "black", font)
+    return strip
+
+
+def stacked(parts: Sequence[Image.Image]) -> Image.Image:
+    """Pictures below each other on white."""
+    sheet = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
+    y = 0
+    for part in parts:
+        sheet.paste(part, (0, y))
+        y += part.height
+    return sheet

@@ -1,0 +1,34 @@
+"""Mask fusion, section 3.3: greedy merging of clusters whose centroids look alike, inspired by NMS."""
+
+import numpy as np
+
+
+def fuse(centroids: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarray:
+    """Groups of clusters.
+
+    The largest cosine similarity left picks a row; if it is above `threshold`, the row's cluster is merged with all
+    clusters still free whose similarity to it is above `threshold`, and none of them is used again. Ties go to the
+    smallest index.
+
+    Args:
+        centroids: (k, C), any length.
+        sizes: (k,) tokens in each cluster; empty clusters take no part.
+        threshold: lambda.
+
+    Returns:
+        (k,) int64 group of each cluster, numbered from 0 by their smallest cluster; -1 for empty clusters.
+    """
+    alive = np.flatnonzero(sizes)
+    unit = centroids[alive] / np.maximum(np.linalg.norm(centroids[alive], axis=1, keepdims=True), 1e-12)
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -np.inf)
+    owner = np.arange(len(alive))  # the smallest cluster of each cluster's group
+    while len(alive) and similarity.max() > threshold:
+        row = int(similarity.argmax()) // len(alive)
+        members = np.append(np.flatnonzero(similarity[row] > threshold), row)
+        owner[members] = members.min()
+        similarity[members] = -np.inf
+        similarity[:, members] = -np.inf
+    groups = np.full(len(sizes), -1)
+    groups[alive] = np.unique(owner, return_inverse=True)[1]
+    return groups

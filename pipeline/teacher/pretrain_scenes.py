@@ -1,0 +1,295 @@
+"""Trains the embedded teacher, a small ViT CLIP, on captioned renders.
+
+Run it with `python -m pipeline.teacher.pretrain_scenes`.
+
+Images are single-concept renders, crops of scenes and whole scenes. A caption names a random subset of the visible
+classes in one of several templates; every image that shows the whole subset is a positive of the caption, and the
+loss is the sigmoid loss of SigLIP (Zhai et al. 2023, Eq. 1) over all image-caption pairs. Masks are used only to know
+what a crop shows: no pixel label reaches the model.
+
+The run has two phases: crops at half the side (four times cheaper), then whole images at the size stage one shows.
+Scenes come from random streams of their own, so the teacher never saw an image that the student trains or tests on.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import open_clip
+import torch
+import typer
+from open_clip.model import CLIP
+from open_clip.pos_embed import get_2d_sincos_pos_embed
+from open_clip.transformer import VisionTransformer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipeline.data.scenes import CLASSES, SIZE, THINGS, render_concept, render_scene, scene_rng
+from pipeline.data.views import normalise
+
+TEMPLATES = ("a photo of {}.", "a picture of {}.", "{} in the scene.", "there is {} here.")
+# A class counts as visible from this many pixels on, as absent below the second number; captions leave out the rest.
+VISIBLE_PIXELS, ABSENT_PIXELS = 80, 12
+MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+
+
+@dataclass
+class Phase:
+    """One part of the schedule. `image_size` in pixels; a crop of a scene keeps the scene's scale."""
+
+    image_size: int
+    steps: int
+    batch: int
+    muon_lr: float
+    adamw_lr: float
+    concept_share: float
+
+
+PHASES = (Phase(64, 3500, 128, 6e-3, 6e-4, 0.3), Phase(128, 1200, 128, 3e-3, 3e-4, 0.15))
+
+
+def _render(job: tuple[str, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    split, start, stop = job
+    images, masks = zip(*(render_scene(scene_rng(split, i)) for i in range(start, stop)), strict=True)
+    return np.stack(images), np.stack(masks)
+
+
+def render_pool(split: str, count: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` scenes: images (N, 128, 128, 3) uint8 and masks (N, 128, 128) uint8."""
+    jobs = [(split, start, min(start + 100, count)) for start in range(0, count, 100)]
+    with get_context("spawn").Pool(workers) as pool:
+        images, masks = zip(*pool.imap(_render, jobs), strict=True)
+    return np.concatenate(images), np.concatenate(masks)
+
+
+def visibility(masks: np.ndarray) -> np.ndarray:
+    """(N, H, W) masks -> (N, K) int8: 1 visible, 0 too small to tell, -1 absent."""
+    flat = masks.reshape(len(masks), -1).astype(np.int64) + np.arange(len(masks))[:, None] * len(CLASSES)
+    pixels = np.bincount(flat.ravel(), minlength=len(masks) * len(CLASSES)).reshape(len(masks), -1)
+    return np.where(pixels >= VISIBLE_PIXELS, 1, np.where(pixels < ABSENT_PIXELS, -1, 0)).astype(np.int8)
+
+
+def draw_images(
+    rng: np.random.Generator, phase: Phase, patch: int, scenes: tuple[np.ndarray, np.ndarray], concepts: np.ndarray
+) -> tuple[Tensor, Tensor, np.ndarray]:
+    """A batch of crops that begin at patch borders, so that their tokens keep the positions they have in the scene.
+
+    Returns:
+        images (B, 3, S, S) in CLIP's normalisation, corners (B, 2) as (row, column) of the position grid, and what the
+        images show, (B, K) as `visibility`.
+    """
+    images, masks = scenes
+    size, alone = phase.image_size, round(phase.batch * phase.concept_share)
+    crops = phase.batch - alone
+    batch = np.empty((phase.batch, size, size, 3), np.uint8)
+    crop_masks = np.empty((crops, size, size), np.uint8)
+    corners = rng.integers(0, (SIZE - size) // patch + 1, (phase.batch, 2))
+    for row in range(crops):
+        index = rng.integers(len(images))
+        if row % 2:  # half of the crops are drawn around a thing, which is rarer than stuff
+            y, x = np.nonzero(masks[index] < len(THINGS))
+            if len(y):
+                pick = rng.integers(len(y))
+                centred = np.array([y[pick], x[pick]]) - size // 2
+                corners[row] = np.clip((centred + patch // 2) // patch, 0, (SIZE - size) // patch)
+        top, left = corners[row] * patch
+        batch[row] = images[index, top : top + size, left : left + size]
+        crop_masks[row] = masks[index, top : top + size, left : left + size]
+    seen = np.full((phase.batch, len(CLASSES)), -1, np.int8)
+    seen[:crops] = visibility(crop_masks)
+    chosen = rng.integers(0, len(concepts), alone)
+    batch[crops:] = concepts[chosen]
+    seen[np.arange(crops, phase.batch), chosen % len(CLASSES)] = 1
+    for row in range(phase.batch):  # mirroring and the order of the colour channels: no class depends on them
+        batch[row] = batch[row, :, :: rng.choice((-1, 1))][..., rng.permutation(3)]
+    return normalise(batch, MEAN, STD), torch.from_numpy(corners), seen
+
+
+def encode_crops(visual: VisionTransformer, pixels: Tensor, corners: Tensor) -> Tensor:
+    """open_clip's image encoding of crops whose tokens take the positions from `corners` on. (B, C)."""
+    patches = visual.conv1(pixels)  # (B, W, g, g)
+    side, (cls_position, grid) = patches.shape[-1], visual.positional_embedding.split((1, visual.grid_size[0] ** 2))
+    offset = torch.arange(side)
+    rows, columns = corners[:, :1] + offset, corners[:, 1:] + offset  # (B, g)
+    positions = grid.unflatten(0, visual.grid_size)[rows[:, :, None], columns[:, None]]  # (B, g, g, W)
+    tokens = patches.flatten(2).transpose(1, 2) + positions.flatten(1, 2)
+    first = (visual.class_embedding + cls_position).expand(len(pixels), 1, -1)
+    pooled, _ = visual._pool(visual.transformer(visual.ln_pre(torch.cat([first, tokens], dim=1))))
+    return pooled @ visual.proj
+
+
+def write_caption(rng: np.random.Generator, classes: Sequence[int]) -> str:
+    """A caption that names the classes in the order given."""
+    words = [CLASSES[index] for index in classes]
+    phrase = words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+    return TEMPLATES[rng.integers(len(TEMPLATES))].format(phrase)
+
+
+def draw_captions(rng: np.random.Generator, seen: np.ndarray, subsets: int = 44) -> tuple[list[str], np.ndarray]:
+    """Captions and their match with each image, (B, captions): 1 positive, -1 negative, 0 not to be judged.
+
+    One caption for every single class, and `subsets` captions that name 2-4 of the classes some image shows.
+    """
+    named = [[index] for index in range(len(CLASSES))]
+    for row in rng.integers(0, len(seen), subsets):
+        visible = np.flatnonzero(seen[row] == 1)
+        if len(visible) > 1:
+            named.append(list(rng.permutation(visible)[: rng.integers(2, 5)]))
+    # A caption is as true as the least visible class it names.
+    match = np.stack([seen[:, classes].min(axis=1) for classes in named], axis=1)
+    return [write_caption(rng, classes) for classes in named], match
+
+
+def train_text(model: CLIP, tokenizer: open_clip.SimpleTokenizer, rng: np.random.Generator, steps: int) -> None:
+    """Teaches the text tower, before it is locked, that a caption means the sum of the words it names.
+
+    Every class word gets a random direction, orthogonal to the others; a caption's feature is drawn to the sum of its
+    words' directions, whatever template and order it has. A tower that starts from noise gives all captions nearly one
+    feature, and the image tower then spends most of its steps waiting for the words to part.
+    """
+    codes, _ = np.linalg.qr(rng.standard_normal((model.text_projection.shape[1], len(CLASSES))))
+    text_parameters = [p for n, p in model.named_parameters() if not n.startswith(("visual.", "logit_"))]
+    optimizer = torch.optim.AdamW(text_parameters, lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in range(steps):
+        named = [rng.permutation(len(CLASSES))[: rng.integers(1, 5)] for _ in range(64)]
+        target = torch.from_numpy(np.stack([codes.T[classes].sum(axis=0) for classes in named])).float()
+        feature = model.encode_text(tokenizer([write_caption(rng, classes) for classes in named]))
+        loss = 1 - nn.functional.cosine_similarity(feature, target).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    for parameter in text_parameters:
+        parameter.requires_grad_(False)
+    print(f"text tower: 1 - cosine {loss.item():.4f} after {steps} steps", flush=True)
+
+
+def sigmoid_loss(image: Tensor, text: Tensor, match: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """SigLIP's loss: mean over images of the sum over captions of -log sigmoid(match * (scale * cos + bias))."""
+    logits = scale * nn.functional.normalize(image, dim=-1) @ nn.functional.normalize(text, dim=-1).T + bias
+    return -(nn.functional.logsigmoid(match * logits) * match.abs()).sum(dim=1).mean()
+
+
+def optimizers(model: CLIP, phase: Phase) -> list[torch.optim.Optimizer]:
+    """Muon for the transformers' matrices, AdamW for everything else."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "resblocks" in n and p.requires_grad]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen and p.requires_grad]
+    muon, adamw = ({"params": group, "peak_lr": lr} for group, lr in ((matrices, phase.muon_lr), (others, phase.adamw_lr)))
+    return [
+        torch.optim.Muon([muon], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([adamw], weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
+
+
+@torch.no_grad()
+def evaluate(model: CLIP, tokenizer: open_clip.SimpleTokenizer, scenes: int = 300) -> dict[str, float]:
+    """Held-out scores at 128 px: zero-shot top-1 on 400 single concepts, mean AP of ranking scenes by class name."""
+    model.eval()
+    texts = [t.format(name) for name in CLASSES for t in TEMPLATES]
+    text = nn.functional.normalize(model.encode_text(tokenizer(texts)), dim=-1)
+    text = nn.functional.normalize(text.view(len(CLASSES), len(TEMPLATES), -1).mean(dim=1), dim=-1)
+
+    def similarity(images: np.ndarray) -> np.ndarray:
+        parts = normalise(images, MEAN, STD).split(50)
+        tokens = torch.cat([model.encode_image(part, normalize=True) for part in parts])
+        return np.asarray(tokens @ text.T)
+
+    concepts = np.stack([render_concept(scene_rng("pretrain_eval", i), i % len(CLASSES)) for i in range(400)])
+    top1 = (similarity(concepts).argmax(axis=1) == np.arange(400) % len(CLASSES)).mean()
+    pairs = [render_scene(scene_rng("pretrain_eval", 10_000 + i)) for i in range(scenes)]
+    scores, seen = similarity(np.stack([p[0] for p in pairs])), visibility(np.stack([p[1] for p in pairs]))
+    model.train()
+    per_class = [
+        average_precision(scores[seen[:, k] != 0, k], seen[seen[:, k] != 0, k] == 1) for k in range(len(CLASSES))
+    ]
+    things = len(THINGS)
+    return {
+        "concept_top1": float(top1),
+        "scene_map": float(np.mean(per_class)),
+        "scene_map_things": float(np.mean(per_class[:things])),
+        "scene_map_stuff": float(np.mean(per_class[things:])),
+    }
+
+
+def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the precision-recall steps of one class (not interpolated)."""
+    ranked = positive[np.argsort(-scores, kind="stable")]
+    precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
+    return float(precision[ranked].mean())
+
+
+def new_model(config: dict[str, Any]) -> CLIP:
+    """Random weights, but positions that begin as weak sines and cosines: neighbours are alike from the start."""
+    model = CLIP(**config)
+    side, width = model.visual.grid_size[0], config["vision_cfg"]["width"]
+    waves = torch.from_numpy(get_2d_sincos_pos_embed(width, side, cls_token=True)).float()
+    model.visual.positional_embedding.data.copy_(0.25 * waves)
+    return model
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Where the fp16 safetensors and the log go.")] = Path("runs/teacher"),
+    config: Annotated[Path, typer.Option(help="open_clip JSON config.")] = Path("configs/teachers/scenes-vit.json"),
+    pool: Annotated[int, typer.Option(help="Scenes to render and crop from.")] = 20_000,
+    workers: Annotated[int, typer.Option(help="Rendering processes.")] = 2,
+    shrink: Annotated[int, typer.Option(help="Divide steps and pool by this, for a trial run.")] = 1,
+    seed: int = 0,
+) -> None:
+    """Trains and writes OUTPUT/scenes-vit.safetensors and OUTPUT/log.jsonl."""
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    started = time.time()
+    model_config = json.loads(config.read_text())
+    tokenizer = open_clip.SimpleTokenizer(context_length=model_config["text_cfg"]["context_length"])
+    scenes = render_pool("pretrain", pool // shrink, workers)
+    model, step = new_model(model_config), 0
+    train_text(model, tokenizer, rng, 1500 // shrink)
+    with (output / "log.jsonl").open("w") as log:
+        for phase in PHASES:
+            size, count, steps = phase.image_size, 6000 // shrink // len(CLASSES) * len(CLASSES), phase.steps // shrink
+            streams = [np.random.default_rng([seed, size, index]) for index in range(count)]
+            concepts = np.stack([render_concept(r, i % len(CLASSES), size) for i, r in enumerate(streams)])
+            towers = optimizers(model, phase)
+            for local in range(steps):
+                factor = min(1.0, (local + 1) / (100 // shrink + 1)) * min(1.0, 1.5 * (steps - local) / steps)
+                for optimizer in towers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = group["peak_lr"] * factor
+                pixels, corners, seen = draw_images(rng, phase, model.visual.patch_size[0], scenes, concepts)
+                captions, match = draw_captions(rng, seen)
+                with torch.autocast("cpu", torch.bfloat16):
+                    image = encode_crops(model.visual, pixels, corners).float()
+                with torch.no_grad():
+                    text = model.encode_text(tokenizer(captions))
+                loss = sigmoid_loss(image, text, torch.from_numpy(match), model.logit_scale.exp(), model.logit_bias)
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                for optimizer in towers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                step += 1
+                if step % 25 == 0 or local == steps - 1:
+                    row = {"step": step, "size": size, "loss": loss.item(), "seconds": time.time() - started}
+                    if step % 500 == 0 or local == steps - 1:
+                        row |= evaluate(model, tokenizer)
+                        save(model, output / "scenes-vit.safetensors")
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+
+
+def save(model: CLIP, path: Path) -> None:
+    """fp16, but for the positions: open_clip resizes them as they are stored, and torch cannot in fp16 on a CPU."""
+    kept = {n: (v if n.endswith("positional_embedding") else v.half()) for n, v in model.state_dict().items()}
+    save_file({name: value.contiguous() for name, value in kept.items()}, path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,42 @@
+"""Which cache a command works on, and whether it fits what the command asks for."""
+
+from pathlib import Path
+
+from cache.manifest import different_settings
+from cache.reader import Cache, find_caches, open_cache
+from configs.errors import UserError
+from configs.load import as_settings
+from configs.schema import Config
+from pipeline.data.dataset import SegmentationDataset
+
+CACHES = Path("caches")
+
+
+def choose_cache(cache: Path | None, dataset: str | None) -> Cache:
+    """The named cache, or the newest complete one below caches/ (of `dataset`, if it is named)."""
+    if cache is not None:
+        return open_cache(cache)
+    for path in find_caches(CACHES):
+        opened = open_cache(path)
+        if dataset is None or opened.manifest.settings["dataset"]["name"] == dataset:
+            return opened
+    wanted = f" --dataset {dataset}" if dataset else ""
+    raise UserError(f"no complete cache below {CACHES}/: run precompute{wanted} first, or name one by --cache")
+
+
+def check_cache(cache: Cache, config: Config, dataset: SegmentationDataset) -> None:
+    """Refuses a cache that was made from other settings or other images than `config` and `dataset`.
+
+    Raises:
+        UserError: naming every setting that differs.
+    """
+    made_from = {key: value for key, value in cache.manifest.settings.items() if key != "files"}
+    differences = different_settings(made_from, as_settings(config.stage_one))
+    if differences:
+        raise UserError(
+            f"cache {cache.path} has other settings ({'; '.join(differences)}): precompute with yours, or drop them"
+        )
+    if cache.image_ids != dataset.ids:
+        raise UserError(
+            f"cache {cache.path} holds other images than {dataset.root}: precompute again, or correct --data-root"
+        )

@@ -1,0 +1,159 @@
+"""The whole pipeline on the embedded dataset, with and without GLM, measured against the teacher itself."""
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from cache.reader import open_cache
+from configs.load import resolve
+from configs.schema import Config
+from pipeline.data.dataset import IGNORE, SegmentationDataset
+from pipeline.metrics import Scores, calibrated_argmax
+from pipeline.pictures import contact_sheet, legend, overlay, stacked
+from stages.evaluate import Predictor, evaluate, student_predictor, teacher_predictor
+from stages.inspect import choose_rows, sheet, summary, table
+from stages.precompute import precompute
+from stages.progress import output, say
+from stages.runs import load_run
+from stages.train import train
+
+DATA = Path("data")
+PICTURES = 6  # images in each picture
+HEADER = ("what", "seed", "gamma", "pAcc", "mIoU seen", "mIoU unseen", "hIoU")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table."""
+
+    what: str
+    seed: str
+    gamma: float
+    scores: Scores
+
+    def cells(self) -> list[str]:
+        s = self.scores
+        values = (s.pixel_accuracy, s.miou_seen, s.miou_unseen, s.hiou)
+        return [self.what, self.seed, f"{self.gamma:.3g}", *(f"{value:.1f}" for value in values)]
+
+
+def demo(folder: Path, seeds: Sequence[int], assignments: Sequence[str], device: str) -> None:
+    """Runs everything and writes FOLDER/scenes.md, pseudo-labels.png and predictions.png.
+
+    Args:
+        seeds: training seeds; each trains the full method and the method without GLM against the one cache.
+        assignments: `--set` texts for every step.
+    """
+    started = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    config = resolve("scenes", assignments=assignments)
+    say("1/4 stage one: the teacher runs once")
+    cache = open_cache(precompute(config, DATA, None, device))
+    pseudo = summary(table(config, cache, DATA, list(range(len(cache.image_ids)))))
+    pictures = [sheet(config, cache, DATA, choose_rows(cache, [], PICTURES, seed=0), folder / "pseudo-labels.png")]
+
+    say("2/4 the baseline: the teacher's own dense prediction")
+    teacher = teacher_predictor(config, device)
+    teacher_gamma, teacher_scores = evaluate(teacher, config, DATA)
+    results = [Result("teacher's dense tokens", "-", teacher_gamma, teacher_scores)]
+    for seed in seeds:
+        for what, switch in (("student", "loss.global=true"), ("student without GLM", "loss.global=false")):
+            say(f"3/4 stage two: {what}, seed {seed}")
+            settings = resolve("scenes", assignments=[*assignments, f"train.seed={seed}", switch])
+            run = load_run(train(settings, cache, DATA, None, device), device)
+            predict = student_predictor(run.student, run.text_features, settings.views.size, device)
+            gamma, scores = evaluate(predict, settings, DATA)
+            results.append(Result(what, str(seed), gamma, scores))
+            if seed == seeds[0] and what == "student":
+                pair = (predict, gamma), (teacher, teacher_gamma)
+                pictures.append(_predictions(config, pair, folder / "predictions.png"))
+
+    say("4/4 results")
+    minutes = (time.perf_counter() - started) / 60
+    report = folder / "scenes.md"
+    report.write_text(_markdown(config, results, pseudo, seeds, assignments, minutes))
+    shown = Table(*HEADER)
+    for result in results:
+        shown.add_row(*result.cells())
+    output.print(shown)
+    for line in (
+        *_findings(results, pseudo),
+        f"{minutes:.1f} minutes",
+        f"table: {report}",
+        *(f"picture: {p}" for p in pictures),
+    ):
+        output.print(line, highlight=False)
+
+
+def _predictions(config: Config, predictors: tuple[tuple[Predictor, float], ...], path: Path) -> Path:
+    """Test images beside the true mask, the student's prediction and the teacher's own."""
+    dataset = SegmentationDataset(config.dataset, DATA, config.evaluate.split)
+    seen, unseen = config.dataset.seen_indices, config.dataset.unseen_indices
+    rows, lines = range(0, len(dataset), max(1, len(dataset) // PICTURES)), []
+    for row in list(rows)[:PICTURES]:
+        image, mask = dataset.pair(row)
+        predictions = [calibrated_argmax(predict(image), seen, unseen, [gamma])[0] for predict, gamma in predictors]
+        hidden = np.where(np.isin(mask, unseen), mask, IGNORE).astype(np.uint8)
+        lines.append(
+            [image, *(overlay(image, labels.astype(np.uint8), 0.75) for labels in (mask, hidden, *predictions))]
+        )
+    titles = ("image", "true mask", "unseen classes only", "student, no CLIP", "teacher's dense")
+    ids = [dataset.ids[row] for row in list(rows)[:PICTURES]]
+    names = [f"{name}*" if name in config.dataset.unseen else name for name in config.dataset.classes]
+    stacked([contact_sheet(lines, titles, ids), legend(names)]).save(path)
+    return path
+
+
+def _findings(results: Sequence[Result], pseudo: dict[str, float]) -> list[str]:
+    """The numbers that the demo is run for, one a line."""
+    teacher = results[0].scores.hiou
+    full = [r.scores for r in results if r.what == "student"]
+    without = [r.scores for r in results if r.what == "student without GLM"]
+    worst = min(s.hiou for s in full)
+    with_glm, no_glm = (float(np.mean([s.miou_unseen for s in group])) for group in (full, without))
+    return [
+        f"hIoU, student (lowest) / teacher's dense: {worst:.1f} / {teacher:.1f} = {worst / max(teacher, 1e-9):.2f} x",
+        f"mIoU unseen (mean), full / without GLM: {with_glm:.1f} / {no_glm:.1f} = {with_glm / max(no_glm, 1e-9):.2f} x",
+        f"pseudo labels: purity {pseudo['purity']:.3f}; regions before fusion {pseudo['clusters']:.2f}, after "
+        f"{pseudo['groups']:.2f}; views without an unannotated token {pseudo['views_without_unannotated_token']:.0f}",
+    ]
+
+
+def _markdown(
+    config: Config,
+    results: Sequence[Result],
+    pseudo: dict[str, float],
+    seeds: Sequence[int],
+    assignments: Sequence[str],
+    minutes: float,
+) -> str:
+    command = f"clip-zss demo --seeds {','.join(map(str, seeds))}" + "".join(f" --set {text}" for text in assignments)
+    lines = [
+        f"# {config.dataset.name}: the student against its teacher, with and without GLM",
+        "",
+        f"`{command}`, {minutes:.1f} minutes on {os.cpu_count()} CPU cores "
+        f"({platform.machine()}, Python {platform.python_version()}).",
+        f"Test split `{config.evaluate.split}`; every gamma is the best on the split `holdout`, which is "
+        "neither trained nor tested on.",
+        "",
+        "| " + " | ".join(HEADER) + " |",
+        "|" + "---|" * len(HEADER),
+        *("| " + " | ".join(result.cells()) + " |" for result in results),
+        "",
+        *(f"- {line}" for line in _findings(results, pseudo)),
+        "",
+        "IoU of unseen classes:",
+        "",
+        "| what | seed | " + " | ".join(config.dataset.unseen) + " |",
+        "|" + "---|" * (2 + len(config.dataset.unseen)),
+    ]
+    for result in results:
+        values = [result.scores.iou[config.dataset.classes.index(name)] for name in config.dataset.unseen]
+        lines.append(f"| {result.what} | {result.seed} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,106 @@
+"""What stage one found: pictures of pseudo labels, and how good they are where the hidden truth is known."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cache.reader import Cache
+from configs.errors import UserError
+from configs.schema import Config
+from pipeline.data.dataset import IGNORE, SegmentationDataset
+from pipeline.data.views import majority_tokens, replay
+from pipeline.metrics import purity
+from pipeline.pictures import contact_sheet, overlay
+from stages.progress import progress_bar
+
+TITLES = ("image", "seen mask", "K-means regions", "fused regions", "true mask")
+
+
+@dataclass(frozen=True)
+class PseudoLabelRow:
+    """One view. `coverage`: share of its tokens that are unannotated, hence pseudo-labelled. NaN purity: none is."""
+
+    image_id: str
+    view: int
+    clusters: int
+    groups: int
+    coverage: float
+    purity: float
+
+
+def _count(labels: np.ndarray) -> int:
+    return len(np.unique(labels[labels != IGNORE]))
+
+
+def table(config: Config, cache: Cache, data_root: Path, rows: list[int]) -> list[PseudoLabelRow]:
+    """Every view of the chosen images (rows of the training split)."""
+    dataset = SegmentationDataset(config.dataset, data_root, "train")
+    groups, clusters, views = (cache.load(name) for name in ("pseudo_labels", "kmeans_labels", "views"))
+    grid, size = groups.shape[2], config.views.size
+    found = []
+    with progress_bar("inspect", len(rows), "images") as advance:
+        for row in rows:
+            mask = dataset.mask(row)
+            for view in range(views.shape[1]):
+                truth = majority_tokens(replay(views[row, view], mask, size), grid)
+                shown = groups[row, view]
+                coverage = float((shown != IGNORE).mean())
+                found.append(
+                    PseudoLabelRow(
+                        dataset.ids[row],
+                        view,
+                        _count(clusters[row, view]),
+                        _count(shown),
+                        coverage,
+                        purity(shown, truth),
+                    )
+                )
+            advance()
+    return found
+
+
+def sheet(config: Config, cache: Cache, data_root: Path, rows: list[int], path: Path) -> Path:
+    """Writes the contact sheet of the chosen images' first views to `path` (PNG)."""
+    dataset = SegmentationDataset(config.dataset, data_root, "train")
+    size, lines = config.views.size, []
+    for row in rows:
+        image, mask = dataset.pair(row)
+        view = cache.read("views", row)[0]
+        shown, true_mask = replay(view, image, size), replay(view, mask, size)
+        seen_mask = replay(view, np.where(dataset.seen_lookup[mask] == IGNORE, IGNORE, mask).astype(np.uint8), size)
+        regions = [_pixels(cache.read(name, row)[0], size) for name in ("kmeans_labels", "pseudo_labels")]
+        lines.append([shown, *(overlay(shown, labels) for labels in (seen_mask, *regions, true_mask))])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(lines, TITLES, [dataset.ids[row] for row in rows]).save(path)
+    return path
+
+
+def _pixels(tokens: np.ndarray, size: int) -> np.ndarray:
+    """(G, G) token labels at the size of the view."""
+    return tokens.repeat(size // len(tokens), axis=0).repeat(size // len(tokens), axis=1)
+
+
+def choose_rows(cache: Cache, ids: list[str], count: int, seed: int) -> list[int]:
+    """Rows of the named images, or of `count` random ones."""
+    unknown = [name for name in ids if name not in cache.image_ids]
+    if unknown:
+        raise UserError(f"cache {cache.path} holds no image {unknown[0]!r}: ids look like {cache.image_ids[0]!r}")
+    if ids:
+        return [cache.image_ids.index(name) for name in ids]
+    total = len(cache.image_ids)
+    return sorted(np.random.default_rng(seed).choice(total, min(count, total), replace=False).tolist())
+
+
+def summary(rows: list[PseudoLabelRow]) -> dict[str, float]:
+    """Means over the views; purity over those that have unannotated tokens, each weighted by how many."""
+    weight = np.array([row.coverage for row in rows])
+    known = np.array([row.purity for row in rows])
+    valid = ~np.isnan(known)
+    return {
+        "clusters": float(np.mean([row.clusters for row in rows])),
+        "groups": float(np.mean([row.groups for row in rows])),
+        "coverage": float(weight.mean()),
+        "purity": float(np.average(known[valid], weights=weight[valid])) if valid.any() else float("nan"),
+        "views_without_unannotated_token": float(np.sum(weight == 0)),
+    }

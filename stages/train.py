@@ -1,0 +1,123 @@
+"""Stage two: a student learns from the cache and the images. The teacher is not here, and neither is its library."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from cache.reader import Cache
+from configs.errors import UserError
+from configs.schema import Config
+from pipeline.data.dataset import SegmentationDataset
+from pipeline.data.training import TrainingViews
+from pipeline.learning.criterion import Criterion
+from pipeline.student.student import Student
+from stages.caches import check_cache
+from stages.evaluate import evaluate_student
+from stages.progress import progress_bar, say
+from stages.runs import new_run, save_config, save_student
+
+LOG_EVERY = 20
+
+
+def train(config: Config, cache: Cache, data_root: Path, run: Path | None, device: str) -> Path:
+    """Trains the student of `config`.
+
+    Returns:
+        The run's folder: config.yaml, student.safetensors, log.jsonl and TensorBoard events.
+    """
+    schedule, size = config.train, config.views.size
+    dataset = SegmentationDataset(config.dataset, data_root, "train")
+    check_cache(cache, config, dataset)
+    torch.manual_seed(schedule.seed)
+    text_features = torch.from_numpy(cache.text_features).to(device)
+    student = Student(config.student, text_features.shape[1]).to(device)
+    criterion = Criterion(config.loss, text_features[config.dataset.seen_indices]).to(device)
+    validation = SegmentationDataset(config.dataset, data_root, schedule.validate_on)
+    cls_tokens = torch.from_numpy(cache.load("cls_tokens").astype(np.float32))
+    groups = torch.from_numpy(cache.load("pseudo_labels"))
+    samples = TrainingViews(
+        dataset,
+        cache.load("views"),
+        size,
+        schedule.iterations * schedule.batch_size,
+        schedule.seed,
+        student.mean,
+        student.std,
+    )
+    loader = DataLoader(
+        samples, schedule.batch_size, num_workers=schedule.workers, pin_memory=device.startswith("cuda"),
+        multiprocessing_context="spawn" if schedule.workers else None,
+    )  # fmt: skip
+    head_lr = schedule.lr * schedule.head_lr_factor
+    optimizer = torch.optim.AdamW(
+        [
+            *student.parameter_groups(schedule.lr, schedule.head_lr_factor, schedule.weight_decay),
+            {"params": list(criterion.parameters()), "lr": head_lr, "weight_decay": 0.0},
+        ]
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warm_up_and_poly(step, schedule.warmup, schedule.iterations)
+    )
+
+    path = new_run(run, config.dataset.name)
+    save_config(path, config)
+    say(f"run: {path}, from cache {cache.path}")
+    started = time.perf_counter()
+    student.train()
+    with (
+        SummaryWriter(str(path)) as board,
+        (path / "log.jsonl").open("w") as log,
+        progress_bar("train", schedule.iterations, "it") as advance,
+    ):
+        for iteration, batch in enumerate(loader, start=1):
+            rows, views = batch["row"], batch["view"]
+            features = student(batch["pixels"].to(device))
+            losses = criterion(
+                features,
+                cls_tokens[rows, views].to(device),
+                batch["seen"].to(device),
+                groups[rows, views].to(device),
+                rows.to(device),
+            )
+            total = torch.stack(list(losses.values())).sum()
+            if not torch.isfinite(total):
+                ids = [dataset.ids[row] for row in rows.tolist()]
+                raise UserError(
+                    f"iteration {iteration}: a loss is not finite ({_values(losses)}) on images {ids}: lower train.lr"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            optimizer.step()
+            scheduler.step()
+            values = {**_values(losses), "total": total.item()}
+            log.write(json.dumps({"iteration": iteration, **values}) + "\n")
+            for name, value in values.items():
+                board.add_scalar(f"loss/{name}", value, iteration)
+            advance(1, f"loss {values['total']:.3f}" if iteration % LOG_EVERY == 0 else None)
+            if iteration % schedule.validate_every == 0 or iteration == schedule.iterations:
+                log.flush()
+                save_student(path, student, text_features, iteration)
+                scores = evaluate_student(student.eval(), text_features, validation, size, [0.0], device)[0]
+                student.train()
+                for name in ("miou_seen", "miou_unseen", "hiou"):
+                    board.add_scalar(f"{validation.split}/{name}", getattr(scores, name), iteration)
+                say(
+                    f"iteration {iteration}, {validation.split}, gamma 0: seen {scores.miou_seen:.1f}, "
+                    f"unseen {scores.miou_unseen:.1f}, hIoU {scores.hiou:.1f}"
+                )
+    say(f"trained {schedule.iterations} iterations in {time.perf_counter() - started:.0f} s: {path}")
+    return path
+
+
+def warm_up_and_poly(step: int, warmup: int, iterations: int) -> float:
+    """Learning-rate factor: linear from ~0 over `warmup` iterations, times poly decay of power 1 to 0."""
+    return min(1.0, (step + 1) / (warmup + 1)) * (1 - step / iterations)
+
+
+def _values(losses: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: loss.item() for name, loss in losses.items()}

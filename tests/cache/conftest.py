@@ -1,0 +1,96 @@
+"""A stage one without a teacher: random arrays of 8 images in shards of 3, 3 and 2."""
+
+import os
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cache.layout import array_specs
+from cache.manifest import Manifest
+from cache.writer import create_cache, pending_shards, write_shard
+
+SETTINGS = {"teacher": {"name": "ViT-B/16", "dense": "clearclip"}, "pseudo_labels": {"lambda": 0.8, "windows": [7, 3]}}
+VIEWS, WIDTH, GRID, CLASSES = 2, 4, 3, 5
+
+
+class StageOne:
+    """The calls that precompute makes, in its order."""
+
+    def __init__(
+        self,
+        path: Path,
+        images: int = 8,
+        shard_images: int = 3,
+        settings: dict[str, Any] = SETTINGS,
+        dense: bool = True,
+        versions: dict[str, str] | None = None,
+    ) -> None:
+        random = np.random.default_rng(0)
+        self.path = path
+        self.image_ids = [f"image {i}" for i in range(images)]
+        self.text_features = random.normal(size=(CLASSES, WIDTH)).astype("float32")
+        self.specs = array_specs(WIDTH, GRID, shard_images, dense)
+        self.arrays = {
+            name: random.integers(0, 256, (images, VIEWS, *spec.tail)).astype(spec.dtype)
+            for name, spec in self.specs.items()
+        }
+        self.arrays["kmeans_labels"][:] = 0  # equal to Zarr's fill value, which must be stored like any other
+        self.manifest = Manifest.describe(
+            settings, versions or {"zarr": "3"}, self.image_ids, VIEWS, shard_images, self.specs, self.text_features
+        )
+
+    def create(self) -> Manifest:
+        return create_cache(self.path, self.manifest, self.image_ids, self.text_features)
+
+    def block(self, index: int) -> dict[str, np.ndarray]:
+        start, stop = self.manifest.shard_rows(index)
+        return {name: array[start:stop] for name, array in self.arrays.items()}
+
+    def write(self, index: int) -> None:
+        write_shard(self.path, index, self.block(index))
+
+    def run(self) -> Path:
+        """All of stage one, or what is left of it."""
+        self.create()
+        for index in pending_shards(self.path):
+            self.write(index)
+        return self.path
+
+    def tree(self) -> dict[str, bytes | None]:
+        """Every file below the cache with its bytes, every directory with None."""
+        return {
+            str(path.relative_to(self.path)): path.read_bytes() if path.is_file() else None
+            for path in self.path.rglob("*")
+        }
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache is some 60 fsyncs, which are most of its time and matter only when the power is cut."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def stage_one(tmp_path: Path) -> Callable[..., StageOne]:
+    """stage_one(directory="cache", **changes) -> StageOne in `tmp_path`."""
+    return lambda directory="cache", **changes: StageOne(tmp_path / directory, **changes)
+
+
+@pytest.fixture
+def in_processes() -> Callable[..., list[int]]:
+    """in_processes(task, ...) runs the tasks at the same time, each in its own process -> their exit codes."""
+
+    def run(*tasks: Callable[[], object]) -> list[int]:
+        processes = [get_context("fork").Process(target=task) for task in tasks]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=60)
+        assert all(process.exitcode is not None for process in processes), f"{os.getpid()}: a child hangs"
+        return [process.exitcode for process in processes if process.exitcode is not None]
+
+    return run

@@ -1,0 +1,202 @@
+"""What goes in comes out; what is damaged is refused with the file and the cure."""
+
+import json
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+import zarr
+
+from cache.layout import arrays_path, image_ids_path, manifest_path, record_path, shard_path
+from cache.reader import find_caches, open_cache
+from configs.errors import UserError
+
+
+@pytest.mark.parametrize(("images", "shard_images"), [(8, 3), (6, 3), (2, 5), (1, 1)])
+def test_round_trip(stage_one, images, shard_images):
+    stage = stage_one(images=images, shard_images=shard_images)
+    cache = open_cache(stage.run())
+    assert cache.image_ids == stage.image_ids
+    assert cache.manifest == stage.manifest
+    np.testing.assert_array_equal(cache.text_features, stage.text_features, strict=True)
+    for name, array in stage.arrays.items():
+        np.testing.assert_array_equal(cache.load(name), array, strict=True)
+        for row in range(images):
+            np.testing.assert_array_equal(cache.read(name, row), array[row], strict=True)
+
+
+def test_special_values_survive(stage_one):
+    stage = stage_one()
+    stage.arrays["cls_tokens"][0, 0] = [np.nan, -0.0, np.inf, 6e-8]
+    assert open_cache(stage.run()).load("cls_tokens").tobytes() == stage.arrays["cls_tokens"].tobytes()
+
+
+def test_other_tools_read_the_arrays(stage_one):
+    stage = stage_one()
+    group = zarr.open_group(arrays_path(stage.run()), mode="r")
+    assert {name for name, _ in group.arrays()} == {*stage.specs, "text_features"}
+    np.testing.assert_array_equal(group["views"][:], stage.arrays["views"])
+
+
+def test_one_image_is_a_chunk_of_the_dense_tokens_only(stage_one):
+    stage = stage_one()
+    arrays = zarr.open_group(arrays_path(stage.run()), mode="r")
+    assert arrays["dense_tokens"].chunks[0] == 1 and arrays["dense_tokens"].shards[0] == 3
+    assert arrays["cls_tokens"].chunks[0] == 3 and arrays["cls_tokens"].shards[0] == 3
+
+
+def test_a_cache_goes_to_loader_workers(stage_one):
+    stage = stage_one()
+    sent = pickle.loads(pickle.dumps(open_cache(stage.run())))
+    np.testing.assert_array_equal(sent.read("dense_tokens", 7), stage.arrays["dense_tokens"][7])
+
+
+def test_rows_and_arrays_that_do_not_exist(stage_one):
+    cache = open_cache(stage_one(dense=False).run())
+    with pytest.raises(UserError, match=r"cache holds no dense_tokens \(it holds cls_tokens, kmeans_labels, .*\)"):
+        cache.load("dense_tokens")
+    for row in (-1, 8):
+        with pytest.raises(IndexError):
+            cache.read("views", row)
+
+
+def test_no_cache(tmp_path):
+    with pytest.raises(UserError, match=r"no cache at .*nowhere: run precompute first"):
+        open_cache(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"is not a cache, it has no manifest.json"):
+        open_cache(tmp_path)
+
+
+def test_incomplete_cache(stage_one):
+    stage = stage_one()
+    stage.create()
+    stage.write(1)
+    with pytest.raises(UserError, match=r"1 of 3 shards are done: run precompute with the same settings again, it"):
+        open_cache(stage.path)
+
+
+def flip_a_byte(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 4
+    file.write_bytes(data)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def delete(file):
+    file.unlink()
+
+
+def refusal(action) -> str:
+    with pytest.raises(UserError) as error:
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, delete])
+@pytest.mark.parametrize("name", ["cls_tokens", "kmeans_labels", "dense_tokens"])
+def test_damaged_shard(stage_one, damage, name):
+    """kmeans_labels are zeros, as Zarr makes up for a missing file: the file must be there all the same."""
+    stage = stage_one()
+    file = shard_path(stage.run(), name, 1, stage.specs[name])
+    damage(file)
+    cache = open_cache(stage.path)
+    record = record_path(stage.path, 1)
+    expected = (
+        f"{file} is missing or does not match its completion record: "
+        f"delete {record} and run precompute again, it recomputes only this shard"
+    )
+    assert refusal(lambda: cache.load(name)) == expected
+    refused = 0
+    for row in range(8):  # a single image is right or refused
+        try:
+            np.testing.assert_array_equal(cache.read(name, row), stage.arrays[name][row])
+        except UserError as error:
+            assert str(error) == expected
+            refused += 1
+    assert refused == (1 if (name, damage) == ("dense_tokens", flip_a_byte) else 3)
+
+    record.unlink()  # the cure, as told
+    stage.run()
+    np.testing.assert_array_equal(open_cache(stage.path).load(name), stage.arrays[name])
+
+
+def test_valid_shard_of_other_values(stage_one):
+    """Readable bytes which are not those of the record: only the hash can tell."""
+    stage, other = stage_one("cache"), stage_one("other")
+    other.arrays["pseudo_labels"][4] ^= 1
+    spec = stage.specs["pseudo_labels"]
+    file = shard_path(stage.run(), "pseudo_labels", 1, spec)
+    file.write_bytes(shard_path(other.run(), "pseudo_labels", 1, spec).read_bytes())
+    assert "does not match its completion record" in refusal(lambda: open_cache(stage.path).load("pseudo_labels"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fingerprint": "0" * 64}, r"00001.json belongs to a cache made from other settings: run precompute"),
+        ({"rows": [0, 3]}, r"00001.json describes other rows or arrays than the manifest: run precompute"),
+        ({"arrays": {}}, r"00001.json describes other rows or arrays than the manifest: run precompute"),
+        ({"rows": None}, r"00001.json is damaged \(.*\): run precompute"),
+    ],
+)
+def test_stale_record(stage_one, changes, message):
+    stage = stage_one()
+    record = record_path(stage.run(), 1)
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps({**content, **changes}))
+    assert re.search(message, refusal(lambda: open_cache(stage.path)))
+    stage.run()  # the cure, as told
+    assert json.loads(record.read_text()) == content
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, delete])
+@pytest.mark.parametrize(
+    "file",
+    ["image_ids.json", "arrays/cls_tokens/zarr.json", "arrays/text_features/zarr.json", "arrays/text_features/c.0.0"],
+)
+def test_damaged_small_file(stage_one, damage, file):
+    stage = stage_one()
+    stage.run()
+    before = stage.tree()
+    damage(stage.path / file)
+    message = refusal(lambda: open_cache(stage.path))
+    assert str((stage.path / file).parent) in message
+    assert message.endswith(": run precompute with the same settings again, it restores this file")
+    stage.run()  # the cure, as told
+    assert stage.tree() == before
+
+
+def test_metadata_of_another_array(stage_one):
+    stage = stage_one()
+    arrays = arrays_path(stage.run())
+    (arrays / "cls_tokens" / "zarr.json").write_bytes((arrays / "views" / "zarr.json").read_bytes())
+    assert "cls_tokens/zarr.json does not fit the manifest" in refusal(lambda: open_cache(stage.path))
+
+
+def test_image_ids_of_another_cache(stage_one):
+    stage = stage_one()
+    stage.run()
+    image_ids_path(stage.path).write_text(json.dumps(stage.image_ids[::-1]))
+    assert "image_ids.json does not match the manifest" in refusal(lambda: open_cache(stage.path))
+
+
+def test_find_caches(stage_one, tmp_path):
+    for age, directory in enumerate(["new", "deep/below/old", "new/within"]):
+        stage = stage_one(directory)
+        stage.run()
+        for index in range(3):
+            os.utime(record_path(stage.path, index), (0, 1000 - 10 * age - index))
+    stage_one("incomplete").create()
+    broken = stage_one("broken")
+    manifest_path(broken.run()).write_text("{")
+    (tmp_path / "manifest.json").write_text("[]")  # somebody else's
+    expected = [tmp_path / directory for directory in ("new", "deep/below/old", "new/within")]
+    assert find_caches(tmp_path) == expected
+    assert find_caches(expected[1]) == [expected[1]]
+    assert find_caches(tmp_path / "nowhere") == []

@@ -1,0 +1,117 @@
+"""Spherical K-means against a plain one that mirrors FAISS."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from pipeline.pseudo_labels.fusion import fuse
+from pipeline.pseudo_labels.kmeans import kmeans, unit_length
+from tests import reference
+from tests.pipeline.draws import draw_unit
+from tests.reference import Array
+
+EmptyClusters = Callable[[], int]
+
+
+def assert_reference(tokens: Array, seeds: Array, iterations: int) -> None:
+    """Equal labels; equal centroids, of unit length."""
+    labels, centroids = kmeans(tokens, seeds, iterations)
+    wanted_labels, wanted_centroids = reference.kmeans(tokens, seeds, iterations)
+    np.testing.assert_array_equal(labels, wanted_labels)
+    np.testing.assert_allclose(centroids, wanted_centroids, atol=2e-6)
+    assert centroids.dtype == np.float32
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (4, 4, 5), (2, 512)])
+def test_unit_length(shape: tuple[int, ...]) -> None:
+    vectors = np.random.default_rng(0).normal(0, 30, shape).astype(np.float32)
+    vectors[0] = 0
+    assert unit_length(vectors).dtype == np.float32
+    np.testing.assert_allclose(unit_length(vectors), reference.unit(vectors), atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("n", "k", "width"), [(2, 1, 3), (40, 7, 3), (300, 20, 16), (600, 80, 64)])
+@pytest.mark.parametrize("iterations", [1, 2, 10])
+def test_random_tokens(n: int, k: int, width: int, iterations: int, seed: int) -> None:
+    rng = np.random.default_rng([n, seed])
+    assert_reference(
+        draw_unit(rng, n, width, dtype=np.float32), rng.normal(size=(k, width)).astype(np.float32), iterations
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("iterations", [1, 10])
+def test_separate_clusters_are_found(iterations: int, seed: int, empty_clusters: EmptyClusters) -> None:
+    rng = np.random.default_rng(seed)
+    centres, truth = draw_unit(rng, 12, 32, dtype=np.float32), rng.permutation(np.arange(200) % 12)
+    tokens = unit_length(centres[truth] + 0.02 * rng.normal(size=(200, 32)))
+    seeds = (5 * (centres + 0.1 * rng.normal(size=centres.shape))).astype(np.float32)
+    assert_reference(tokens, seeds, iterations)
+    np.testing.assert_array_equal(kmeans(tokens, seeds, iterations)[0], truth)
+    assert empty_clusters() == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("k", [2, 10])
+def test_all_tokens_are_clustered_however_many(k: int, seed: int) -> None:
+    """By default FAISS would draw 256 of them for each cluster."""
+    rng = np.random.default_rng(seed)
+    assert_reference(draw_unit(rng, 256 * k + 300, 4, dtype=np.float32), rng.normal(size=(k, 4)).astype(np.float32), 4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("empty", [1, 3])
+def test_empty_clusters_are_split_off(empty: int, seed: int, empty_clusters: EmptyClusters) -> None:
+    rng = np.random.default_rng([empty, seed])
+    tokens = unit_length(rng.uniform(0.1, 1, (60, 8)))
+    seeds = np.concatenate([-(draw_unit(rng, empty, 8, dtype=np.float32) ** 2), rng.uniform(0.1, 1, (5, 8))]).astype(
+        np.float32
+    )
+    np.testing.assert_allclose(kmeans(tokens, seeds, 1)[1], reference.kmeans(tokens, seeds, 1)[1], atol=2e-6)
+    assert empty_clusters() == empty
+
+
+@pytest.mark.parametrize("identical", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 80), (5, 6), (6, 6)])
+def test_no_more_tokens_than_seeds(n: int, k: int, identical: bool) -> None:
+    rng = np.random.default_rng(n)
+    tokens, seeds = draw_unit(rng, n, 4, dtype=np.float32), draw_unit(rng, k, 4, dtype=np.float32)
+    tokens = tokens[:1].repeat(n, axis=0) if identical else tokens
+    labels, centroids = kmeans(tokens, seeds, 10)
+    np.testing.assert_array_equal(labels, np.arange(n))
+    np.testing.assert_array_equal(centroids, tokens)
+    assert_reference(tokens, seeds, 10)
+
+
+@pytest.mark.parametrize(("n", "k"), [(50, 1), (50, 9), (1024, 80), (5, 9)])
+def test_identical_tokens_are_one_group(n: int, k: int) -> None:
+    """Which clusters they fall into is a matter of ties; their centroids all look alike."""
+    tokens = draw_unit(np.random.default_rng(k), 1, 16, dtype=np.float32).repeat(n, axis=0)
+    labels, centroids = kmeans(tokens, tokens[:1].repeat(k, axis=0), 10)
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-6)
+    groups = fuse(centroids, np.bincount(labels, minlength=len(centroids)), 0.8)
+    assert set(groups[labels]) == {0}
+
+
+@pytest.mark.parametrize("zeros", [1, 49, 50])
+def test_zero_tokens(zeros: int) -> None:
+    rng = np.random.default_rng(zeros)
+    tokens, seeds = draw_unit(rng, 50, 4, dtype=np.float32), draw_unit(rng, 3, 4, dtype=np.float32)
+    tokens[:zeros] = 0
+    labels, centroids = kmeans(tokens, seeds, 10)
+    assert labels.shape == (50,) and set(labels) <= {0, 1, 2}
+    assert np.isfinite(centroids).all()
+
+
+def test_input_is_left_alone_and_may_be_strided() -> None:
+    rng = np.random.default_rng(0)
+    tokens, seeds = draw_unit(rng, 90, 6, dtype=np.float32), draw_unit(rng, 14, 6, dtype=np.float32)
+    before = tokens.copy(), seeds.copy()
+    strided = kmeans(tokens[::3], seeds[::2], 5)
+    contiguous = kmeans(tokens[::3].copy(), seeds[::2].copy(), 5)
+    np.testing.assert_array_equal(strided[0], contiguous[0])
+    np.testing.assert_array_equal(strided[1], contiguous[1])
+    np.testing.assert_array_equal(tokens, before[0])
+    np.testing.assert_array_equal(seeds, before[1])

@@ -1,0 +1,59 @@
+"""Multi-scale seeds, Eq. 4."""
+
+import numpy as np
+import pytest
+
+from pipeline.pseudo_labels.seeds import window_seeds
+from tests import reference
+from tests.pipeline.draws import MASKS, draw_mask, draw_unit
+
+PAPER = (7, 3)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize(
+    ("grid", "windows"),
+    [(32, PAPER), (32, (3, 7)), (16, PAPER), (8, PAPER), (9, (2, 4)), (5, PAPER), (4, (1,)), (3, (40,)), (1, PAPER)],
+)
+def test_reference(kind: str, grid: int, windows: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(grid)
+    tokens, unannotated = draw_unit(rng, grid, grid, 6, dtype=np.float32), draw_mask(kind, grid, rng)
+    seeds, expected = (f(tokens, unannotated, windows) for f in (window_seeds, reference.window_seeds))
+    assert seeds.dtype == np.float32
+    assert seeds.shape == expected.shape
+    np.testing.assert_allclose(seeds, expected, atol=1e-6)
+
+
+def test_the_paper_counts_80_seeds() -> None:
+    unannotated = np.ones((32, 32), bool)
+    tokens = draw_unit(np.random.default_rng(0), 32, 32, 4, dtype=np.float32)
+    assert [len(window_seeds(tokens, unannotated, windows)) for windows in (PAPER, (7,), (3,))] == [80, 16, 64]
+
+
+def test_order_is_windows_then_rows_then_columns() -> None:
+    tokens = np.stack(np.meshgrid(np.arange(8.0), np.arange(8.0), indexing="ij"), axis=2).astype(np.float32)
+    seeds = window_seeds(tokens, np.ones((8, 8), bool), PAPER)
+    np.testing.assert_array_equal(seeds, [[3, 3], [1, 1], [1, 5], [5, 1], [5, 5]])
+
+
+def test_tokens_between_windows_give_one_seed() -> None:
+    rng = np.random.default_rng(1)
+    tokens, unannotated = draw_unit(rng, 32, 32, 5, dtype=np.float32), draw_mask("strips", 32, rng)
+    seeds = window_seeds(tokens, unannotated, PAPER)
+    np.testing.assert_allclose(seeds, tokens[unannotated].mean(axis=0, dtype=float)[None], atol=1e-6)
+
+
+def test_no_unannotated_token_gives_no_seed() -> None:
+    assert window_seeds(np.ones((8, 8, 5), np.float32), np.zeros((8, 8), bool), PAPER).shape == (0, 5)
+
+
+def test_annotated_tokens_take_no_part() -> None:
+    rng = np.random.default_rng(2)
+    tokens, unannotated = draw_unit(rng, 32, 32, 5, dtype=np.float32), draw_mask("half", 32, rng)
+    hidden = np.where(unannotated[..., None], tokens, np.float32(np.nan))
+    np.testing.assert_array_equal(window_seeds(hidden, unannotated, PAPER), window_seeds(tokens, unannotated, PAPER))
+
+
+def test_zero_tokens_give_zero_seeds() -> None:
+    seeds = window_seeds(np.zeros((8, 8, 5), np.float32), np.ones((8, 8), bool), PAPER)
+    np.testing.assert_array_equal(seeds, np.zeros((5, 5)))

@@ -1,0 +1,132 @@
+"""Metrics of generalized zero-shot segmentation, Eq. 9, and calibrated stacking."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.metrics import (
+    CalibratedStacking,
+    calibrated_argmax,
+    confusion_matrix,
+    harmonic_mean,
+    scores,
+    seen_margins,
+)
+from tests import reference
+from tests.pipeline.draws import draw, draw_classes
+from tests.reference import NONE, Array
+
+# Number of classes, seen and unseen ones.
+CLASSES = [(5, [0, 2, 3], [1, 4]), (5, [1, 4], [0, 2, 3]), (3, [0, 1, 2], []), (2, [1], [0]), (1, [0], [])]
+
+
+def assert_scores(matrix: Array, seen: list[int], unseen: list[int]) -> None:
+    """The reference gives fractions, and nan for a mean over nothing, which is 0 here."""
+    expected: dict[str, Any] = reference.scores(matrix, seen, unseen)
+    found = scores(matrix, seen, unseen)
+    wanted = [100 * np.nan_to_num(expected[name]) for name in ("pAcc", "mIoU_seen", "mIoU_unseen", "hIoU")]
+    assert [found.pixel_accuracy, found.miou_seen, found.miou_unseen, found.hiou] == pytest.approx(wanted)
+    np.testing.assert_allclose(found.iou, 100 * expected["IoU"])
+
+
+@pytest.mark.parametrize("none", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("classes", [1, 2, 20, 255])
+def test_confusion_matrix(classes: int, none: float) -> None:
+    rng = np.random.default_rng(classes)
+    truth, prediction = draw_classes(rng, (9, 14), none, classes), draw_classes(rng, (9, 14), 0, classes)
+    found = confusion_matrix(truth, prediction.astype(np.int64), classes)
+    np.testing.assert_array_equal(found, reference.confusion(truth, prediction, classes), strict=True)
+    assert found.sum() == (truth != NONE).sum()
+
+
+def test_confusion_matrix_has_the_truth_in_rows() -> None:
+    truth, prediction = np.array([[0, 0, 1, NONE]], np.uint8), np.array([[0, 2, 1, 1]])
+    assert confusion_matrix(truth, prediction, 3).tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("classes", "seen", "unseen"), CLASSES)
+def test_scores(classes: int, seen: list[int], unseen: list[int], seed: int) -> None:
+    """With classes that are absent, from the truth, the prediction or both, in most draws."""
+    rng = np.random.default_rng([classes, seed])
+    matrix = (
+        rng.integers(0, 50, (classes, classes)) * rng.integers(0, 2, (1, classes)) * rng.integers(0, 2, (classes, 1))
+    )
+    assert_scores(matrix, seen, unseen)
+
+
+@pytest.mark.parametrize(("classes", "seen", "unseen"), CLASSES)
+@pytest.mark.parametrize("kind", ["empty", "perfect", "all wrong", "only seen", "only unseen"])
+def test_scores_of_extremes(kind: str, classes: int, seen: list[int], unseen: list[int]) -> None:
+    matrix = np.zeros((classes, classes), np.int64)
+    rows = {"only seen": seen, "only unseen": unseen, "empty": []}.get(kind, range(classes))
+    for row in rows:
+        matrix[row, (row + 1) % classes if kind == "all wrong" else row] = 7
+    assert_scores(matrix, seen, unseen)
+    if kind == "perfect" and unseen:
+        assert scores(matrix, seen, unseen).hiou == pytest.approx(100)
+
+
+def test_scores_by_hand() -> None:
+    """IoU 3 / 4, 2 / 4 and, absent, nan; the mean over seen classes leaves the absent one out."""
+    found = scores(np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), [0, 2], [1])
+    assert found.iou[:2] == pytest.approx([75, 200 / 3]) and np.isnan(found.iou[2])
+    assert (found.miou_seen, found.miou_unseen) == pytest.approx((75, 200 / 3))
+    assert found.hiou == pytest.approx(2 * 75 * 200 / 3 / (75 + 200 / 3))
+    assert found.pixel_accuracy == pytest.approx(100 * 5 / 6)
+
+
+@pytest.mark.parametrize(("seen", "unseen", "expected"), [(0, 0, 0), (50, 0, 0), (0, 50, 0), (40, 60, 48), (7, 7, 7)])
+def test_harmonic_mean(seen: float, unseen: float, expected: float) -> None:
+    assert harmonic_mean(seen, unseen) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("classes", "seen", "unseen"), CLASSES)
+def test_calibrated_argmax(classes: int, seen: list[int], unseen: list[int], seed: int) -> None:
+    logits = draw(np.random.default_rng(seed), classes, 5, 8).astype(np.float32)
+    gammas = [0.0, -0.7, 0.3, 1.5, 100.0, -100.0]
+    found = calibrated_argmax(torch.from_numpy(logits), seen, unseen, gammas)
+    assert len(found) == len(gammas)
+    for gamma, prediction in zip(gammas, found, strict=True):
+        np.testing.assert_array_equal(prediction, reference.calibrated_argmax(logits, seen, gamma))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("classes", "seen", "unseen"), CLASSES)
+def test_gamma_ties_go_to_the_smallest_class(classes: int, seen: list[int], unseen: list[int], seed: int) -> None:
+    """Whole logits and gammas tie in most pixels: seen with seen, unseen with unseen, and each with the other."""
+    logits = np.random.default_rng(seed).integers(-1, 2, (classes, 9, 9)).astype(np.float32)
+    gammas = [-1.0, 0.0, 1.0, 2.0]
+    for gamma, prediction in zip(
+        gammas, calibrated_argmax(torch.from_numpy(logits), seen, unseen, gammas), strict=True
+    ):
+        np.testing.assert_array_equal(prediction, reference.calibrated_argmax(logits, seen, gamma))
+
+
+@pytest.mark.parametrize(("classes", "seen", "unseen"), CLASSES)
+def test_calibrated_stacking(classes: int, seen: list[int], unseen: list[int]) -> None:
+    """Images of different sizes, one of them all ignored."""
+    rng, gammas = np.random.default_rng(classes), [0.0, 0.5, -1.0]
+    stacking = CalibratedStacking(classes, seen, unseen, gammas)
+    expected = np.zeros((3, classes, classes), np.int64)
+    for size, none in [((4, 6), 0.2), ((3, 3), 1.0), ((1, 7), 0.0)]:
+        logits, truth = draw(rng, classes, *size).astype(np.float32), draw_classes(rng, size, none, classes)
+        stacking.update(torch.from_numpy(logits), truth)
+        for row, gamma in enumerate(gammas):
+            expected[row] += reference.confusion(truth, reference.calibrated_argmax(logits, seen, gamma), classes)
+    np.testing.assert_array_equal(stacking.confusions, expected)
+    for found, matrix in zip(stacking.scores(), expected, strict=True):
+        np.testing.assert_equal(found, scores(matrix, seen, unseen))
+
+
+@pytest.mark.parametrize(("classes", "seen", "unseen"), [case for case in CLASSES if case[2]])
+def test_a_pixel_changes_sides_at_its_margin(classes: int, seen: list[int], unseen: list[int]) -> None:
+    logits = torch.from_numpy(draw(np.random.default_rng(0), classes, 3, 4))
+    margins = seen_margins(logits, seen, unseen)
+    assert margins.shape == (12,)
+    for pixel, margin in enumerate(margins.tolist()):
+        before, after = calibrated_argmax(logits, seen, unseen, [margin - 1e-6, margin + 1e-6])
+        assert before.flat[pixel] in seen and after.flat[pixel] in unseen

@@ -1,0 +1,319 @@
+"""The paper in plain, slow NumPy (float64), written from the text alone to check the fast code against.
+
+B images, C channels, (H, W) pixels, (G, G) teacher tokens; K seen classes. 255 marks "none" in uint8 maps, -1 in fused
+labels.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Pair = tuple[Array, Array]
+NONE = 255  # no token, no group, no class (uint8 maps and masks)
+NO_LABEL = -1  # no label (fused labels, where 255 may be a class)
+
+
+def unit(rows: Array) -> Array:
+    """(..., C) -> (..., C) of length 1 along the last axis; a zero vector stays zero."""
+    rows = np.asarray(rows, dtype=np.float64)
+    norm = np.sqrt((rows * rows).sum(axis=-1, keepdims=True))
+    return rows / np.where(norm > 0, norm, 1.0)
+
+
+def binary_cross_entropy(x: float, target: float) -> float:
+    """-[t log sigmoid(x) + (1 - t) log(1 - sigmoid(x))], for a logit x of any size."""
+    return max(x, 0.0) - x * target + math.log1p(math.exp(-abs(x)))
+
+
+def glm_attention(features: Array, cls_token: Array) -> Pair:
+    """Eq. 1-2. (B, C, H, W), (B, C) -> weights (B, H*W) = softmax(S . R / sqrt(C)), predicted (B, C) = W R^T."""
+    batch, channels, height, width = features.shape
+    weights = np.zeros((batch, height * width))
+    predicted = np.zeros((batch, channels))
+    for b in range(batch):
+        dense = np.asarray(features[b], dtype=np.float64).reshape(channels, -1)  # (C, L)
+        score = np.array([(cls_token[b] * dense[:, i]).sum() / math.sqrt(channels) for i in range(dense.shape[1])])
+        weights[b] = np.exp(score - score.max()) / np.exp(score - score.max()).sum()
+        predicted[b] = sum(weights[b, i] * dense[:, i] for i in range(dense.shape[1]))
+    return weights, predicted
+
+
+def glm_pool(features: Array, mode: str) -> Array:
+    """Table 3. (B, C, H, W) -> (B, C), the "max" or the "mean" over the pixels."""
+    features = np.asarray(features, dtype=np.float64)
+    return np.asarray(features.max(axis=(2, 3)) if mode == "max" else features.mean(axis=(2, 3)))
+
+
+def info_nce(predicted: Array, cls_token: Array, bank: Array, tau: float, image_ids: Array, bank_ids: Array) -> float:
+    """Eq. 3 with -log, cosines / tau. (B, C), (B, C), (M, C), ids (B,), (M,) -> mean; no negatives of one image."""
+    predicted, cls_token, bank = unit(predicted), unit(cls_token), unit(bank)
+    others, losses = [*zip(cls_token, image_ids, strict=True), *zip(bank, bank_ids, strict=True)], []
+    for i in range(len(predicted)):
+        positive = (predicted[i] * cls_token[i]).sum() / tau
+        scores = [positive] + [(predicted[i] * token).sum() / tau for token, image in others if image != image_ids[i]]
+        top = max(scores)
+        losses.append(top + math.log(sum(math.exp(s - top) for s in scores)) - positive)
+    return float(np.mean(losses)) if losses else 0.0
+
+
+def unannotated_tokens(mask: Array, grid: int) -> Array:
+    """(H, W) with 255 ignored -> (G, G) bool: over half of the pixels of the token's H/G x W/G block are ignored."""
+    step_y, step_x = mask.shape[0] // grid, mask.shape[1] // grid
+    out = np.zeros((grid, grid), dtype=bool)
+    for y, x in np.ndindex(grid, grid):
+        block = mask[y * step_y : (y + 1) * step_y, x * step_x : (x + 1) * step_x]
+        out[y, x] = 2 * int((block == NONE).sum()) > block.size
+    return out
+
+
+def window_seeds(tokens: Array, unannotated: Array, windows: Sequence[int] = (7, 3)) -> Array:
+    """Eq. 4. (G, G, C) unit tokens, (G, G) bool -> (n, C): the unannotated tokens' mean per window, stride window + 1.
+
+    When no window holds an unannotated token although some token is one (in a strip between windows), the overall mean
+    of the unannotated tokens is the one seed.
+    """
+    grid, seeds = tokens.shape[0], []
+    for window in windows:
+        size = min(window, grid)
+        starts = range(0, grid - size + 1, window + 1)
+        for top in starts:
+            for left in starts:
+                cells = [(y, x) for y in range(top, top + size) for x in range(left, left + size) if unannotated[y, x]]
+                if cells:
+                    seeds.append(np.mean([tokens[y, x] for y, x in cells], axis=0, dtype=np.float64))
+    if len(seeds) == 0 and unannotated.any():
+        seeds.append(np.mean([tokens[y, x] for y, x in np.argwhere(unannotated)], axis=0, dtype=np.float64))
+    return np.array(seeds, dtype=np.float64).reshape(-1, tokens.shape[-1])
+
+
+def nearest(tokens: Array, centroids: Array) -> Pair:
+    """(n, C), (k, C) -> index (n,) of the largest inner product (ties: the smallest index) and its value (n,)."""
+    similarity = np.array([(centroids * token).sum(axis=1) for token in tokens])
+    return similarity.argmax(axis=1), similarity.max(axis=1)
+
+
+def split_empty(centroids: Array, sizes: Array, n: int) -> None:
+    """As FAISS 1.15, in place, (k, C), (k,): each empty cluster takes half of a donor, p = (size - 1) / (n - k)."""
+    k, stream = len(sizes), np.random.RandomState(1234)
+    sign = np.where(np.arange(centroids.shape[1]) % 2 == 0, 1.0, -1.0) / 1024
+    for empty in np.flatnonzero(sizes == 0):
+        for attempt in range(10 * k):
+            chance = np.float32((sizes[attempt % k] - 1.0) / (n - k))
+            if np.float32(stream.randint(0, 2**32, dtype=np.uint32)) / np.float32(2**32 - 1) < chance:
+                donor = attempt % k
+                break
+        else:  # nobody drawn in ten rounds: the largest gives
+            donor = int(sizes.argmax())
+        centroids[empty] = centroids[donor] * (1 + sign)
+        centroids[donor] = centroids[donor] * (1 - sign)
+        sizes[empty] = sizes[donor] / 2
+        sizes[donor] -= sizes[empty]
+
+
+def kmeans(tokens: Array, seeds: Array, iterations: int) -> Pair:
+    """Section 3.3. Unit tokens (n, C), seeds (k, C) -> labels (n,), centroids (k, C), as faiss.Kmeans(spherical=True).
+
+    Mirrored from FAISS: empty clusters split, and a stop when the summed similarity (in float32) has not changed. All
+    tokens are clustered, however many. With no more tokens than seeds each is a cluster, and they are the centroids.
+    """
+    tokens = np.asarray(tokens, dtype=np.float64)
+    n, k = len(tokens), len(seeds)
+    if n <= k:
+        return np.arange(n), unit(tokens)
+    centroids = unit(seeds)
+    before = np.float32(0)
+    for _ in range(iterations):
+        labels, similarity = nearest(tokens, centroids)
+        sizes = np.bincount(labels, minlength=k).astype(np.float64)
+        centroids = np.zeros_like(centroids)
+        for token, label in zip(tokens, labels, strict=True):
+            centroids[label] += token / sizes[label]
+        split_empty(centroids, sizes, n)
+        centroids = unit(centroids)
+        objective = np.cumsum(similarity, dtype=np.float32)[-1]
+        if before != 0 and objective == before:
+            break
+        before = objective
+    return nearest(tokens, centroids)[0], centroids
+
+
+def fuse(centroids: Array, sizes: Array, threshold: float) -> Array:
+    """Section 3.3, mask fusion. (k, C), (k,) -> groups (k,), numbered by smallest member; -1 for an empty cluster."""
+    centroids, k = unit(centroids), len(centroids)
+    free = {i for i in range(k) if sizes[i] > 0}
+    cosine = [[float((centroids[i] * centroids[j]).sum()) for j in range(k)] for i in range(k)]
+    members = []
+    while len(free) > 1:
+        pairs = [(i, j) for i in sorted(free) for j in sorted(free) if i != j]
+        row, column = max(pairs, key=lambda pair: cosine[pair[0]][pair[1]])  # the first of equals: smallest row
+        if not cosine[row][column] > threshold:
+            break
+        members.append([row] + [j for j in sorted(free) if j != row and cosine[row][j] > threshold])
+        free -= set(members[-1])
+    members += [[i] for i in free]
+    groups = np.full(k, -1, dtype=np.int64)
+    for number, group in enumerate(sorted(members, key=min)):
+        groups[group] = number
+    return groups
+
+
+def pseudo_labels(dense: Array, unannotated: Array, windows: Sequence[int], iterations: int, threshold: float) -> Pair:
+    """Section 3.3. (G, G, C), (G, G) bool -> K-means labels, fused groups, both (G, G) uint8, 255 where annotated."""
+    tokens = unit(dense)
+    clusters = np.full(unannotated.shape, NONE, dtype=np.uint8)
+    groups = clusters.copy()
+    seeds = window_seeds(tokens, unannotated, windows)
+    if len(seeds) == 0:  # no unannotated token: nothing to cluster
+        return clusters, groups
+    if len(seeds) > NONE:
+        raise ValueError(f"{len(seeds)} seeds do not fit in uint8 labels")
+    cells = [(int(y), int(x)) for y, x in np.argwhere(unannotated)]
+    labels, centroids = kmeans(np.array([tokens[cell] for cell in cells]), seeds, iterations)
+    group_of = fuse(centroids, np.bincount(labels, minlength=len(centroids)), threshold)
+    for cell, label in zip(cells, labels, strict=True):
+        clusters[cell], groups[cell] = label, group_of[label]
+    return clusters, groups
+
+
+def fused_labels(seen: Array, groups: Array, num_seen: int) -> tuple[Array, int]:
+    """Section 3.3, F. (B, H, W), 255 ignored, (B, G, G), 255 none -> labels (B, H, W), -1 for none, and their count."""
+    batch, height, width = seen.shape
+    grid, count = groups.shape[1], num_seen
+    labels = np.full(seen.shape, NO_LABEL, dtype=np.int64)
+    for b in range(batch):
+        for y, x in np.ndindex(height, width):
+            group = int(groups[b, y * grid // height, x * grid // width])
+            if seen[b, y, x] != NONE:
+                labels[b, y, x] = seen[b, y, x]
+            elif group != NONE:
+                labels[b, y, x] = count + group
+        count += max((int(g) + 1 for g in groups[b].ravel() if g != NONE), default=0)
+    return labels, count
+
+
+def at_stride(labels: Array, size: tuple[int, int]) -> Array:
+    """Eq. 5, "F brought to R". (B, H, W) -> (B, h, w): the label of the pixel under each cell's centre."""
+    (height, width), (rows, columns) = labels.shape[1:], size
+    out = np.zeros((len(labels), rows, columns), dtype=labels.dtype)
+    for y, x in np.ndindex(size):
+        out[:, y, x] = labels[:, (2 * y + 1) * height // (2 * rows), (2 * x + 1) * width // (2 * columns)]
+    return out
+
+
+def bilinear(maps: Array, size: tuple[int, int]) -> Array:
+    """(B, N, h, w) -> (B, N, H, W): bilinear between the cells' centres, constant beyond the outermost."""
+    maps = np.asarray(maps, dtype=np.float64)
+    for axis, wanted in ((2, size[0]), (3, size[1])):
+        cells = maps.shape[axis]
+        place = np.clip([(i + 0.5) * cells / wanted - 0.5 for i in range(wanted)], 0, cells - 1)
+        below = np.floor(place).astype(int)
+        share = (place - below).reshape((-1, 1) if axis == 2 else (-1,))
+        above = np.minimum(below + 1, cells - 1)
+        maps = maps.take(below, axis) * (1 - share) + maps.take(above, axis) * share
+    return maps
+
+
+def class_centroids(features: Array, labels: Array, count: int) -> Pair:
+    """Eq. 5. (B, C, H, W), (B, H, W) with -1 none -> mean feature of each label (count, C), present (count,) bool."""
+    total, pixels = np.zeros((count, features.shape[1])), np.zeros(count)
+    for b, y, x in np.ndindex(labels.shape):
+        if labels[b, y, x] != NO_LABEL:
+            total[labels[b, y, x]] += features[b, :, y, x]
+            pixels[labels[b, y, x]] += 1
+    return total / np.maximum(pixels, 1)[:, None], pixels > 0
+
+
+def bce(prototypes: Array, classes: Array, text_seen: Array) -> float:
+    """Eq. 6. (P, C), (P,), (K, C) -> mean over the P K pairs; target 1 where j == classes[i], else 0; 0 for no pair."""
+    losses = []
+    for prototype, own in zip(np.asarray(prototypes, dtype=np.float64), classes, strict=True):
+        for j, text in enumerate(text_seen):
+            losses.append(binary_cross_entropy(float((prototype * text).sum()), float(j == own)))
+    return float(np.mean(losses)) if losses else 0.0
+
+
+def classify(features: Array, text_seen: Array, prototypes: Array, alpha: float, beta: float) -> Array:
+    """Eq. 7. (B, C, H, W), (K, C), (P, C) -> (B, K + P, H, W): alpha R . T_seen, then beta cos(R, P_pseudo)."""
+    batch, _, height, width = features.shape
+    out = np.zeros((batch, len(text_seen) + len(prototypes), height, width))
+    directions = unit(prototypes)
+    for b, y, x in np.ndindex(batch, height, width):
+        pixel = np.asarray(features[b, :, y, x], dtype=np.float64)
+        seen = [alpha * (pixel * text).sum() for text in text_seen]
+        out[b, :, y, x] = seen + [beta * (unit(pixel) * direction).sum() for direction in directions]
+    return out
+
+
+def cross_entropy(logits: Array, labels: Array) -> float:
+    """Eq. 8, CE. (B, N, H, W), (B, H, W) with -1 none -> mean over the labelled pixels, 0 when there is none."""
+    losses = []
+    for b, y, x in np.ndindex(labels.shape):
+        if labels[b, y, x] != NO_LABEL:
+            score = np.asarray(logits[b, :, y, x], dtype=np.float64)
+            losses.append(score.max() + math.log(np.exp(score - score.max()).sum()) - score[labels[b, y, x]])
+    return float(np.mean(losses)) if losses else 0.0
+
+
+def nel(logits: Array, labels: Array) -> float:
+    """Eq. 8, NEL. (B, N, H, W), (B, H, W), -1 negative for all -> (100 focal + dice) / (image, class) pairs present."""
+    focal, dice, present = 0.0, 0.0, 0
+    for b, n in np.ndindex(logits.shape[:2]):
+        loss, inter, total, positives, pixels = 0.0, 0.0, 0.0, 0, 0
+        for y, x in np.ndindex(logits.shape[2:]):
+            logit, target = float(logits[b, n, y, x]), int(labels[b, y, x] == n)
+            p = 0.5 * (1 + math.tanh(logit / 2))  # sigmoid
+            miss, weight = (1 - p, 0.25) if target else (p, 0.75)
+            loss += weight * miss**2 * binary_cross_entropy(logit, target)
+            inter, total, positives, pixels = inter + p * target, total + p, positives + target, pixels + 1
+        focal += loss / max(pixels, 1)
+        if positives:  # dice runs over the classes in the image only
+            dice += 1 - (2 * inter + 1) / (total + positives + 1)
+            present += 1
+    return (100 * focal + dice) / max(present, 1)
+
+
+def calibrated_argmax(logits: Array, seen: Sequence[int], gamma: float) -> Array:
+    """Calibrated stacking. (N, H, W), seen channels -> (H, W): argmax once gamma is off the seen (ties: smallest)."""
+    logits = np.array(logits, dtype=np.float64)
+    for channel in seen:
+        logits[channel] -= gamma
+    return np.asarray(logits.argmax(axis=0))
+
+
+def confusion(truth: Array, prediction: Array, num_classes: int, ignore: int = NONE) -> Array:
+    """Two equal shapes -> (K, K) int64 counts, rows the truth, columns the prediction; ignored truth is left out."""
+    out = np.zeros((num_classes, num_classes), dtype=np.int64)
+    for t, p in zip(np.ravel(truth), np.ravel(prediction), strict=True):
+        if t != ignore:
+            out[t, p] += 1
+    return out
+
+
+def scores(matrix: Array, seen: Sequence[int], unseen: Sequence[int]) -> dict[str, Any]:
+    """Eq. 9. (K, K) -> pAcc, mIoU_seen, mIoU_unseen, hIoU as fractions, IoU (K,); nan for a mean over nothing."""
+    iou = []
+    for k in range(len(matrix)):
+        union = matrix[k, :].sum() + matrix[:, k].sum() - matrix[k, k]
+        iou.append(float(matrix[k, k] / union) if union else math.nan)
+    means = []
+    for classes in (seen, unseen):
+        known = [iou[k] for k in classes if not math.isnan(iou[k])]
+        means.append(sum(known) / len(known) if known else math.nan)
+    s, u = means
+    harmonic = 0.0 if s + u == 0 else 2 * s * u / (s + u)
+    accuracy = float(np.trace(matrix) / matrix.sum()) if matrix.sum() else math.nan
+    return {"pAcc": accuracy, "mIoU_seen": s, "mIoU_unseen": u, "hIoU": harmonic, "IoU": np.array(iou)}
+
+
+def purity(groups: Array, truth: Array) -> float:
+    """(G, G) uint8 and (G, G), 255 none -> share of tokens in their group's commonest class; nan if no token."""
+    classes: dict[int, list[int]] = {}
+    for group, true in zip(np.ravel(groups), np.ravel(truth), strict=True):
+        if group != NONE and true != NONE:
+            classes.setdefault(int(group), []).append(int(true))
+    tokens = sum(len(found) for found in classes.values())
+    return sum(max(found.count(c) for c in found) for found in classes.values()) / tokens if tokens else math.nan
