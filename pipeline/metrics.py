@@ -50,6 +50,8 @@ def scores(confusion: np.ndarray, seen: list[int], unseen: list[int]) -> Scores:
 def calibrated_argmax(logits: Tensor, seen: list[int], unseen: list[int], gammas: list[float]) -> list[np.ndarray]:
     """Predictions (H, W) of (K, H, W) logits, one for each gamma; ties go to the smallest class index.
 
+    `seen` and `unseen` hold class indices in ascending order.
+
     Calibrated stacking subtracts gamma from the seen classes' logits; only the best seen and the best unseen class of a
     pixel can win, whatever gamma is.
     """

@@ -10,7 +10,7 @@ resumed or parallelised freely.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,10 @@ SIZE = 128
 SPLITS = {"train": 2000, "holdout": 200, "val": 200}
 RENDER_VERSION = 1
 MAX_TURN = np.pi / 6  # things are turned by up to this either way, and mirrored half the time; textures by any angle
-TEXTURE_CONTRAST = 0.5  # distance between a texture's two colours in the RGB cube of side 1
+TEXTURE_CONTRAST = 0.35  # distance between a texture's two colours in the RGB cube of side 1
+# Things are lighter than stuff, whatever their hue: shapes stand out from textures, and a small ViT learns them in
+# minutes. Within things and within stuff, colour says nothing of the class.
+STUFF_BRIGHTNESS, THING_BRIGHTNESS = (0.0, 0.5), (0.55, 1.0)
 
 _SUPERSAMPLE = 4
 
@@ -151,22 +154,23 @@ def coverage(rng: np.random.Generator, name: str, radius: float, centre: tuple[f
     return np.asarray(canvas.reduce(scale), np.float32) / 255
 
 
-def _colours(rng: np.random.Generator, taken: list[np.ndarray]) -> np.ndarray:
-    """A random RGB colour in [0, 1]: the one of eight draws that stands out most from those `taken`."""
-    draws = rng.uniform(0, 1, (8, 3))
+def _colour(rng: np.random.Generator, brightness: tuple[float, float], taken: Sequence[np.ndarray] = ()) -> np.ndarray:
+    """A random RGB colour with channels in the range `brightness`: of eight draws, the one least like those `taken`."""
+    draws = rng.uniform(*brightness, (8, 3))
     if not taken:
-        return np.asarray(draws[0])
-    distance = np.linalg.norm(draws[:, None] - np.stack(taken)[None], axis=2).min(axis=1)
-    return np.asarray(draws[distance.argmax()])
+        return draws[0]
+    return draws[np.linalg.norm(draws[:, None] - np.stack(taken)[None], axis=2).min(axis=1).argmax()]
 
 
-def _paint_stuff(rng: np.random.Generator, name: str, size: int, taken: list[np.ndarray]) -> np.ndarray:
-    first = _colours(rng, taken)
-    draws = rng.uniform(0, 1, (8, 3))  # the two colours of a texture are alike, so that things stand out from it
-    second = draws[np.abs(np.linalg.norm(draws - first, axis=1) - TEXTURE_CONTRAST).argmin()]
-    taken += [first, second]
+def _paint_stuff(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
+    """A texture in two dark colours; the lighter one is drawn on the darker one."""
+    ground = _colour(rng, STUFF_BRIGHTNESS)
+    draws = rng.uniform(*STUFF_BRIGHTNESS, (8, 3))
+    figure = draws[np.abs(np.linalg.norm(draws - ground, axis=1) - TEXTURE_CONTRAST).argmin()]
+    if figure.sum() < ground.sum():
+        ground, figure = figure, ground
     weight = texture(rng, name, size)[..., None]
-    return np.asarray(weight * first + (1 - weight) * second)
+    return weight * figure + (1 - weight) * ground
 
 
 def _finish(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -182,8 +186,7 @@ def _finish(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 def render_scene(rng: np.random.Generator, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
     """One scene: image (size, size, 3) uint8 and mask (size, size) uint8 of class indices into CLASSES."""
     first, second = rng.choice(len(STUFF), 2, replace=False)
-    taken: list[np.ndarray] = []
-    stuff_images = [_paint_stuff(rng, STUFF[index], size, taken) for index in (first, second)]
+    stuff_images = [_paint_stuff(rng, STUFF[index], size) for index in (first, second)]
     # A wavy border through a point near the middle.
     y, x = np.mgrid[:size, :size] / size - rng.uniform(0.35, 0.65, 2)[:, None, None]
     angle = rng.uniform(0, 2 * np.pi)
@@ -192,6 +195,7 @@ def render_scene(rng: np.random.Generator, size: int = SIZE) -> tuple[np.ndarray
     image = np.where(side[..., None], *stuff_images)
     mask = np.where(side, first, second).astype(np.uint8) + np.uint8(len(THINGS))
     placed: list[tuple[float, float, float]] = []
+    taken: list[np.ndarray] = []
     for _ in range(rng.integers(1, 6)):
         radius = rng.uniform(0.14, 0.25) * size
         for _attempt in range(10):
@@ -203,22 +207,21 @@ def render_scene(rng: np.random.Generator, size: int = SIZE) -> tuple[np.ndarray
         placed.append((cx, cy, radius))
         thing = int(rng.integers(len(THINGS)))
         cover = coverage(rng, THINGS[thing], radius, (cx, cy), size)
-        image = image + cover[..., None] * (_colours(rng, taken) - image)
+        taken.append(_colour(rng, THING_BRIGHTNESS, taken))
+        image = image + cover[..., None] * (taken[-1] - image)
         mask[cover > 0.5] = thing
     return _finish(rng, image), mask
 
 
 def render_concept(rng: np.random.Generator, index: int, size: int = SIZE) -> np.ndarray:
     """One class alone, (size, size, 3) uint8: a thing on a plain ground, or a texture from edge to edge."""
-    taken: list[np.ndarray] = []
     if index >= len(THINGS):
-        return _finish(rng, _paint_stuff(rng, CLASSES[index], size, taken))
-    taken.append(_colours(rng, taken))
-    image = np.broadcast_to(taken[0], (size, size, 3))
+        return _finish(rng, _paint_stuff(rng, CLASSES[index], size))
+    image = np.broadcast_to(_colour(rng, STUFF_BRIGHTNESS), (size, size, 3))
     radius = rng.uniform(0.14, 0.25) * SIZE
     centre = tuple(rng.uniform(min(radius, size / 2), max(size - radius, size / 2), 2))
     cover = coverage(rng, THINGS[index], radius, centre, size)
-    return _finish(rng, image + cover[..., None] * (_colours(rng, taken) - image))
+    return _finish(rng, image + cover[..., None] * (_colour(rng, THING_BRIGHTNESS) - image))
 
 
 def scene_rng(split: str, index: int) -> np.random.Generator:

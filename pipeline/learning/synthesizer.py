@@ -15,7 +15,7 @@ class DecoderSynthesizer(nn.Module):
 
     def forward(self, centroids: Tensor, cls_token: Tensor) -> Tensor:
         """(P, C), (B, C) -> prototypes (P, C)."""
-        return self.decoder(centroids[None], cls_token[None])[0]  # type: ignore[no-any-return]
+        return self.decoder(centroids[None], cls_token[None])[0]
 
 
 class MLPSynthesizer(nn.Module):
@@ -26,7 +26,7 @@ class MLPSynthesizer(nn.Module):
         self.layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
 
     def forward(self, centroids: Tensor, cls_token: Tensor) -> Tensor:
-        return self.layers(centroids)  # type: ignore[no-any-return]
+        return self.layers(centroids)
 
 
 class FeatureSynthesizer(nn.Module):

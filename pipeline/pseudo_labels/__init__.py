@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from configs.errors import UserError
 from configs.schema import PseudoLabels
 from pipeline.pseudo_labels.fusion import fuse
 from pipeline.pseudo_labels.kmeans import kmeans, unit_length
@@ -27,6 +28,11 @@ def pseudo_labels(
     if unannotated.any():
         tokens = unit_length(dense_tokens)
         seeds = window_seeds(tokens, unannotated, config.windows)
+        if len(seeds) > ANNOTATED:
+            raise UserError(
+                f"pseudo_labels.windows {list(config.windows)} give {len(seeds)} seeds on a {len(tokens)} x {len(tokens)} "
+                f"grid, and {ANNOTATED} fit: choose larger windows"
+            )
         labels, centroids = kmeans(tokens[unannotated], seeds, config.iterations)
         group_of = fuse(centroids, np.bincount(labels, minlength=len(centroids)), config.threshold)
         clusters[unannotated] = labels

@@ -19,8 +19,10 @@ def fuse(centroids: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarr
         (k,) int64 group of each cluster, numbered from 0 by their smallest cluster; -1 for empty clusters.
     """
     alive = np.flatnonzero(sizes)
-    unit = centroids[alive] / np.maximum(np.linalg.norm(centroids[alive], axis=1, keepdims=True), 1e-12)
-    similarity = unit @ unit.T
+    # In float64: near-duplicates differ by less than float32's rounding, and the order of merging depends on them.
+    exact = centroids[alive].astype(np.float64)
+    unit = exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-12)
+    similarity = np.clip(unit @ unit.T, -1, 1)
     np.fill_diagonal(similarity, -np.inf)
     owner = np.arange(len(alive))  # the smallest cluster of each cluster's group
     while len(alive) and similarity.max() > threshold:

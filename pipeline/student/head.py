@@ -25,4 +25,4 @@ class AllMLPHead(nn.Module):
             for linear, level in zip(self.linears, levels, strict=True)
         ]
         fused = self.fuse(torch.cat(same_size, dim=1))  # (B, channels, h, w)
-        return self.project(self.dropout(fused))  # type: ignore[no-any-return]
+        return self.project(self.dropout(fused))

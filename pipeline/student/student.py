@@ -43,7 +43,7 @@ class Student(nn.Module):
             raise UserError(
                 f"student.encoder {config.encoder!r} has no features at stride 4 (strides {strides}): choose another"
             )
-        self.encoder = encoder
+        self.encoder = encoder.to(memory_format=torch.channels_last)
         self._multiple = strides[-1]
         channels = [encoder.feature_info.channels()[level] for level in self._levels]
         self.head = AllMLPHead(channels, config.channels, width)
@@ -55,6 +55,7 @@ class Student(nn.Module):
         height, width = pixels.shape[-2:]
         multiple = self._multiple
         padded = nn.functional.pad(pixels, (0, -width % multiple, 0, -height % multiple))
+        padded = padded.contiguous(memory_format=torch.channels_last)  # halves a training step on a CPU
         levels = self.encoder(padded)
         features: Tensor = self.head([levels[level] for level in self._levels])
         rows, columns = (-(-side // self.stride) for side in (height, width))

@@ -50,7 +50,7 @@ class Phase:
     concept_share: float
 
 
-PHASES = (Phase(64, 3500, 128, 6e-3, 6e-4, 0.3), Phase(128, 1200, 128, 3e-3, 3e-4, 0.15))
+PHASES = (Phase(64, 2000, 128, 3e-3, 3e-4, 0.3),)
 
 
 def _render(job: tuple[str, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -181,7 +181,9 @@ def optimizers(model: CLIP, phase: Phase) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "resblocks" in n and p.requires_grad]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen and p.requires_grad]
-    muon, adamw = ({"params": group, "peak_lr": lr} for group, lr in ((matrices, phase.muon_lr), (others, phase.adamw_lr)))
+    muon, adamw = (
+        {"params": group, "peak_lr": lr} for group, lr in ((matrices, phase.muon_lr), (others, phase.adamw_lr))
+    )
     return [
         torch.optim.Muon([muon], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW([adamw], weight_decay=0.0, betas=(0.9, 0.98)),

@@ -1,0 +1,128 @@
+"""Pictures for people."""
+
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.pictures import IGNORED_COLOUR, colourise, contact_sheet, legend, overlay, palette, stacked
+from tests.pipeline.draws import draw_classes
+from tests.reference import NONE, Array
+
+
+def draw_picture(height: int, width: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).integers(0, 200, (height, width, 3)).astype(np.uint8)
+
+
+def test_palette() -> None:
+    """No two classes and no group have one colour, and those of small numbers are far apart."""
+    colours = palette()
+    assert colours.shape == (256, 3) and colours.dtype == np.uint8
+    assert len({tuple(colour) for colour in colours.tolist()}) == 256
+    assert tuple(colours[NONE]) == IGNORED_COLOUR
+    few = [*colours[:20].astype(float), colours[NONE].astype(float)]
+    assert min(np.linalg.norm(a - b) for a, b in combinations(few, 2)) > 25
+    assert min(np.linalg.norm(a - b) for a, b in pairwise(few)) > 80
+    np.testing.assert_array_equal(palette(), colours)
+
+
+@pytest.mark.parametrize("count", [0, 1, 20, 255, 256])
+def test_palette_of_fewer(count: int) -> None:
+    colours = palette(count)
+    np.testing.assert_array_equal(colours[: min(count, 255)], palette()[: min(count, 255)])
+    assert not colours[count:255].any() and tuple(colours[NONE]) == IGNORED_COLOUR
+
+
+@pytest.mark.parametrize("size", [(1, 1), (9, 14)])
+def test_colourise(size: tuple[int, int]) -> None:
+    labels = draw_classes(np.random.default_rng(0), size, 0.2, 20)
+    shown = colourise(labels)
+    assert shown.shape == (*size, 3) and shown.dtype == np.uint8
+    for place in np.ndindex(size):
+        assert tuple(shown[place]) == tuple(palette()[labels[place]])
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_overlay(strength: float) -> None:
+    image, labels = draw_picture(9, 14), draw_classes(np.random.default_rng(0), (9, 14), 0.2, 20)
+    shown = overlay(image, labels, strength)
+    assert shown.shape == image.shape and shown.dtype == np.uint8
+    expected = (1 - strength) * image.astype(float) + strength * colourise(labels).astype(float)
+    assert np.abs(shown - expected).max() <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("side", [192, 40])
+@pytest.mark.parametrize("shape", [(40, 40), (8, 8), (100, 50), (50, 100), (300, 300), (1, 1), (1, 400), (20, 7)])
+def test_contact_sheet(shape: tuple[int, int], side: int) -> None:
+    """Every picture lies in its cell, with its own proportions; longer names only push the table to the right."""
+    red = np.full((*shape, 3), (255, 0, 0), np.uint8)
+    rows, columns = 3, 2
+    sheet = contact_sheet([[red] * columns] * rows, ["a", "b"], ["x", "yy", "zzz"], side)
+    wide = contact_sheet([[red] * columns] * rows, ["a", "b"], ["x", "yy", "a long name"], side)
+    assert wide.height == sheet.height and wide.width > sheet.width
+    pixels = np.asarray(sheet)
+    marked = (pixels == (255, 0, 0)).all(axis=2)
+    down, across = (np.flatnonzero(marked.any(axis=axis)) for axis in (1, 0))
+    starts_y = [y for y in down if y - 1 not in down]
+    starts_x = [x for x in across if x - 1 not in across]
+    assert len(starts_y) == rows and len(starts_x) == columns
+    assert np.diff(starts_x).tolist() == [side + 6] and np.diff(starts_y).tolist() == [side + 6] * 2
+    height, width = len(down) // rows, len(across) // columns
+    assert marked.sum() == rows * columns * height * width  # whole rectangles, nothing over them
+    assert max(height, width) == side
+    scale = side / max(shape)
+    assert abs(height - max(1, shape[0] * scale)) <= 1 and abs(width - max(1, shape[1] * scale)) <= 1
+    left = pixels[:, : starts_x[0]]
+    assert (left == 0).any() and (pixels[: starts_y[0]] == 0).any()  # names and titles
+    assert (pixels[:, starts_x[0] + width : starts_x[1]][starts_y[0] :] == 255).all()
+
+
+def test_small_pictures_are_enlarged_without_new_colours() -> None:
+    picture = draw_picture(4, 4)
+    sheet = np.asarray(contact_sheet([[picture]], ["t"], ["n"], side=40))
+    shown = sheet[26:66, -46:-6]
+    np.testing.assert_array_equal(shown, picture.repeat(10, axis=0).repeat(10, axis=1))
+
+
+def test_contact_sheet_leaves_its_pictures_alone() -> None:
+    picture = draw_picture(300, 200)
+    before = picture.copy()
+    contact_sheet([[picture, picture]], ["a", "b"], ["n"])
+    np.testing.assert_array_equal(picture, before)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 10])
+@pytest.mark.parametrize("count", [1, 3, 4, 20])
+def test_legend(count: int, columns: int) -> None:
+    """One swatch for each name, in reading order, in the class's colour."""
+    names = [f"class {index}" for index in range(count)]
+    strip = legend(names, columns)
+    pixels = np.asarray(strip)
+    lines = -(-count // columns)
+    assert strip.height == 24 * lines + 6
+    width = (strip.width - 6) // min(columns, count)
+    for index in range(count):
+        x, y = 6 + width * (index % columns), 6 + 24 * (index // columns)
+        assert (pixels[y : y + 17, x : x + 17] == palette()[index]).all()
+        name = pixels[y : y + 17, x + 18 : min(x + width, strip.width)]
+        assert (name == 0).all(axis=2).any() and (name == 255).all(axis=2).any()
+    beyond = pixels[6 + 24 * (lines - 1) :, 6 + width * (count - columns * (lines - 1)) :]
+    assert (beyond == 255).all()
+
+
+def test_long_names_fit_into_the_legend() -> None:
+    short, long = legend(["a", "b"]), legend(["a", "a very long class name"])
+    assert long.width > short.width and long.height == short.height
+    assert (np.asarray(long)[:, -1] == 255).all()
+
+
+def test_stacked() -> None:
+    parts = [Image.fromarray(draw_picture(height, width, height)) for height, width in ((5, 9), (1, 3), (7, 20))]
+    sheet = np.asarray(stacked(parts))
+    assert sheet.shape == (13, 20, 3)
+    y = 0
+    for part in parts:
+        np.testing.assert_array_equal(sheet[y : y + part.height, : part.width], np.asarray(part))
+        assert (sheet[y : y + part.height, part.width :] == 255).all()
+        y += part.height

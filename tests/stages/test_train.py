@@ -1,0 +1,167 @@
+"""Stage two, evaluation and inspection through the front door."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from configs.load import resolve
+from pipeline.data.dataset import SegmentationDataset
+from stages.evaluate import student_predictor
+from stages.runs import load_run
+from tests import reference
+from tests.conftest import ROOT, World
+
+TRAIN = ("train", "--cache", "caches/tiny")
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_holds_what_it_needs(trained: Path) -> None:
+    assert {"config.yaml", "student.safetensors", "log.jsonl"} <= {path.name for path in trained.iterdir()}
+    assert list(trained.glob("events.out.tfevents*"))
+    assert len(losses(trained)) == 4
+    assert set(losses(trained)[0]) == {"iteration", "global", "bce", "nel", "ce", "total"}
+
+
+def test_same_seed_gives_equal_losses_and_weights_another_seed_does_not(world: World, trained: Path) -> None:
+    for name, seed in (("again", "3"), ("other", "4")):
+        shutil.rmtree(world.folder / "runs" / name, ignore_errors=True)
+        world.run(*TRAIN, "--config", world.config, "--run", f"runs/{name}", "--seed", seed)
+    again, other = world.folder / "runs" / "again", world.folder / "runs" / "other"
+    assert losses(trained) == losses(again)
+    assert losses(trained) != losses(other)
+    first, second = load_file(trained / "student.safetensors"), load_file(again / "student.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_never_imports_open_clip(world: World) -> None:
+    import subprocess
+
+    script = (
+        "import sys; sys.argv[1:] = sys.argv[1:]; import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'torch' in sys.modules and 'open_clip' not in sys.modules, 'open_clip was imported'\n"
+    )
+    shutil.rmtree(world.folder / "runs" / "alone", ignore_errors=True)
+    arguments = [*TRAIN, "--config", str(world.config), "--run", "runs/alone", "--set", "train.iterations=1"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=world.folder, env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "switch",
+    ["global=false", "nel=false", "ce=false", "bce=false", "glm=max", "glm=mean", "bank=0", "synthesizer=mlp",
+     "synthesizer=features"],
+)  # fmt: skip
+def test_switches_of_the_tables_train(world: World, switch: str, tmp_path: Path) -> None:
+    world.run(
+        *TRAIN, "--config", world.config, "--run", tmp_path / "run", "--set", f"loss.{switch}",
+        "--set", "train.iterations=1",
+    )  # fmt: skip
+    name, _, value = switch.partition("=")
+    assert (name in losses(tmp_path / "run")[0]) == (name != value and value != "false" and name in ("global", "nel"))
+
+
+def test_unseen_masks_never_reach_training(world: World, trained: Path, tmp_path: Path) -> None:
+    """Unseen classes scrambled among themselves in the training masks: the same losses, to the bit."""
+    shutil.copytree(world.folder, tmp_path / "world")
+    other = World(tmp_path / "world")
+    config = resolve(config=world.config)
+    unseen = np.array(config.dataset.unseen_indices)
+    for path in (other.data / "tiny" / "masks").glob("train-*.png"):
+        mask = np.array(Image.open(path))
+        mask[np.isin(mask, unseen)] = unseen[0]
+        Image.fromarray(mask).save(path)
+    other.run(*TRAIN, "--config", other.config, "--run", "runs/scrambled", "--seed", "3",
+              "--set", f"dataset.name={config.dataset.name}",
+              f"--set=teacher.model={config.teacher.model}", f"--set=teacher.pretrained={config.teacher.pretrained}")  # fmt: skip
+    assert losses(other.folder / "runs" / "scrambled") == losses(trained)
+
+
+def test_evaluate_equals_the_slow_reference(world: World, trained: Path, tmp_path: Path) -> None:
+    report = tmp_path / "scores.json"
+    world.run("evaluate", "--run", trained, "--set", "evaluate.gamma=0.03", "--json", report)
+    found = json.loads(report.read_text())
+    run = load_run(trained)
+    dataset = SegmentationDataset(run.config.dataset, world.data, "val")
+    predict = student_predictor(run.student, run.text_features, run.config.views.size, "cpu")
+    seen, unseen = run.config.dataset.seen_indices, run.config.dataset.unseen_indices
+    total = np.zeros((20, 20))
+    for row in range(len(dataset)):
+        prediction = reference.calibrated_argmax(predict(dataset.image(row)).numpy(), seen, 0.03)
+        total += reference.confusion(dataset.mask(row), prediction, 20)
+    expected = reference.scores(total, seen, unseen)
+    assert found["gamma"] == 0.03
+    assert found["pixel_accuracy"] == pytest.approx(100 * expected["pAcc"])
+    assert found["miou_seen"] == pytest.approx(100 * np.nan_to_num(expected["mIoU_seen"]))
+    assert found["miou_unseen"] == pytest.approx(100 * np.nan_to_num(expected["mIoU_unseen"]))
+    np.testing.assert_allclose(list(found["iou"].values()), 100 * expected["IoU"])
+
+
+def test_evaluate_teacher_dense_and_newest_run(world: World, trained: Path) -> None:
+    assert "hIoU" in world.run("evaluate", "--teacher-dense", "--config", world.config).stdout
+    assert "unseen" in world.run("evaluate").stdout
+
+
+def test_inspect_writes_the_picture_and_the_table(world: World, tmp_path: Path) -> None:
+    picture = tmp_path / "regions.png"
+    shown = world.run("inspect-pseudolabels", "--image", "train-0", "--image", "train-3", "--output", picture)
+    assert "train-0" in shown.stdout
+    assert "purity" in shown.stdout
+    assert Image.open(picture).size[0] > 5 * 192
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["train", "--cache", "nowhere"], "nowhere"),
+        (["train", "--cache", "caches/tiny", "--set", "pseudo_labels.lambda=0.5"], "pseudo_labels.lambda: cache 0.8"),
+        (["train", "--cache", "caches/tiny", "--set", "student.encoder=no_such_net"], "no_such_net"),
+        (["train", "--cache", "caches/tiny", "--set", "train.itertions=3"], "train.itertions"),
+        (["train", "--cache", "caches/tiny", "--data-root", "nowhere"], "--data-root"),
+        (["train", "--dataset", "scenes"], "precompute --dataset scenes"),
+        (["evaluate", "--run", "nowhere"], "nowhere"),
+        (["inspect-pseudolabels", "--image", "train-99"], "train-99"),
+        (["inspect-pseudolabels", "--cache", "data"], "data"),
+    ],
+)
+def test_mistakes_are_one_line(world: World, arguments: list[str], names: str) -> None:
+    if "train" in arguments and "scenes" not in arguments:
+        arguments = [*arguments, "--config", str(world.config)]
+    assert names in world.fails(*arguments)
+
+
+def test_damaged_runs_are_refused(world: World, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    weights = tmp_path / "run" / "student.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "train again" in world.fails("evaluate", "--run", tmp_path / "run")
+    weights.unlink()
+    assert "student.safetensors" in world.fails("evaluate", "--run", tmp_path / "run")
+    assert "not empty" in world.fails(*TRAIN, "--config", world.config, "--run", tmp_path / "run")
+
+
+def test_a_corrupt_cache_is_refused(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.folder / "caches" / "tiny", tmp_path / "tiny")
+    shard = next((tmp_path / "tiny" / "arrays" / "cls_tokens").glob("c.1*"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    line = world.fails("train", "--cache", tmp_path / "tiny", "--config", world.config)
+    assert "00001.json" in line
+    (tmp_path / "tiny" / "shards" / "00001.json").unlink()
+    assert "precompute" in world.fails("train", "--cache", tmp_path / "tiny", "--config", world.config)
