@@ -19,7 +19,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = "" if line is None else f" near line {line + 1}"
         raise UserError(f"{path} is not valid YAML{where}: correct it") from error
@@ -64,7 +64,7 @@ def _assignment(text: str) -> dict[str, Any]:
         raise UserError(f"--set {text}: write it as key.path=value")
     try:
         nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"--set {text}: {value!r} is not a YAML value") from error
     for key in reversed(path.split(".")):
         nested = {key: nested}

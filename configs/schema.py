@@ -29,8 +29,8 @@ class Split(Section):
 
     @model_validator(mode="after")
     def _patterns_hold_the_id(self) -> "Split":
-        if "{id}" not in self.images or "{id}" not in self.masks:
-            raise ValueError("images and masks must contain {id}")
+        if any(p.count("{id}") != 1 or p.count("{") != 1 for p in (self.images, self.masks)):
+            raise ValueError("images and masks must contain {id} once, and no other braces")
         return self
 
 
@@ -43,7 +43,7 @@ class Dataset(Section):
     splits: dict[str, Split]
     classes: tuple[str, ...]
     unseen: tuple[str, ...]
-    ignore_index: int = 255
+    ignore_index: int = Field(255, ge=0, le=255)
     templates: tuple[str, ...] = Field(("a photo of a {}.",), description="prompts; {} is the class name")
 
     @model_validator(mode="after")
@@ -55,6 +55,8 @@ class Dataset(Section):
             raise ValueError(f"unseen names no class of the dataset: {', '.join(unknown)}")
         if not len(self.classes) - len(self.unseen) > 0:
             raise ValueError("at least one class must be seen")
+        if len(self.classes) > 255:
+            raise ValueError("more than 255 classes do not fit 8-bit masks, where 255 is no class")
         if any("{}" not in template for template in self.templates):
             raise ValueError("every template must contain {}")
         return self

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -113,7 +114,9 @@ def _run(config: Config, data_root: Path, path: Path, pending: list[int], images
     total = sum(job.stop - job.start for job in jobs)
     with (
         progress_bar("precompute", total, "images") as advance,
-        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
+        ) as cluster,
         Client(cluster) as client,
     ):
         futures = client.map(make_shard, jobs, pure=False, retries=0)

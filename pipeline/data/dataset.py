@@ -56,8 +56,8 @@ class SegmentationDataset:
             listing = self.root / self._files.ids
             try:
                 ids = listing.read_text().split()
-            except OSError as error:
-                raise UserError(f"cannot read the split list {listing}: {error.strerror}") from error
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"cannot read the split list {listing}: {error}; write one id a line") from error
             source = f"the split list {listing} is empty"
         if not ids:
             raise UserError(f"{source}: check the dataset's files and its YAML")
@@ -75,7 +75,10 @@ class SegmentationDataset:
     def image(self, row: int) -> np.ndarray:
         """(H, W, 3) uint8 RGB, upright."""
         path = self.image_path(row)
-        return np.asarray(ImageOps.exif_transpose(_open(path, "image")).convert("RGB"))
+        picture = _open(path, "image")
+        if picture.mode.startswith(("I", "F")):  # Pillow would clip them to white
+            raise UserError(f"image {path} has mode {picture.mode}: convert it to 8 bits a channel")
+        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
 
     def mask(self, row: int) -> np.ndarray:
         """(H, W) uint8, class indices of *all* classes, IGNORE where there is none. For evaluation and reports."""
@@ -127,6 +130,6 @@ def _open(path: Path, kind: str) -> Image.Image:
         picture.load()
     except FileNotFoundError as error:
         raise UserError(f"missing {kind} {path}: complete the dataset or its split list") from error
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{kind} {path} is truncated or not an image ({error}): replace the file") from error
     return picture

@@ -1,7 +1,7 @@
 """The embedded dataset `scenes`: procedural images of shapes over textures, with exact masks.
 
 Every image holds 1-5 things (shapes) over 2 stuff regions (textures), with occlusion, rotation and scale.
-Colours are drawn per image, independently of the classes, so that colour never identifies a class.
+Colours are drawn per image: things are lighter than stuff, and beyond that colour says nothing of the class.
 The files it writes are an ordinary dataset (image, mask, split list): `configs/datasets/scenes.yaml` reads
 them through the same reader as any other.
 

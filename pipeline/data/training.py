@@ -24,8 +24,9 @@ class Sample(TypedDict):
 class TrainingViews(TorchDataset[Sample]):
     """The whole run's samples in order: sample d depends on nothing but the seed and d.
 
-    Every epoch is a permutation of all views. Photometric distortion (mmsegmentation's: brightness 32 / 255, contrast
-    and saturation 0.5-1.5, hue 18 degrees, each half the time) is drawn anew each time; the teacher never sees it.
+    Every epoch is a permutation of all views. Photometric distortion (brightness by a factor of 1 +- 32 / 255,
+    contrast and saturation 0.5-1.5, hue 18 degrees, each half the time) is drawn anew each time; the teacher never
+    sees it.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class TrainingViews(TorchDataset[Sample]):
         """`views`: (N, V, 5) as recorded by stage one; `samples`: iterations x batch size."""
         self.dataset, self.views, self.size = dataset, views, size
         self.samples, self.seed, self.mean, self.std = samples, seed, mean, std
-        self._distort = v2.RandomPhotometricDistort(
-            brightness=(1 - 32 / 255, 1 + 32 / 255), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=(-0.05, 0.05)
+        distortions = {"brightness": 32 / 255, "contrast": 0.5, "saturation": 0.5, "hue": 18 / 360}
+        self._distort = v2.Compose(
+            [v2.RandomApply([v2.ColorJitter(**{name: strength})], p=0.5) for name, strength in distortions.items()]
         )
         self._epoch, self._order = -1, np.empty(0, np.int64)
 

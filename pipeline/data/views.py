@@ -48,7 +48,7 @@ def replay(view: View, picture: np.ndarray, size: int) -> np.ndarray:
 
 def normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, (x / 255 - mean) / std."""
-    pixels = torch.tensor(images).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 

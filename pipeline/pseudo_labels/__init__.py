@@ -30,8 +30,8 @@ def pseudo_labels(
         seeds = window_seeds(tokens, unannotated, config.windows)
         if len(seeds) > ANNOTATED:
             raise UserError(
-                f"pseudo_labels.windows {list(config.windows)} give {len(seeds)} seeds on a {len(tokens)} x {len(tokens)} "
-                f"grid, and {ANNOTATED} fit: choose larger windows"
+                f"pseudo_labels.windows {list(config.windows)} give {len(seeds)} seeds on a grid of {len(tokens)}, "
+                f"and at most {ANNOTATED} fit: choose larger windows"
             )
         labels, centroids = kmeans(tokens[unannotated], seeds, config.iterations)
         group_of = fuse(centroids, np.bincount(labels, minlength=len(centroids)), config.threshold)

@@ -77,13 +77,21 @@ def _load(config: Teacher, image_size: int) -> CLIP:
     if name.endswith(".json"):
         path = _located(name)
         try:
-            json.loads(path.read_text())
+            content = json.loads(path.read_text())
         except OSError as error:
             raise UserError(f"teacher.model: cannot read {name}: {error.strerror}") from error
         except ValueError as error:
             raise UserError(f"teacher.model: {name} is not valid JSON: {error}") from error
+        if not isinstance(content, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= content.keys():
+            raise UserError(
+                f"teacher.model: {name} is no open_clip config, which holds embed_dim, vision_cfg, text_cfg"
+            )
         open_clip.add_model_config(path)
         name = path.stem
+    elif "hf_tokenizer_name" in (open_clip.get_model_config(name) or {}).get("text_cfg", {}):
+        raise UserError(
+            f"teacher.model {name}: its text tower needs a tokenizer of its own, which is not supported yet"
+        )
     elif name not in open_clip.list_models():
         raise UserError(
             f"unknown teacher.model {name!r}: give a name that open_clip lists (open_clip.list_models()) or a JSON file"

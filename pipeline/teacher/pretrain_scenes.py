@@ -2,19 +2,19 @@
 
 Run it with `python -m pipeline.teacher.pretrain_scenes`.
 
-Images are single-concept renders, crops of scenes and whole scenes. A caption names a random subset of the visible
+Images are single-concept renders and crops of scenes. A caption names a random subset of the visible
 classes in one of several templates; every image that shows the whole subset is a positive of the caption, and the
 loss is the sigmoid loss of SigLIP (Zhai et al. 2023, Eq. 1) over all image-caption pairs. Masks are used only to know
 what a crop shows: no pixel label reaches the model.
 
-The run has two phases: crops at half the side (four times cheaper), then whole images at the size stage one shows.
+The text tower is taught first and locked. The image tower learns on crops of half the side, four times cheaper than
+whole scenes; a crop's tokens keep the positions they have in the scene, so that whole scenes need no second phase.
 Scenes come from random streams of their own, so the teacher never saw an image that the student trains or tests on.
 """
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,19 +38,9 @@ VISIBLE_PIXELS, ABSENT_PIXELS = 80, 12
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 
-@dataclass
-class Phase:
-    """One part of the schedule. `image_size` in pixels; a crop of a scene keeps the scene's scale."""
-
-    image_size: int
-    steps: int
-    batch: int
-    muon_lr: float
-    adamw_lr: float
-    concept_share: float
-
-
-PHASES = (Phase(64, 2000, 128, 3e-3, 3e-4, 0.3),)
+CROP, BATCH, CONCEPT_SHARE = 64, 128, 0.3  # crop side in pixels, images a step, share of single-concept renders
+STEPS, TEXT_STEPS, WARM_UP = 2000, 1500, 100
+MUON_LR, ADAMW_LR = 3e-3, 3e-4
 
 
 def _render(job: tuple[str, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +65,7 @@ def visibility(masks: np.ndarray) -> np.ndarray:
 
 
 def draw_images(
-    rng: np.random.Generator, phase: Phase, patch: int, scenes: tuple[np.ndarray, np.ndarray], concepts: np.ndarray
+    rng: np.random.Generator, patch: int, scenes: tuple[np.ndarray, np.ndarray], concepts: np.ndarray
 ) -> tuple[Tensor, Tensor, np.ndarray]:
     """A batch of crops that begin at patch borders, so that their tokens keep the positions they have in the scene.
 
@@ -84,11 +74,11 @@ def draw_images(
         images show, (B, K) as `visibility`.
     """
     images, masks = scenes
-    size, alone = phase.image_size, round(phase.batch * phase.concept_share)
-    crops = phase.batch - alone
-    batch = np.empty((phase.batch, size, size, 3), np.uint8)
+    size, alone = CROP, round(BATCH * CONCEPT_SHARE)
+    crops = BATCH - alone
+    batch = np.empty((BATCH, size, size, 3), np.uint8)
     crop_masks = np.empty((crops, size, size), np.uint8)
-    corners = rng.integers(0, (SIZE - size) // patch + 1, (phase.batch, 2))
+    corners = rng.integers(0, (SIZE - size) // patch + 1, (BATCH, 2))
     for row in range(crops):
         index = rng.integers(len(images))
         if row % 2:  # half of the crops are drawn around a thing, which is rarer than stuff
@@ -100,12 +90,12 @@ def draw_images(
         top, left = corners[row] * patch
         batch[row] = images[index, top : top + size, left : left + size]
         crop_masks[row] = masks[index, top : top + size, left : left + size]
-    seen = np.full((phase.batch, len(CLASSES)), -1, np.int8)
+    seen = np.full((BATCH, len(CLASSES)), -1, np.int8)
     seen[:crops] = visibility(crop_masks)
     chosen = rng.integers(0, len(concepts), alone)
     batch[crops:] = concepts[chosen]
-    seen[np.arange(crops, phase.batch), chosen % len(CLASSES)] = 1
-    for row in range(phase.batch):  # mirroring and the order of the colour channels: no class depends on them
+    seen[np.arange(crops, BATCH), chosen % len(CLASSES)] = 1
+    for row in range(BATCH):  # mirroring and the order of the colour channels: no class depends on them
         batch[row] = batch[row, :, :: rng.choice((-1, 1))][..., rng.permutation(3)]
     return normalise(batch, MEAN, STD), torch.from_numpy(corners), seen
 
@@ -176,14 +166,12 @@ def sigmoid_loss(image: Tensor, text: Tensor, match: Tensor, scale: Tensor, bias
     return -(nn.functional.logsigmoid(match * logits) * match.abs()).sum(dim=1).mean()
 
 
-def optimizers(model: CLIP, phase: Phase) -> list[torch.optim.Optimizer]:
+def optimizers(model: CLIP) -> list[torch.optim.Optimizer]:
     """Muon for the transformers' matrices, AdamW for everything else."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "resblocks" in n and p.requires_grad]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen and p.requires_grad]
-    muon, adamw = (
-        {"params": group, "peak_lr": lr} for group, lr in ((matrices, phase.muon_lr), (others, phase.adamw_lr))
-    )
+    muon, adamw = ({"params": group, "peak_lr": lr} for group, lr in ((matrices, MUON_LR), (others, ADAMW_LR)))
     return [
         torch.optim.Muon([muon], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW([adamw], weight_decay=0.0, betas=(0.9, 0.98)),
@@ -252,39 +240,38 @@ def main(
     model_config = json.loads(config.read_text())
     tokenizer = open_clip.SimpleTokenizer(context_length=model_config["text_cfg"]["context_length"])
     scenes = render_pool("pretrain", pool // shrink, workers)
-    model, step = new_model(model_config), 0
-    train_text(model, tokenizer, rng, 1500 // shrink)
+    model = new_model(model_config)
+    train_text(model, tokenizer, rng, TEXT_STEPS // shrink)
+    count, steps = 6000 // shrink // len(CLASSES) * len(CLASSES), STEPS // shrink
+    streams = [np.random.default_rng([seed, CROP, index]) for index in range(count)]
+    concepts = np.stack([render_concept(r, i % len(CLASSES), CROP) for i, r in enumerate(streams)])
+    towers = optimizers(model)
     with (output / "log.jsonl").open("w") as log:
-        for phase in PHASES:
-            size, count, steps = phase.image_size, 6000 // shrink // len(CLASSES) * len(CLASSES), phase.steps // shrink
-            streams = [np.random.default_rng([seed, size, index]) for index in range(count)]
-            concepts = np.stack([render_concept(r, i % len(CLASSES), size) for i, r in enumerate(streams)])
-            towers = optimizers(model, phase)
-            for local in range(steps):
-                factor = min(1.0, (local + 1) / (100 // shrink + 1)) * min(1.0, 1.5 * (steps - local) / steps)
-                for optimizer in towers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = group["peak_lr"] * factor
-                pixels, corners, seen = draw_images(rng, phase, model.visual.patch_size[0], scenes, concepts)
-                captions, match = draw_captions(rng, seen)
-                with torch.autocast("cpu", torch.bfloat16):
-                    image = encode_crops(model.visual, pixels, corners).float()
+        for step in range(1, steps + 1):
+            # Warm-up, constant for a third of the run, then linear to 0.
+            factor = min(1.0, step / (WARM_UP // shrink + 1)) * min(1.0, 1.5 * (steps - step + 1) / steps)
+            for optimizer in towers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * factor
+            pixels, corners, seen = draw_images(rng, model.visual.patch_size[0], scenes, concepts)
+            captions, match = draw_captions(rng, seen)
+            with torch.autocast("cpu", torch.bfloat16):
+                image = encode_crops(model.visual, pixels, corners).float()
                 with torch.no_grad():
-                    text = model.encode_text(tokenizer(captions))
-                loss = sigmoid_loss(image, text, torch.from_numpy(match), model.logit_scale.exp(), model.logit_bias)
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                for optimizer in towers:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                step += 1
-                if step % 25 == 0 or local == steps - 1:
-                    row = {"step": step, "size": size, "loss": loss.item(), "seconds": time.time() - started}
-                    if step % 500 == 0 or local == steps - 1:
-                        row |= evaluate(model, tokenizer)
-                        save(model, output / "scenes-vit.safetensors")
-                    log.write(json.dumps(row) + "\n")
-                    log.flush()
+                    text = model.encode_text(tokenizer(captions)).float()
+            loss = sigmoid_loss(image, text, torch.from_numpy(match), model.logit_scale.exp(), model.logit_bias)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in towers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if step % 25 == 0 or step == steps:
+                row = {"step": step, "loss": loss.item(), "seconds": time.time() - started}
+                if step % 500 == 0 or step == steps:
+                    row |= evaluate(model, tokenizer)
+                    save(model, output / "scenes-vit.safetensors")
+                log.write(json.dumps(row) + "\n")
+                log.flush()
 
 
 def save(model: CLIP, path: Path) -> None:

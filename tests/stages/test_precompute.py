@@ -153,7 +153,7 @@ def test_a_broken_file_is_named_and_its_shard_is_not_trusted(copy: World, path: 
         (["--set", "teacher.model=ViT-B-61"], "ViT-B-61"),
         (["--set", "teacher.pretrained=nowhere.safetensors"], "nowhere.safetensors"),
         (["--set", "views.size=63"], "views.size"),
-        (["--set", "pseudo_labels.windows=[1]", "--set", "views.size=256"], "pseudo_labels.windows"),
+        (["--set", "pseudo_labels.windows=[1]", "--set", "views.size=384"], "pseudo_labels.windows"),
         (["--set", "dataset.unseen=[hart]"], "hart"),
         (["--data-root", "nowhere"], "--data-root"),
         (["--device", "cuda:7"], "--device"),

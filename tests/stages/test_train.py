@@ -85,9 +85,8 @@ def test_unseen_masks_never_reach_training(world: World, trained: Path, tmp_path
         mask = np.array(Image.open(path))
         mask[np.isin(mask, unseen)] = unseen[0]
         Image.fromarray(mask).save(path)
-    other.run(*TRAIN, "--config", other.config, "--run", "runs/scrambled", "--seed", "3",
-              "--set", f"dataset.name={config.dataset.name}",
-              f"--set=teacher.model={config.teacher.model}", f"--set=teacher.pretrained={config.teacher.pretrained}")  # fmt: skip
+    experiment = ("--config", world.config, "--run", "runs/scrambled", "--seed", "3")
+    other.run(*TRAIN, *experiment)
     assert losses(other.folder / "runs" / "scrambled") == losses(trained)
 
 
