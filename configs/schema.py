@@ -140,6 +140,7 @@ class Loss(Section):
     nel: bool = True
     ce: bool = True
     bce: bool = True
+    nel_weight: NonNegativeFloat = Field(1.0, description="on top of ZegCLIP's 100 and 1; Eq. 8 has 1")
     glm: Literal["attention", "max", "mean"] = "attention"
     bank: NonNegativeInt = Field(24, description="iterations of CLS tokens kept as negatives")
     tau: float = Field(0.07, gt=0)

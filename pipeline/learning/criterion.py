@@ -62,7 +62,7 @@ class Criterion(nn.Module):
             if logits.shape[2:] != size:
                 logits = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
             if self.config.nel:
-                losses["nel"] = nel(logits, target)
+                losses["nel"] = self.config.nel_weight * nel(logits, target)
             if self.config.ce:
                 losses["ce"] = pixel_cross_entropy(logits, target)
         return losses
