@@ -113,7 +113,7 @@ def encode_crops(visual: VisionTransformer, pixels: Tensor, corners: Tensor) -> 
     return pooled @ visual.proj
 
 
-def write_caption(rng: np.random.Generator, classes: Sequence[int]) -> str:
+def write_caption(rng: np.random.Generator, classes: Sequence[int] | np.ndarray) -> str:
     """A caption that names the classes in the order given."""
     words = [CLASSES[index] for index in classes]
     phrase = words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

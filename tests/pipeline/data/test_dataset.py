@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from configs.errors import UserError
 from configs.schema import Split
@@ -362,4 +363,5 @@ PATTERNS: list[dict[str, Any]] = [{"images": "{id}/{id}.png"}, {"masks": "masks/
 @pytest.mark.parametrize("split", PATTERNS)
 def test_pattern_with_two_places(split: dict[str, Any], tree: Tree) -> None:
     tree.fill(np.random.default_rng(0), 1, 3, 5)
-    assert refusal(lambda: tree.read(split).mask(0))
+    with pytest.raises(ValidationError, match="once, and no other braces"):
+        tree.read(split)
