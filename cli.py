@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -48,13 +48,18 @@ ConfigOption = Annotated[
     typer.Option("--config", metavar="FILE.yaml", help="Settings; default: configs/experiments/DATASET.yaml."),
 ]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="One setting; repeatable.")]
+OnErrorOption = Annotated[
+    Literal["stop", "skip"] | None,
+    typer.Option("--on-error", help="What to do at an image that cannot be read; default: stop."),
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of this stage.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 DATA = Path("data")
 
 
-def _seeded(assignments: list[str], key: str, seed: int | None) -> list[str]:
-    return assignments if seed is None else [f"{key}={seed}", *assignments]
+def _with_flags(assignments: list[str], flags: dict[str, Any]) -> list[str]:
+    """Flags that are short for a setting come before `--set`, which is the more precise."""
+    return [*(f"{key}={value}" for key, value in flags.items() if value is not None), *assignments]
 
 
 def _device(asked: str) -> str:
@@ -83,6 +88,7 @@ def precompute(
     config: ConfigOption = None,
     set_: SetOption = [],  # noqa: B006 (typer copies it)
     seed: SeedOption = None,
+    on_error: OnErrorOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Stage one: run the frozen teacher once over the training images and cache what it says.
@@ -91,7 +97,8 @@ def precompute(
     """
     from stages.precompute import precompute as stage
 
-    settings = resolve(dataset, config, _seeded(set_, "views.seed", seed))
+    flags = {"views.seed": seed, "precompute.on_error": on_error}
+    settings = resolve(dataset, config, _with_flags(set_, flags))
     stage(settings, data_root, cache, _device(device))
 
 
@@ -112,7 +119,7 @@ def train(
     """
     from stages.train import train as stage
 
-    opened, settings = _open_cache(cache, dataset, config, _seeded(set_, "train.seed", seed))
+    opened, settings = _open_cache(cache, dataset, config, _with_flags(set_, {"train.seed": seed}))
     stage(settings, opened, data_root, run, _device(device))
 
 
@@ -131,10 +138,12 @@ def evaluate(
 ) -> None:
     """Score a run: pixel accuracy, mIoU of seen and unseen classes, their harmonic mean, IoU of every class.
 
-    Example: clip-zss evaluate --set evaluate.gamma=0.5 --json scores.json
+    Another dataset than the run's is scored by mIoU over all its classes; their names meet the text tower once.
+
+    Example: clip-zss evaluate --dataset pascal-voc --set evaluate.mode=slide --json scores.json
     """
+    from stages.evaluate import cross_dataset, student_predictor, teacher_predictor
     from stages.evaluate import evaluate as stage
-    from stages.evaluate import student_predictor, teacher_predictor
     from stages.report import score_table
     from stages.runs import load_run, newest_run
 
@@ -145,11 +154,10 @@ def evaluate(
     else:
         opened = load_run(run or newest_run(), on)
         settings = resolve(dataset, config, set_, base=as_settings(opened.config))
+        name, features = f"{opened.path} (iteration {opened.iteration})", opened.text_features
         if settings.dataset.classes != opened.config.dataset.classes:
-            known, wanted = opened.config.dataset.name, settings.dataset.name
-            raise UserError(f"run {opened.path} knows the classes of {known}, not those of {wanted}")
-        name = f"{opened.path} (iteration {opened.iteration})"
-        predict = student_predictor(opened.student, opened.text_features, settings.views.size, on)
+            settings, features = cross_dataset(settings, features.shape[1], on)
+        predict = student_predictor(opened.student, features, settings)
     gamma, scores = stage(predict, settings, data_root)
     score_table(name, settings, gamma, scores)
     if json_file:
@@ -162,6 +170,46 @@ def evaluate(
             "iou": iou,
         }
         json_file.write_text(json.dumps(report, indent=2) + "\n")
+
+
+datasets = typer.Typer(help="What datasets there are, where their files go, and what is wrong with them.")
+app.add_typer(datasets, name="datasets", no_args_is_help=True)
+DatasetArgument = Annotated[str, typer.Argument(metavar="NAME|FILE.yaml")]
+
+
+@datasets.command("list")
+def datasets_list() -> None:
+    """Every dataset known by name."""
+    from stages.report import dataset_list
+
+    dataset_list()
+
+
+@datasets.command("show")
+def datasets_show(name: DatasetArgument, data_root: DataRootOption = DATA) -> None:
+    """Where its files are looked for, its classes, their mask values and prompts, its seen and unseen split.
+
+    Example: clip-zss datasets show coco-stuff
+    """
+    from stages.report import dataset_layout
+
+    dataset_layout(resolve(name).dataset, data_root)
+
+
+@datasets.command("check")
+def datasets_check(name: DatasetArgument, data_root: DataRootOption = DATA) -> None:
+    """Read every image and mask; print a class histogram and what is missing, damaged, mis-sized or miscounted.
+
+    Exit code 2 on any fault. Example: clip-zss datasets check my-photos.yaml --data-root ~/photos
+    """
+    from stages.datasets import check
+    from stages.report import check_table
+
+    config = resolve(name).dataset
+    found = check(config, data_root)
+    check_table(config, found)
+    if found.faults:
+        raise UserError(f"{config.name} has {len(found.faults)} faults: they are listed above")
 
 
 @app.command("inspect-pseudolabels")

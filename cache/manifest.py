@@ -78,6 +78,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     arrays: dict[str, ArraySpec]
     image_ids_sha256: str  # of the file image_ids.json
     text_features: ArrayDigest
+    skipped: dict[str, str] = {}  # of all completion records, once every shard is done (cache/record.py)
 
     @classmethod
     def describe(

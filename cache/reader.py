@@ -19,19 +19,27 @@ _RESTORE = "run precompute with the same settings again, it restores this file"
 
 
 class Cache:
-    """A complete cache, from `open_cache`. Small enough to be sent to loader workers: image arrays stay on disk."""
+    """A complete cache, from `open_cache`. Small enough to be sent to loader workers: image arrays stay on disk.
+
+    Attributes:
+        image_ids: N ids; row i of every array belongs to image i.
+        kept_rows: the rows, ascending, that hold something: images that could not be read were left out.
+        text_features: (K, C) float32, unit length.
+    """
 
     def __init__(self, path: Path, manifest: Manifest, records: list[ShardRecord]) -> None:
         self.path = path
         self.manifest = manifest
-        self.image_ids = _read_image_ids(path, manifest)  # N strings
+        self.image_ids = _read_image_ids(path, manifest)
+        skipped = {image_id for record in records for image_id in record.skipped}
+        self.kept_rows = np.array([i for i, name in enumerate(self.image_ids) if name not in skipped], np.int64)
         self._records = records
         self._arrays = {name: _open_array(path, name) for name in manifest.arrays}
         for name, spec in manifest.arrays.items():
             shape = (manifest.images, manifest.views, *spec.tail)
             if (self._arrays[name].shape, str(self._arrays[name].dtype)) != (shape, spec.dtype):
                 raise UserError(f"{arrays_path(path) / name / 'zarr.json'} does not fit the manifest: {_RESTORE}")
-        self.text_features = _read_text_features(path, manifest)  # (K, C) float32
+        self.text_features = _read_text_features(path, manifest)
 
     def load(self, name: str) -> np.ndarray:
         """The whole array `name`, (N, V, *tail), checked against the completion records.

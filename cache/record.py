@@ -16,6 +16,7 @@ class ShardRecord(BaseModel, frozen=True, extra="forbid"):
     fingerprint: str  # of the settings that the shard was made from
     rows: tuple[int, int]  # first row, and the row after the last
     arrays: dict[str, ArrayDigest]
+    skipped: dict[str, str] = {}  # image id -> why it could not be read; its rows hold nothing
 
 
 def load_record(cache: Path, manifest: Manifest, index: int) -> ShardRecord:

@@ -97,13 +97,16 @@ def _is_done(path: Path, manifest: Manifest, index: int) -> bool:
     return True
 
 
-def write_shard(path: Path, index: int, arrays: Mapping[str, np.ndarray]) -> None:
+def write_shard(
+    path: Path, index: int, arrays: Mapping[str, np.ndarray], skipped: Mapping[str, str] | None = None
+) -> None:
     """Writes shard `index` of every array, then its record: when this returns, the shard is done and on disk.
 
     Safe in parallel for different shards, as they share no file; one task owns one shard.
 
     Args:
         arrays: name -> (rows of the shard, V, *tail), for every image array of the manifest.
+        skipped: ids of this shard's images that could not be read, and why; readers leave their rows out.
 
     Raises:
         ValueError: a name, shape or dtype is not the manifest's.
@@ -122,5 +125,17 @@ def write_shard(path: Path, index: int, arrays: Mapping[str, np.ndarray]) -> Non
     for name, spec in manifest.arrays.items():
         write_atomically(shard_path(path, name, index, spec), encode_shard(manifest, name, index, arrays[name]))
     digests = {name: ArrayDigest.of(arrays[name]) for name in manifest.arrays}
-    done = ShardRecord(fingerprint=manifest.fingerprint, rows=manifest.shard_rows(index), arrays=digests)
+    done = ShardRecord(
+        fingerprint=manifest.fingerprint, rows=manifest.shard_rows(index), arrays=digests, skipped=dict(skipped or {})
+    )
     write_atomically(record, to_json(done.model_dump(mode="json")))
+
+
+def list_skipped(path: Path) -> dict[str, str]:
+    """Gathers the skipped images of all completion records in the manifest, for people to read, and returns them."""
+    manifest = Manifest.load(path)
+    records = [load_record(path, manifest, index) for index in range(manifest.shards)]
+    skipped = {image_id: reason for record in records for image_id, reason in record.skipped.items()}
+    if skipped != manifest.skipped:
+        write_atomically(manifest_path(path), manifest.model_copy(update={"skipped": skipped}).to_bytes())
+    return skipped

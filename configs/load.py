@@ -3,20 +3,22 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from configs.dataset import Dataset
 from configs.errors import UserError
 from configs.schema import CONFIGS, Config
 
 DEFAULT_DATASET = "scenes"
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -40,14 +42,28 @@ def known_datasets() -> list[str]:
 
 
 def dataset_settings(name_or_file: str) -> dict[str, Any]:
-    """A dataset's YAML by its name in configs/datasets or by its file."""
-    if name_or_file in known_datasets():
-        return _read_yaml(CONFIGS / "datasets" / f"{name_or_file}.yaml")
-    if name_or_file.endswith((".yaml", ".yml")):
-        return _read_yaml(Path(name_or_file))
+    """A dataset's YAML, checked, by its name in configs/datasets or by its file."""
     names = known_datasets()
-    hint = _suggest(name_or_file, names)
-    raise UserError(f"unknown dataset {name_or_file!r}{hint}; known: {', '.join(names)}, or give a YAML file")
+    if name_or_file not in names and not name_or_file.endswith((".yaml", ".yml")):
+        hint = _suggest(name_or_file, names)
+        raise UserError(f"unknown dataset {name_or_file!r}{hint}; known: {', '.join(names)}, or give a YAML file")
+    path = CONFIGS / "datasets" / f"{name_or_file}.yaml" if name_or_file in names else Path(name_or_file)
+    settings = _read_yaml(path)
+    if isinstance(settings.get("classes"), str):
+        settings["classes"] = _read_names(path.parent / settings["classes"])
+    _validate(Dataset, settings, str(path))
+    return settings
+
+
+def _read_names(path: Path) -> list[str]:
+    """One class name a line; empty lines do not count."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read the class names in {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the class names in {path} are no UTF-8 text: save them as such") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -72,33 +88,36 @@ def _assignment(text: str) -> dict[str, Any]:
     return nested
 
 
-def _section_keys(path: Sequence[str | int]) -> list[str]:
-    """The keys that the section at `path` of Config takes."""
-    model: Any = Config
+def _section_keys(model: Any, path: Sequence[str]) -> list[str]:
+    """The keys that the section at `path` below `model` takes."""
     for part in path:
-        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        if get_origin(model) in (dict, tuple):  # the part is a key or an index
+            model = next(kind for kind in reversed(get_args(model)) if kind is not Ellipsis)
+            continue
+        field = next((f for n, f in getattr(model, "model_fields", {}).items() if part in (n, f.alias)), None)
+        if field is None:
             return []
         model = field.annotation
-    return [field.alias or name for name, field in model.model_fields.items()]
+    return [field.alias or name for name, field in getattr(model, "model_fields", {}).items()]
 
 
-def _validate(settings: dict[str, Any], source: str) -> Config:
+def _validate(model: type[_Model], settings: dict[str, Any], source: str) -> _Model:
     try:
-        return Config.model_validate(settings)
+        return model.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
         location = [str(part) for part in first["loc"]]
         key = ".".join(location)
         if first["type"] == "extra_forbidden":
-            hint = _suggest(location[-1], _section_keys(location[:-1]))
+            hint = _suggest(location[-1], _section_keys(model, location[:-1]))
             raise UserError(f"{source}: unknown setting {key}{hint}") from error
         if first["type"] == "missing":
             raise UserError(f"{source}: setting {key} is missing") from error
         value = first["input"]
         shown = f" (it is {value!r})" if isinstance(value, (str, int, float, bool)) else ""
         message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{source}: setting {key}: {message}{shown}") from error
+        where = f"setting {key}: " if key else ""
+        raise UserError(f"{source}: {where}{message}{shown}") from error
 
 
 def resolve(
@@ -139,7 +158,7 @@ def resolve(
     for text in assignments:
         settings = _merge(settings, _assignment(text))
     sources += [f"--set {text}" for text in assignments]
-    return _validate(settings, " + ".join(sources) or "settings")
+    return _validate(Config, settings, " + ".join(sources) or "settings")
 
 
 def as_settings(section: BaseModel) -> dict[str, Any]:

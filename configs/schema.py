@@ -7,88 +7,53 @@ another cache. `Config` adds what stage two and the reports need.
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-
-class Section(BaseModel):
-    """A misspelt key is an error, and a resolved configuration never changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Split(Section):
-    """Where one split's files are, relative to the dataset's root. `{id}` stands for the image id.
-
-    `ids` is a text file with one id a line; without it every file that matches `images` is an id.
-    """
-
-    images: str
-    masks: str
-    ids: str | None = None
-    count: int | None = Field(None, description="expected number of images")
-
-    @model_validator(mode="after")
-    def _patterns_hold_the_id(self) -> "Split":
-        if any(p.count("{id}") != 1 or p.count("{") != 1 for p in (self.images, self.masks)):
-            raise ValueError("images and masks must contain {id} once, and no other braces")
-        return self
-
-
-class Dataset(Section):
-    """A dataset on disk. Masks hold indices 0..K-1 of `classes`, and `ignore_index` for pixels without a class."""
-
-    name: str
-    root: str = Field(description="folder below --data-root")
-    generator: Literal["scenes"] | None = Field(None, description="renders the files on first use")
-    splits: dict[str, Split]
-    classes: tuple[str, ...]
-    unseen: tuple[str, ...]
-    ignore_index: int = Field(255, ge=0, le=255)
-    templates: tuple[str, ...] = Field(("a photo of a {}.",), description="prompts; {} is the class name")
-
-    @model_validator(mode="after")
-    def _classes_are_consistent(self) -> "Dataset":
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError("classes holds a name twice")
-        unknown = [name for name in self.unseen if name not in self.classes]
-        if unknown:
-            raise ValueError(f"unseen names no class of the dataset: {', '.join(unknown)}")
-        if not len(self.classes) - len(self.unseen) > 0:
-            raise ValueError("at least one class must be seen")
-        if len(self.classes) > 255:
-            raise ValueError("more than 255 classes do not fit 8-bit masks, where 255 is no class")
-        if any("{}" not in template for template in self.templates):
-            raise ValueError("every template must contain {}")
-        return self
-
-    @property
-    def seen_indices(self) -> list[int]:
-        return [i for i, name in enumerate(self.classes) if name not in self.unseen]
-
-    @property
-    def unseen_indices(self) -> list[int]:
-        return [i for i, name in enumerate(self.classes) if name in self.unseen]
-
-    @property
-    def seen(self) -> list[str]:
-        return [self.classes[i] for i in self.seen_indices]
+from configs.dataset import Dataset, Section
 
 
 class Teacher(Section):
-    """`model`: an open_clip name or a JSON file of one; `pretrained`: an open_clip tag or a local weights file."""
+    """The frozen CLIP.
+
+    `model`: a name that open_clip lists, a JSON file of its kind, or `hf-hub:ORG/NAME`. `pretrained`: a tag of the
+    model; a local file (.safetensors, a state dict as .bin or .pt, OpenAI's .pt archive); `hub` (and no other) for
+    hf-hub models; or `none`: random weights, to try the pipeline. Files are sought here, then below configs/.
+    """
 
     model: str = "ViT-B-16-quickgelu"
     pretrained: str = "openai"
-    dense: Literal["clearclip"] = "clearclip"
+    dense: Literal["plain", "maskclip", "sclip", "clearclip", "naclip"] = Field(
+        "clearclip", description="how a ViT's last block makes dense tokens; convolutional towers have plain"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hub_models_bring_their_weights(cls, teacher: object) -> object:
+        if isinstance(teacher, dict) and str(teacher.get("model")).startswith("hf-hub:"):
+            return {"pretrained": "hub"} | teacher
+        return teacher
 
 
 class Views(Section):
-    """The recorded geometries of each image: `count` 1 is the whole image; more are random crops, seeded per image."""
+    """The recorded geometries of each image, drawn once in stage one.
 
-    count: PositiveInt = 1
-    size: PositiveInt = Field(512, description="side of the square view in pixels, a multiple of the teacher's patch")
-    min_scale: float = Field(0.5, gt=0, le=1, description="smallest side of a crop as a share of the image's")
+    `crop` random: `count` of ZegCLIP's training crops (pipeline/data/views.py); whole: the whole image, stretched to a
+    square.
+    """
+
+    count: PositiveInt = 4
+    size: PositiveInt = Field(512, description="side of the square view in pixels, a multiple of the teacher's stride")
+    crop: Literal["random", "whole"] = "random"
+    ratio: tuple[PositiveFloat, PositiveFloat] = Field((0.5, 2.0), description="short side to `size`: least, most")
     seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _views_differ(self) -> "Views":
+        if self.crop == "whole" and self.count > 1:
+            raise ValueError("the whole image has one view only: set views.count to 1, or views.crop to random")
+        if self.ratio[0] > self.ratio[1]:
+            raise ValueError("views.ratio must be [least, most]")
+        return self
 
 
 class PseudoLabels(Section):
@@ -117,9 +82,10 @@ class StageOne(Section):
 
 
 class Precompute(Section):
-    """How stage one runs; none of it changes what is stored."""
+    """How stage one runs; none of it changes what is stored of an image that can be read."""
 
     batch_size: PositiveInt = Field(16, description="views per teacher pass")
+    on_error: Literal["stop", "skip"] = Field("stop", description="skip: leave out images that cannot be read")
 
 
 class Student(Section):
@@ -165,9 +131,14 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """`gamma` is subtracted from the seen classes' logits; `auto` takes the best on the dataset's split `holdout`."""
+    """Short side `views.size`, ratio kept; `slide`: windows of side `views.size` every `stride` pixels, else the whole.
+
+    `gamma` is subtracted from the seen classes' logits; `auto` takes the best on the dataset's split `holdout`.
+    """
 
     split: str = "val"
+    mode: Literal["whole", "slide"] = "whole"
+    stride: PositiveInt = 426
     gamma: float | Literal["auto"] = 0.0
 
 
@@ -179,6 +150,15 @@ class Config(StageOne):
     loss: Loss = Loss()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _windows_overlap(self) -> "Config":
+        if self.evaluate.mode == "slide" and self.evaluate.stride > self.views.size:
+            raise ValueError(
+                f"evaluate.stride {self.evaluate.stride} is longer than the window, views.size {self.views.size}: "
+                "pixels between windows would have no prediction"
+            )
+        return self
 
     @property
     def stage_one(self) -> StageOne:

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-IGNORE = 255
+from pipeline.data.dataset import IGNORE
+
+CHUNK_VALUES = 2**24  # logits that are held at the size of the truth at once: 64 MB
 
 
 def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
@@ -21,6 +23,7 @@ class Scores:
     """Percentages. `iou` is per class, NaN for a class in neither truth nor prediction, which no mean counts."""
 
     pixel_accuracy: float
+    miou: float
     miou_seen: float
     miou_unseen: float
     hiou: float
@@ -44,23 +47,42 @@ def scores(confusion: np.ndarray, seen: list[int], unseen: list[int]) -> Scores:
     iou = 100 * np.divide(correct, union, out=np.full(len(union), np.nan), where=union > 0)
     miou_seen, miou_unseen = _mean(iou[seen]), _mean(iou[unseen])
     accuracy = 100 * correct.sum() / max(confusion.sum(), 1)
-    return Scores(float(accuracy), miou_seen, miou_unseen, harmonic_mean(miou_seen, miou_unseen), iou.tolist())
+    hiou = harmonic_mean(miou_seen, miou_unseen)
+    return Scores(float(accuracy), _mean(iou), miou_seen, miou_unseen, hiou, iou.tolist())
 
 
-def calibrated_argmax(logits: Tensor, seen: list[int], unseen: list[int], gammas: list[float]) -> list[np.ndarray]:
-    """Predictions (H, W) of (K, H, W) logits, one for each gamma; ties go to the smallest class index.
+def _best(logits: Tensor, classes: list[int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The highest of `classes` at each pixel: logit (H, W) and class index (H, W), the smallest of equals.
+
+    (K, h, w) logits are upsampled to `size` (bilinear, align_corners=False) a few classes at a time: all of them at the
+    size of a large image would fill the memory.
+    """
+    step = max(1, CHUNK_VALUES // (size[0] * size[1]))
+    best = logits.new_full(size, -torch.inf)
+    which = torch.full(size, classes[0], device=logits.device)
+    for start in range(0, len(classes), step):
+        chunk = torch.tensor(classes[start : start + step], device=logits.device)
+        upsampled = nn.functional.interpolate(logits[chunk][None], size=size, mode="bilinear")[0]
+        value, index = upsampled.max(dim=0)
+        which = torch.where(value > best, chunk[index], which)
+        best = torch.maximum(value, best)
+    return best, which
+
+
+def calibrated_argmax(
+    logits: Tensor, size: tuple[int, int], seen: list[int], unseen: list[int], gammas: list[float]
+) -> list[np.ndarray]:
+    """Predictions (H, W) at `size` of (K, h, w) logits, one for each gamma; ties go to the smallest class index.
 
     `seen` and `unseen` hold class indices in ascending order.
 
     Calibrated stacking subtracts gamma from the seen classes' logits; only the best seen and the best unseen class of a
     pixel can win, whatever gamma is.
     """
-    best_seen, which_seen = logits[seen].max(dim=0)
-    name_seen = torch.tensor(seen, device=logits.device)[which_seen]
+    best_seen, name_seen = _best(logits, seen, size)
     if not unseen:
         return [name_seen.cpu().numpy()] * len(gammas)
-    best_unseen, which_unseen = logits[unseen].max(dim=0)
-    name_unseen = torch.tensor(unseen, device=logits.device)[which_unseen]
+    best_unseen, name_unseen = _best(logits, unseen, size)
     predictions = []
     for gamma in gammas:
         lowered = best_seen - gamma
@@ -77,9 +99,11 @@ class CalibratedStacking:
         self.confusions = np.zeros((len(gammas), classes, classes), np.int64)
 
     def update(self, logits: Tensor, truth: np.ndarray) -> None:
-        """Adds one image: (K, H, W) logits and (H, W) truth."""
-        for row, prediction in enumerate(calibrated_argmax(logits, self.seen, self.unseen, self.gammas)):
-            self.confusions[row] += confusion_matrix(truth, prediction, self.classes)
+        """Adds one image: (K, h, w) logits, which are upsampled to the size of the truth (H, W)."""
+        height, width = truth.shape
+        predictions = calibrated_argmax(logits, (height, width), self.seen, self.unseen, self.gammas)
+        for index, prediction in enumerate(predictions):
+            self.confusions[index] += confusion_matrix(truth, prediction, self.classes)
 
     def scores(self) -> list[Scores]:
         """The scores under each gamma, in order."""

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-IGNORE = 255
+from pipeline.data.dataset import IGNORE
+
 IGNORED_COLOUR = (40, 40, 40)
 _GOLDEN = 0.61803398875
 

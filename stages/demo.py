@@ -55,7 +55,7 @@ def demo(folder: Path, seeds: Sequence[int], assignments: Sequence[str], device:
     config = resolve("scenes", assignments=assignments)
     say("1/4 stage one: the teacher runs once")
     cache = open_cache(precompute(config, DATA, None, device))
-    pseudo = summary(table(config, cache, DATA, list(range(len(cache.image_ids)))))
+    pseudo = summary(table(config, cache, DATA, cache.kept_rows.tolist()))
     pictures = [sheet(config, cache, DATA, choose_rows(cache, [], PICTURES, seed=0), folder / "pseudo-labels.png")]
 
     say("2/4 the baseline: the teacher's own dense prediction")
@@ -67,7 +67,7 @@ def demo(folder: Path, seeds: Sequence[int], assignments: Sequence[str], device:
             say(f"3/4 stage two: {what}, seed {seed}")
             settings = resolve("scenes", assignments=[*assignments, f"train.seed={seed}", switch])
             run = load_run(train(settings, cache, DATA, None, device), device)
-            predict = student_predictor(run.student, run.text_features, settings.views.size, device)
+            predict = student_predictor(run.student, run.text_features, settings)
             gamma, scores = evaluate(predict, settings, DATA)
             results.append(Result(what, str(seed), gamma, scores))
             if seed == seeds[0] and what == "student":
@@ -98,11 +98,12 @@ def _predictions(config: Config, predictors: tuple[tuple[Predictor, float], ...]
     rows, lines = range(0, len(dataset), max(1, len(dataset) // PICTURES)), []
     for row in list(rows)[:PICTURES]:
         image, mask = dataset.pair(row)
-        predictions = [calibrated_argmax(predict(image), seen, unseen, [gamma])[0] for predict, gamma in predictors]
+        predictions = [
+            calibrated_argmax(predict(image), mask.shape, seen, unseen, [gamma])[0].astype(np.uint8)
+            for predict, gamma in predictors
+        ]
         hidden = np.where(np.isin(mask, unseen), mask, IGNORE).astype(np.uint8)
-        lines.append(
-            [image, *(overlay(image, labels.astype(np.uint8), 0.75) for labels in (mask, hidden, *predictions))]
-        )
+        lines.append([image, *(overlay(image, labels, 0.75) for labels in (mask, hidden, *predictions))])
     titles = ("image", "true mask", "unseen classes only", "student, no CLIP", "teacher's dense")
     ids = [dataset.ids[row] for row in list(rows)[:PICTURES]]
     names = [f"{name}*" if name in config.dataset.unseen else name for name in config.dataset.classes]

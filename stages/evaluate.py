@@ -5,53 +5,70 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
-from pipeline.data.views import normalise
+from pipeline.inference import Encoder, class_logits, short_side_to, slide
 from pipeline.metrics import CalibratedStacking, Scores, seen_margins
-from pipeline.student.student import Student, class_logits
+from pipeline.student.student import Student
+from stages.datasets import open_split
 from stages.progress import progress_bar
+from stages.text import class_features
 
 GAMMAS = 60  # candidates of the gamma search: quantiles of the margins on 20 images, and 0
 
-# An image (H, W, 3) uint8 -> logits (K, H, W).
+# An image (H, W, 3) uint8 -> logits (K, h, w), the short side at views.size.
 Predictor = Callable[[np.ndarray], Tensor]
 
 
-def student_predictor(student: Student, text_features: Tensor, size: int, device: str) -> Predictor:
-    """The whole image at once, its short side brought to `size` with the ratio kept."""
+def _predictor(
+    config: Config, encode: Encoder, stride: int, text_features: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Predictor:
+    def window(image: np.ndarray) -> Tensor:
+        return class_logits(image, encode, stride, text_features, mean, std)
 
-    @torch.inference_mode()
     def predict(image: np.ndarray) -> Tensor:
-        height, width = image.shape[:2]
-        scale = size / min(height, width)
-        shown = Image.fromarray(image).resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
-        features = student(normalise(np.asarray(shown)[None], student.mean, student.std).to(device))
-        return class_logits(features, text_features, (height, width))[0]
+        resized = short_side_to(image, config.views.size)
+        if config.evaluate.mode == "whole":
+            return window(resized)
+        return slide(resized, window, config.views.size, config.evaluate.stride)
 
     return predict
+
+
+def student_predictor(student: Student, text_features: Tensor, config: Config) -> Predictor:
+    """The student alone, in eval mode; `text_features` (K, C) are those of `config.dataset`."""
+    return _predictor(config, student, student.stride, text_features, student.mean, student.std)
 
 
 def teacher_predictor(config: Config, device: str) -> Predictor:
     """The teacher's own zero-shot dense prediction: cosine of its dense tokens and the class features."""
     from pipeline.teacher.clip import FrozenClip  # only here: nothing else in evaluation may load CLIP
 
-    size = config.views.size
-    teacher = FrozenClip(config.teacher, size, device)
-    text_features = teacher.text_features(config.dataset.classes, config.dataset.templates)
+    teacher = FrozenClip(config.teacher, device)
 
-    @torch.inference_mode()
-    def predict(image: np.ndarray) -> Tensor:
-        shown = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
-        _, dense = teacher.encode(normalise(shown[None], teacher.mean, teacher.std))
-        features = torch.nn.functional.normalize(dense, dim=-1).permute(0, 3, 1, 2)
-        return class_logits(features, text_features, image.shape[:2])[0]
+    def encode(pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[-2:]
+        _, dense = teacher.encode(nn.functional.pad(pixels, (0, -width % teacher.stride, 0, -height % teacher.stride)))
+        return nn.functional.normalize(dense, dim=-1).permute(0, 3, 1, 2)
 
-    return predict
+    text_features = torch.from_numpy(class_features(config, lambda: teacher)).to(device)
+    return _predictor(config, encode, teacher.stride, text_features, teacher.mean, teacher.std)
+
+
+def cross_dataset(config: Config, width: int, device: str) -> tuple[Config, Tensor]:
+    """For a dataset that the student was not trained on: no class of it counts as seen or unseen, all are alike.
+
+    Returns:
+        The configuration without a split of the classes, and their features (K, C), C = `width`.
+    """
+    from pipeline.teacher.clip import FrozenClip  # the text tower only, once
+
+    features = class_features(config, lambda: FrozenClip(config.teacher, device), width)
+    alike = config.model_copy(update={"dataset": config.dataset.model_copy(update={"unseen": ()})})
+    return alike, torch.from_numpy(features).to(device)
 
 
 def evaluate_predictor(predict: Predictor, dataset: SegmentationDataset, gammas: list[float]) -> list[Scores]:
@@ -66,20 +83,14 @@ def evaluate_predictor(predict: Predictor, dataset: SegmentationDataset, gammas:
     return stacking.scores()
 
 
-def evaluate_student(
-    student: Student, text_features: Tensor, dataset: SegmentationDataset, size: int, gammas: list[float], device: str
-) -> list[Scores]:
-    return evaluate_predictor(student_predictor(student, text_features, size, device), dataset, gammas)
-
-
 def best_gamma(predict: Predictor, config: Config, data_root: Path) -> float:
     """The gamma of the best hIoU on the split `holdout`, never on the split that is reported."""
-    if "holdout" not in config.dataset.splits:
-        raise UserError(f"evaluate.gamma=auto needs a split `holdout` in dataset {config.dataset.name}: give a number")
-    dataset = SegmentationDataset(config.dataset, data_root, "holdout")
     seen, unseen = config.dataset.seen_indices, config.dataset.unseen_indices
     if not unseen:
         return 0.0
+    if "holdout" not in config.dataset.splits:
+        raise UserError(f"evaluate.gamma=auto needs a split `holdout` in dataset {config.dataset.name}: give a number")
+    dataset = open_split(config.dataset, data_root, "holdout")
     rows = range(0, len(dataset), max(1, len(dataset) // 20))
     margins = np.concatenate([seen_margins(predict(dataset.image(row)), seen, unseen) for row in rows])
     gammas = sorted({0.0, *np.quantile(margins, np.linspace(0, 1, GAMMAS)).tolist()})
@@ -89,7 +100,7 @@ def best_gamma(predict: Predictor, config: Config, data_root: Path) -> float:
 
 def evaluate(predict: Predictor, config: Config, data_root: Path) -> tuple[float, Scores]:
     """Gamma and scores on the split `evaluate.split`."""
-    dataset = SegmentationDataset(config.dataset, data_root, config.evaluate.split)
+    dataset = open_split(config.dataset, data_root, config.evaluate.split)
     gamma = config.evaluate.gamma
     chosen = best_gamma(predict, config, data_root) if gamma == "auto" else float(gamma)
     return chosen, evaluate_predictor(predict, dataset, [chosen])[0]

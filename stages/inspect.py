@@ -86,10 +86,12 @@ def choose_rows(cache: Cache, ids: list[str], count: int, seed: int) -> list[int
     unknown = [name for name in ids if name not in cache.image_ids]
     if unknown:
         raise UserError(f"cache {cache.path} holds no image {unknown[0]!r}: ids look like {cache.image_ids[0]!r}")
-    if ids:
-        return [cache.image_ids.index(name) for name in ids]
-    total = len(cache.image_ids)
-    return sorted(np.random.default_rng(seed).choice(total, min(count, total), replace=False).tolist())
+    rows = [cache.image_ids.index(name) for name in ids]
+    for row in rows:
+        if row not in cache.kept_rows:
+            raise UserError(f"image {cache.image_ids[row]!r} was left out of {cache.path}: it could not be read")
+    kept = cache.kept_rows
+    return rows or sorted(np.random.default_rng(seed).choice(kept, min(count, len(kept)), replace=False).tolist())
 
 
 def summary(rows: list[PseudoLabelRow]) -> dict[str, float]:

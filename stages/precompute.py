@@ -4,8 +4,10 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,21 @@ import torch
 import zarr
 from dask.distributed import Client, LocalCluster, as_completed
 
-from cache.layout import array_specs
+from cache.layout import ArraySpec, array_specs
 from cache.manifest import Manifest, fingerprint
-from cache.writer import create_cache, pending_shards, write_shard
+from cache.reader import open_cache
+from cache.writer import create_cache, list_skipped, pending_shards, write_shard
+from configs.errors import UserError
 from configs.load import as_settings
 from configs.schema import Config, StageOne
-from pipeline.data.dataset import SegmentationDataset
-from pipeline.data.views import draw_views, normalise, replay, unannotated_tokens
+from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
+from pipeline.data.views import draw_views, inside, normalise, padding_colour, replay, unannotated_tokens
 from pipeline.pseudo_labels import pseudo_labels
 from pipeline.teacher.clip import FrozenClip, weights_fingerprint
 from stages.caches import CACHES
+from stages.datasets import open_split
 from stages.progress import progress_bar, say
+from stages.text import class_features, file_digest
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class ShardJob:
     start: int
     stop: int
     batch_size: int
+    skip_broken: bool
     device: str
     threads: int
 
@@ -48,6 +55,8 @@ def cache_settings(config: StageOne, dataset: SegmentationDataset) -> dict[str, 
     """What a cache is fingerprinted by: the resolved settings and digests of the teacher's and the dataset's files."""
     listing = json.dumps(dataset.file_sizes()).encode()
     files = {"dataset": hashlib.sha256(listing).hexdigest(), **weights_fingerprint(config.teacher)}
+    if config.dataset.text_features is not None:
+        files["text_features"] = file_digest(config.dataset.text_features)
     return {**as_settings(config), "files": files}
 
 
@@ -61,41 +70,57 @@ def precompute(config: Config, data_root: Path, cache: Path | None, device: str)
         The cache's folder.
     """
     with progress_bar("reading the dataset"):
-        dataset = SegmentationDataset(config.dataset, data_root, "train")
+        dataset = open_split(config.dataset, data_root, "train")
         settings = cache_settings(config.stage_one, dataset)
     name = fingerprint(settings)
     path = cache or CACHES / f"{config.dataset.name}-{name[:12]}"
-    pending = _prepare(config, dataset, settings, path, device)
-    if not pending:
+    if _is_complete(path, name):
         say(f"{path} is complete for these settings: nothing to do")
-        return path
-    shards = -(-len(dataset) // config.storage.shard_images)
-    if len(pending) < shards:
-        say(f"{path} holds {shards - len(pending)} of {shards} shards: continuing")
-    _run(config, data_root, path, pending, len(dataset), device)
-    say(f"cache: {path}")
+    else:
+        pending = _prepare(config, dataset, settings, path, device)
+        shards = -(-len(dataset) // config.storage.shard_images)
+        if len(pending) < shards:
+            say(f"{path} holds {shards - len(pending)} of {shards} shards: continuing")
+        _run(config, data_root, path, pending, len(dataset), device)
+        say(f"cache: {path}")
+    skipped = list_skipped(path)
+    if skipped:
+        first = next(iter(skipped.values()))
+        say(f"{len(skipped)} images were left out, they are listed in {path / 'manifest.json'}; the first: {first}")
     return path
+
+
+def _is_complete(path: Path, name: str) -> bool:
+    """Nothing is missing or damaged but, perhaps, a shard's bytes, which training checks."""
+    try:
+        return open_cache(path).manifest.fingerprint == name
+    except UserError:
+        return False
 
 
 def _prepare(
     config: Config, dataset: SegmentationDataset, settings: dict[str, Any], path: Path, device: str
 ) -> list[int]:
     """Creates the cache, or opens it to go on with; returns the shards that are still to be made."""
-    teacher = FrozenClip(config.teacher, config.views.size, device)
-    text_features = teacher.text_features(config.dataset.classes, config.dataset.templates).cpu().numpy()
-    shard_images, dense = config.storage.shard_images, config.storage.dense_tokens != "none"
+    teacher = FrozenClip(config.teacher, device)
+    text_features = class_features(config, lambda: teacher, teacher.width)
     packages = (faiss, np, open_clip, torch, zarr)
     manifest = Manifest.describe(
         settings=settings,
         versions={package.__name__: package.__version__ for package in packages},
         image_ids=dataset.ids,
         views=config.views.count,
-        shard_images=shard_images,
-        arrays=array_specs(teacher.width, teacher.grid, shard_images, dense),
+        shard_images=config.storage.shard_images,
+        arrays=_array_specs(config, teacher),
         text_features=text_features,
     )
     create_cache(path, manifest, dataset.ids, text_features)
     return pending_shards(path)
+
+
+def _array_specs(config: StageOne, teacher: FrozenClip) -> dict[str, ArraySpec]:
+    dense, shard_images = config.storage.dense_tokens != "none", config.storage.shard_images
+    return array_specs(teacher.width, teacher.grid(config.views.size), shard_images, dense)
 
 
 def _run(config: Config, data_root: Path, path: Path, pending: list[int], images: int, device: str) -> None:
@@ -107,7 +132,7 @@ def _run(config: Config, data_root: Path, path: Path, pending: list[int], images
     jobs = [
         ShardJob(
             settings, data_root.absolute(), path.absolute(), index, index * size, min((index + 1) * size, images),
-            config.precompute.batch_size, device, threads,
+            config.precompute.batch_size, config.precompute.on_error == "skip", device, threads,
         )
         for index in pending
     ]  # fmt: skip
@@ -127,8 +152,7 @@ def _run(config: Config, data_root: Path, path: Path, pending: list[int], images
 @lru_cache(maxsize=1)
 def _worker_teacher(settings: str, device: str) -> FrozenClip:
     """Loaded once per worker process, never sent to it."""
-    config = StageOne.model_validate_json(settings)
-    return FrozenClip(config.teacher, config.views.size, device)
+    return FrozenClip(StageOne.model_validate_json(settings).teacher, device)
 
 
 @lru_cache(maxsize=1)
@@ -142,40 +166,46 @@ def make_shard(job: ShardJob) -> int:
     faiss.omp_set_num_threads(job.threads)
     config = StageOne.model_validate_json(job.settings)
     teacher = _worker_teacher(job.settings, job.device)
-    dataset = _worker_dataset(job.settings, job.data_root)
-    views = np.stack([draw_views(config.views, dataset.ids[row]) for row in range(job.start, job.stop)])
-    per_image = config.views.count
-    cls_tokens, dense_tokens, groups, clusters = [], [], [], []
-    pixels, masks = [], []
-    last = job.stop - 1, per_image - 1
-    for row in range(job.start, job.stop):
-        image, seen = dataset.training_pair(row)
-        for view in range(per_image):
-            geometry = views[row - job.start, view]
-            pixels.append(replay(geometry, image, config.views.size))
-            masks.append(replay(geometry, seen, config.views.size))
-            if len(pixels) < job.batch_size and (row, view) != last:
-                continue
-            cls_token, dense = teacher.encode(normalise(np.stack(pixels), teacher.mean, teacher.std))
-            cls_tokens.append(cls_token.cpu().numpy().astype(np.float16))
-            for tokens, mask in zip(dense.cpu().numpy(), masks, strict=True):
-                both = pseudo_labels(tokens, unannotated_tokens(mask, teacher.grid), config.pseudo_labels)
-                clusters.append(both[0])
-                groups.append(both[1])
-                if config.storage.dense_tokens != "none":
-                    dense_tokens.append(tokens.astype(np.float16))
-            pixels, masks = [], []
-    images = job.stop - job.start
     arrays = {
-        "cls_tokens": np.concatenate(cls_tokens),
-        "pseudo_labels": np.stack(groups),
-        "kmeans_labels": np.stack(clusters),
-        "views": views,
+        name: np.full(
+            (job.stop - job.start, config.views.count, *spec.tail), IGNORE if spec.dtype == "uint8" else 0, spec.dtype
+        )
+        for name, spec in _array_specs(config, teacher).items()
     }
-    if dense_tokens:
-        arrays["dense_tokens"] = np.stack(dense_tokens)
-    per_view = {
-        name: a if name == "views" else a.reshape(images, per_image, *a.shape[1:]) for name, a in arrays.items()
-    }
-    write_shard(job.cache, job.index, per_view)
-    return images
+    skipped: dict[str, str] = {}
+    views = _readable_views(job, config, teacher, arrays["views"], skipped)
+    while batch := list(islice(views, job.batch_size)):
+        pixels = normalise(np.stack([pixels for _, pixels, _ in batch]), teacher.mean, teacher.std)
+        cls_tokens, dense_tokens = (tokens.cpu().numpy() for tokens in teacher.encode(pixels))
+        for (place, _, unannotated), cls_token, dense in zip(batch, cls_tokens, dense_tokens, strict=True):
+            arrays["cls_tokens"][place] = cls_token
+            labels = pseudo_labels(dense, unannotated, config.pseudo_labels)
+            arrays["kmeans_labels"][place], arrays["pseudo_labels"][place] = labels
+            if "dense_tokens" in arrays:
+                arrays["dense_tokens"][place] = dense
+    write_shard(job.cache, job.index, arrays, skipped)
+    return job.stop - job.start
+
+
+def _readable_views(
+    job: ShardJob, config: StageOne, teacher: FrozenClip, views: np.ndarray, skipped: dict[str, str]
+) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
+    """Draws the views of the shard's images into `views`; (place in the arrays, pixels, unannotated tokens) of each.
+
+    Images that cannot be read go to `skipped`, or stop everything.
+    """
+    dataset = _worker_dataset(job.settings, job.data_root)
+    size, grid = config.views.size, teacher.grid(config.views.size)
+    for row in range(job.start, job.stop):
+        try:
+            image, seen = dataset.training_pair(row)
+        except BrokenFile as error:
+            if not job.skip_broken:
+                raise
+            skipped[dataset.ids[row]] = str(error)
+            continue
+        views[row - job.start] = draw_views(config.views, dataset.ids[row], seen)
+        for index, view in enumerate(views[row - job.start]):
+            pixels = replay(view, image, size, padding_colour(teacher.mean))
+            unannotated = unannotated_tokens(replay(view, seen, size), inside(view, size), grid)
+            yield (row - job.start, index), pixels, unannotated

@@ -22,7 +22,7 @@ output = Console(soft_wrap=True)
 
 def say(line: str) -> None:
     """One line of news, to stderr; results go to stdout by `output`."""
-    console.print(line, highlight=False, markup=False)
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class _Rate(ProgressColumn):
@@ -37,8 +37,8 @@ class _Rate(ProgressColumn):
 def progress_bar(name: str, total: int | None = None, unit: str = "") -> Iterator[Callable[..., None]]:
     """A bar on stderr. The yielded function advances it: `advance(count, note="...")`."""
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate(),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(name, total=total, unit=unit, note="")

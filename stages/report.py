@@ -2,27 +2,38 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
+from configs.dataset import Dataset
+from configs.load import known_datasets, resolve
 from configs.schema import Config
 from pipeline.metrics import Scores
+from stages.datasets import Check
 from stages.inspect import PseudoLabelRow, summary
 from stages.progress import output
 
 
+def _print(line: str) -> None:
+    """One line as it is: names may hold what Rich takes for markup."""
+    output.print(line, highlight=False, markup=False)
+
+
 def score_table(name: str, config: Config, gamma: float, scores: Scores) -> None:
     """Overall scores, then IoU of every class with the unseen ones marked."""
-    output.print(f"{name} on {config.dataset.name}/{config.evaluate.split}, gamma {gamma:.4g}", highlight=False)
-    overall = Table("pAcc", "mIoU seen", "mIoU unseen", "hIoU")
-    overall.add_row(
-        *(f"{value:.1f}" for value in (scores.pixel_accuracy, scores.miou_seen, scores.miou_unseen, scores.hiou))
-    )
+    _print(f"{name} on {config.dataset.name}/{config.evaluate.split}, gamma {gamma:.4g}")
+    values = {"pAcc": scores.pixel_accuracy, "mIoU": scores.miou}
+    if config.dataset.unseen:
+        values |= {"mIoU seen": scores.miou_seen, "mIoU unseen": scores.miou_unseen, "hIoU": scores.hiou}
+    overall = Table(*values)
+    overall.add_row(*(f"{value:.1f}" for value in values.values()))
     output.print(overall)
     classes = Table("class", "", "IoU")
     for label, iou in zip(config.dataset.classes, scores.iou, strict=True):
         classes.add_row(
-            label, "unseen" if label in config.dataset.unseen else "", "-" if math.isnan(iou) else f"{iou:.1f}"
+            escape(label), "unseen" if label in config.dataset.unseen else "", "-" if math.isnan(iou) else f"{iou:.1f}"
         )
     output.print(classes)
 
@@ -32,8 +43,58 @@ def pseudo_label_table(rows: Sequence[PseudoLabelRow]) -> None:
     table = Table("image", "view", "K-means regions", "fused groups", "coverage", "purity")
     for row in rows:
         purity = "-" if math.isnan(row.purity) else f"{row.purity:.2f}"
-        table.add_row(row.image_id, str(row.view), str(row.clusters), str(row.groups), f"{row.coverage:.2f}", purity)
+        table.add_row(
+            escape(row.image_id), str(row.view), str(row.clusters), str(row.groups), f"{row.coverage:.2f}", purity
+        )
     means = summary(list(rows))
     table.add_section()
     table.add_row("mean", "", *(f"{means[key]:.2f}" for key in ("clusters", "groups", "coverage", "purity")))
     output.print(table)
+
+
+def dataset_list() -> None:
+    """Every dataset in configs/datasets/."""
+    table = Table("dataset", "classes", "unseen", "images")
+    for name in known_datasets():
+        config = resolve(name).dataset
+        counts = ", ".join(f"{split} {files.count or '?'}" for split, files in config.splits.items())
+        table.add_row(name, str(len(config.classes)), str(len(config.unseen)), counts)
+    output.print(table)
+
+
+def dataset_layout(config: Dataset, data_root: Path) -> None:
+    """Where its files are looked for, its classes with their mask values and prompts, its named splits."""
+    root = data_root / config.root
+    _print(f"{config.name}: {len(config.classes)} classes, {len(config.unseen)} of them unseen")
+    _print(f"folder: {root}" + ("" if root.is_dir() else f" (not there; else {data_root} itself)"))
+    for split, files in config.splits.items():
+        _print(f"{split}: {files.count or 'any number of'} images")
+        _print(f"  images  {files.images}")
+        for masks in files.masks:
+            _print(f"  masks   {masks.files}" + (f" (values {masks.values})" if masks.values else ""))
+        for listing in files.ids:
+            _print(f"  ids     {listing}")
+    values, ignored = config.value_of_class(None), ", ".join(map(str, config.ignore_index))
+    classes = Table("value", "class", "", "in prompts")
+    for value, name, synonyms in zip(values, config.classes, config.synonyms, strict=True):
+        unseen = "unseen" if name in config.unseen else ""
+        classes.add_row(str(value), escape(name), unseen, escape(", ".join(synonyms)))
+    output.print(classes)
+    _print(f"ignored values: {ignored}")
+    templates = config.templates if isinstance(config.templates, str) else ", ".join(config.templates)
+    _print(f"prompt templates: {templates}")
+    for split, names in config.unseen_splits.items():
+        _print(f"--set dataset.unseen={split}: {', '.join(names)}")
+
+
+def check_table(config: Dataset, found: Check) -> None:
+    """The class histogram, then every fault."""
+    table = Table("class", "", "images", "pixels", "share")
+    total = max(int(found.pixels.sum()), 1)
+    for name, images, pixels in zip(config.classes, found.images.tolist(), found.pixels.tolist(), strict=True):
+        unseen = "unseen" if name in config.unseen else ""
+        table.add_row(escape(name), unseen, f"{images:,}", f"{pixels:,}", f"{100 * pixels / total:.2f} %")
+    output.print(table)
+    _print(f"{found.files:,} images, {found.unlabelled:,} pixels without a class")
+    for fault in found.faults:
+        _print(f"fault: {fault}")

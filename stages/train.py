@@ -17,7 +17,7 @@ from pipeline.data.training import TrainingViews
 from pipeline.learning.criterion import Criterion
 from pipeline.student.student import Student
 from stages.caches import check_cache
-from stages.evaluate import evaluate_student
+from stages.evaluate import evaluate_predictor, student_predictor
 from stages.progress import progress_bar, say
 from stages.runs import new_run, save_config, save_student
 
@@ -30,25 +30,22 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
     Returns:
         The run's folder: config.yaml, student.safetensors, log.jsonl and TensorBoard events.
     """
-    schedule, size = config.train, config.views.size
+    schedule = config.train
     dataset = SegmentationDataset(config.dataset, data_root, "train")
     check_cache(cache, config, dataset)
     torch.manual_seed(schedule.seed)
     text_features = torch.from_numpy(cache.text_features).to(device)
     student = Student(config.student, text_features.shape[1]).to(device)
-    criterion = Criterion(config.loss, text_features[config.dataset.seen_indices]).to(device)
+    criterion = Criterion(config.loss, text_features[dataset.seen_indices]).to(device)
     validation = SegmentationDataset(config.dataset, data_root, schedule.validate_on)
     cls_tokens = torch.from_numpy(cache.load("cls_tokens").astype(np.float32))
     groups = torch.from_numpy(cache.load("pseudo_labels"))
+    if not len(cache.kept_rows):
+        raise UserError(f"cache {cache.path} holds no image that could be read: mend the dataset and precompute again")
     samples = TrainingViews(
-        dataset,
-        cache.load("views"),
-        size,
-        schedule.iterations * schedule.batch_size,
-        schedule.seed,
-        student.mean,
-        student.std,
-    )
+        dataset, cache.kept_rows, cache.load("views"), config.views.size, schedule.iterations * schedule.batch_size,
+        schedule.seed, student.mean, student.std,
+    )  # fmt: skip
     loader = DataLoader(
         samples, schedule.batch_size, num_workers=schedule.workers, pin_memory=device.startswith("cuda"),
         multiprocessing_context="spawn" if schedule.workers else None,
@@ -102,7 +99,8 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
             if iteration % schedule.validate_every == 0 or iteration == schedule.iterations:
                 log.flush()
                 save_student(path, student, text_features, iteration)
-                scores = evaluate_student(student.eval(), text_features, validation, size, [0.0], device)[0]
+                predict = student_predictor(student.eval(), text_features, config)
+                scores = evaluate_predictor(predict, validation, [0.0])[0]
                 student.train()
                 for name in ("miou_seen", "miou_unseen", "hiou"):
                     board.add_scalar(f"{validation.split}/{name}", getattr(scores, name), iteration)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -52,9 +53,6 @@ class World:
 
 def write_world(folder: Path) -> World:
     """Dataset `tiny`, a random teacher, and the experiment that joins them."""
-    import numpy as np
-    from open_clip.model import CLIP
-
     from pipeline.data.scenes import CLASSES, render_scene
 
     world = World(folder)
@@ -79,17 +77,11 @@ def write_world(folder: Path) -> World:
         "unseen": ["heart", "ring", "arrow", "dots", "bricks", "clouds"],
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(dataset))
-    vision = {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
-    text = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    model = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
-    (folder / "tiny-vit.json").write_text(json.dumps(model))
-    torch.manual_seed(0)
-    state = {name: tensor.contiguous() for name, tensor in CLIP(**model).state_dict().items()}
-    save_file(state, folder / "tiny-vit.safetensors")
+    write_teacher(folder)
     experiment = {
         "dataset": str(folder / "tiny.yaml"),
         "teacher": {"model": str(folder / "tiny-vit.json"), "pretrained": str(folder / "tiny-vit.safetensors")},
-        "views": {"size": SIZE},
+        "views": {"size": SIZE, "count": 1, "crop": "whole"},
         "storage": {"shard_images": 4, "dense_tokens": "float16"},
         "precompute": {"batch_size": 3},
         "student": {"encoder": "tf_efficientnet_lite0", "weights": "none", "channels": 16},
@@ -102,6 +94,19 @@ def write_world(folder: Path) -> World:
     }  # fmt: skip
     world.config.write_text(yaml.safe_dump(experiment))
     return world
+
+
+def write_teacher(folder: Path) -> None:
+    """tiny-vit.json and .safetensors: a random CLIP of width 16."""
+    from open_clip.model import CLIP
+
+    vision = {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    model = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    (folder / "tiny-vit.json").write_text(json.dumps(model))
+    torch.manual_seed(0)
+    state = {name: tensor.contiguous() for name, tensor in CLIP(**model).state_dict().items()}
+    save_file(state, folder / "tiny-vit.safetensors")
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,12 @@ labels.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 Array = NDArray[Any]
 Pair = tuple[Array, Array]
@@ -60,13 +61,19 @@ def info_nce(predicted: Array, cls_token: Array, bank: Array, tau: float, image_
     return float(np.mean(losses)) if losses else 0.0
 
 
-def unannotated_tokens(mask: Array, grid: int) -> Array:
-    """(H, W) with 255 ignored -> (G, G) bool: over half of the pixels of the token's H/G x W/G block are ignored."""
+def unannotated_tokens(mask: Array, grid: int, shown: Array | None = None) -> Array:
+    """(H, W) with 255 ignored -> (G, G) bool: over half of the pixels of the token's H/G x W/G block are ignored.
+
+    `shown` (H, W) is False at padding, which has no class either but is nothing to discover.
+    """
     step_y, step_x = mask.shape[0] // grid, mask.shape[1] // grid
     out = np.zeros((grid, grid), dtype=bool)
     for y, x in np.ndindex(grid, grid):
-        block = mask[y * step_y : (y + 1) * step_y, x * step_x : (x + 1) * step_x]
-        out[y, x] = 2 * int((block == NONE).sum()) > block.size
+        ignored = 0
+        for row in range(y * step_y, (y + 1) * step_y):
+            for column in range(x * step_x, (x + 1) * step_x):
+                ignored += mask[row, column] == NONE and (shown is None or bool(shown[row, column]))
+        out[y, x] = 2 * ignored > step_y * step_x
     return out
 
 
@@ -276,6 +283,68 @@ def nel(logits: Array, labels: Array) -> float:
     return (100 * focal + dice) / max(present, 1)
 
 
+def short_side_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """The (height, width) with the short side `size` and the long one in proportion, to the nearest (halves up)."""
+    short, long = min(height, width), max(height, width)
+    other = (2 * long * size + short) // (2 * short)
+    return (size, other) if height <= width else (other, size)
+
+
+def window_spans(length: int, side: int, stride: int) -> list[tuple[int, int]]:
+    """(start, end) of max(ceil((length - side) / stride), 0) + 1 windows; one beyond the border is pushed back."""
+    spans = []
+    for number in range(max(math.ceil((length - side) / stride), 0) + 1):
+        end = min(number * stride + side, length)
+        spans.append((max(end - side, 0), end))
+    return spans
+
+
+def window_logits(features: Array, text: Array, size: tuple[int, int], factor: int = 4) -> Array:
+    """R (C, h, w), T (K, C) -> (K, H, W): each pixel's R . T, `factor` times as large, cropped to a window's size."""
+    channels, height, width = features.shape
+    logits = np.zeros((len(text), height, width))
+    for k, c in np.ndindex(len(text), channels):
+        logits[k] += features[c].astype(np.float64) * float(text[k, c])
+    return np.asarray(bilinear(logits[None], (factor * height, factor * width))[0, :, : size[0], : size[1]])
+
+
+def image_logits(image: Array, dense: Callable[[Array], Array], text: Array, side: int, stride: int | None) -> Array:
+    """(H, W, 3) resized -> (K, H, W): the mean over the windows that hold a pixel; with no stride, one pass.
+
+    `dense` takes a window's pixels, (h, w, 3), to its features (C, ceil(h / 4), ceil(w / 4)).
+    """
+    height, width = image.shape[:2]
+    rows = window_spans(height, side, stride) if stride else [(0, height)]
+    columns = window_spans(width, side, stride) if stride else [(0, width)]
+    total, count = np.zeros((len(text), height, width)), np.zeros((height, width))
+    for top, bottom in rows:
+        for left, right in columns:
+            size = (bottom - top, right - left)
+            total[:, top:bottom, left:right] += window_logits(dense(image[top:bottom, left:right]), text, size)
+            count[top:bottom, left:right] += 1
+    return np.asarray(total / count)
+
+
+def evaluate(
+    pairs: Sequence[Pair],
+    dense: Callable[[Array], Array],
+    text: Array,
+    seen: Sequence[int],
+    gammas: Sequence[float],
+    side: int,
+    stride: int | None,
+) -> Array:
+    """Images (H, W, 3) and their masks (H, W) -> the confusion counts at each gamma, (gammas, K, K)."""
+    out = np.zeros((len(gammas), len(text), len(text)), dtype=np.int64)
+    for image, mask in pairs:
+        height, width = short_side_size(*image.shape[:2], side)
+        resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+        logits = bilinear(image_logits(resized, dense, text, side, stride)[None], mask.shape)[0]
+        for row, gamma in enumerate(gammas):
+            out[row] += confusion(mask, calibrated_argmax(logits, seen, gamma), len(text))
+    return out
+
+
 def calibrated_argmax(logits: Array, seen: Sequence[int], gamma: float) -> Array:
     """Calibrated stacking. (N, H, W), seen channels -> (H, W): argmax once gamma is off the seen (ties: smallest)."""
     logits = np.array(logits, dtype=np.float64)
@@ -294,19 +363,19 @@ def confusion(truth: Array, prediction: Array, num_classes: int, ignore: int = N
 
 
 def scores(matrix: Array, seen: Sequence[int], unseen: Sequence[int]) -> dict[str, Any]:
-    """Eq. 9. (K, K) -> pAcc, mIoU_seen, mIoU_unseen, hIoU as fractions, IoU (K,); nan for a mean over nothing."""
+    """Eq. 9. (K, K) -> pAcc, mIoU, mIoU_seen, mIoU_unseen, hIoU as fractions, IoU (K,); nan for a mean over nothing."""
     iou = []
     for k in range(len(matrix)):
         union = matrix[k, :].sum() + matrix[:, k].sum() - matrix[k, k]
         iou.append(float(matrix[k, k] / union) if union else math.nan)
     means = []
-    for classes in (seen, unseen):
+    for classes in (seen, unseen, range(len(matrix))):
         known = [iou[k] for k in classes if not math.isnan(iou[k])]
         means.append(sum(known) / len(known) if known else math.nan)
-    s, u = means
+    s, u, every = means
     harmonic = 0.0 if s + u == 0 else 2 * s * u / (s + u)
     accuracy = float(np.trace(matrix) / matrix.sum()) if matrix.sum() else math.nan
-    return {"pAcc": accuracy, "mIoU_seen": s, "mIoU_unseen": u, "hIoU": harmonic, "IoU": np.array(iou)}
+    return {"pAcc": accuracy, "mIoU": every, "mIoU_seen": s, "mIoU_unseen": u, "hIoU": harmonic, "IoU": np.array(iou)}
 
 
 def purity(groups: Array, truth: Array) -> float:

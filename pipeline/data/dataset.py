@@ -1,26 +1,40 @@
 """Reads images and masks of one split of any dataset, and says in one line what is wrong with a file.
 
-Masks on disk hold all classes. Hiding the unseen ones is done here and nowhere else: `seen_mask` is the only mask
-that training gets to see.
+Masks on disk hold all classes. Hiding the unseen ones is done here and nowhere else: `training_pair` gives the only
+mask that training gets to see (generalised zero-label: unseen pixels become "ignored").
 """
 
+import glob
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from configs.dataset import Dataset, Masks
 from configs.errors import UserError
-from configs.schema import Dataset
+from pipeline.data.pascal_context import write_context_masks
 from pipeline.data.scenes import write_scenes
 
 IGNORE = 255
+_SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads grey values of 2 and 4 bits over 0..255
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+class BrokenFile(UserError):
+    """An image or mask that is missing, damaged, mis-sized or out of range: `--on-error skip` can leave it out."""
 
 
 class SegmentationDataset:
     """One split. Rows are numbered in the order of `ids`.
 
     Attributes:
-        ids: image ids, in the order of the split list (or sorted, where ids come from file names).
+        ids: image ids, in the order of the split lists (or sorted, where ids come from file names).
+        root: the dataset's folder: DATA_ROOT/<root of its YAML>, or DATA_ROOT itself where there is no such folder.
+        seen_indices: which of all classes are seen, ascending.
         seen_lookup: (256,) uint8, class index -> index among the seen classes, IGNORE for unseen ones.
     """
 
@@ -29,79 +43,130 @@ class SegmentationDataset:
             raise UserError(f"dataset {config.name} has no split {split!r}; it has {', '.join(config.splits)}")
         self.config = config
         self.split = split
-        self.root = data_root / config.root
-        if config.generator == "scenes":
-            write_scenes(self.root)
-        if not self.root.is_dir():
-            raise UserError(f"no folder {self.root}: put dataset {config.name} there or name its parent by --data-root")
         self._files = config.splits[split]
+        if config.generator == "scenes":
+            write_scenes(data_root / config.root)
+        self.root = self._find_root(data_root)
+        if config.generator == "pascal-context":
+            write_context_masks(self.root)
         self.ids = self._list_ids()
-        expected = self._files.count
-        if expected is not None and len(self.ids) != expected:
-            raise UserError(
-                f"{self.root}: split {split} has {len(self.ids)} images, {expected} are expected; "
-                f"complete the files or correct `count` in the dataset's YAML"
-            )
+        self._class_lookups = {masks.values: _class_lookup(config, masks.values) for masks in self._files.masks}
         self.seen_lookup = np.full(256, IGNORE, np.uint8)
-        self.seen_lookup[config.seen_indices] = np.arange(len(config.seen_indices))
+        self.seen_indices = config.seen_indices
+        self.seen_lookup[self.seen_indices] = np.arange(len(self.seen_indices))
+
+    @property
+    def expected(self) -> int:
+        """How many images the split should have: the YAML's `count`, or what there is."""
+        return self._files.count or len(self.ids)
+
+    def _find_root(self, data_root: Path) -> Path:
+        folder = Path(self._files.images.partition("{id}")[0] + "_").parent
+        for root in (data_root / self.config.root, data_root):
+            if (root / folder).is_dir():
+                return root
+        wanted = data_root / self.config.root / folder
+        raise UserError(
+            f"no folder {wanted} (nor {data_root / folder}): put dataset {self.config.name} there, "
+            "or name its folder by --data-root"
+        )
 
     def _list_ids(self) -> list[str]:
-        if self._files.ids is None:
-            before, after = self._files.images.split("{id}")
-            pattern = self._files.images.replace("{id}", "*")
-            paths = sorted(path.relative_to(self.root).as_posix() for path in self.root.glob(pattern))
-            ids = [path[len(before) : len(path) - len(after)] for path in paths]
-            source = f"{self.root / pattern} matches no file"
+        if not self._files.ids:
+            ids = self._ids_of_files()
+            source = f"{self.root} holds no file {self._files.images}"
         else:
-            listing = self.root / self._files.ids
-            try:
-                ids = listing.read_text().split()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"cannot read the split list {listing}: {error}; write one id a line") from error
-            source = f"the split list {listing} is empty"
+            ids = []
+            for name in self._files.ids:
+                listing = self.root / name
+                try:
+                    ids += [
+                        line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines() if line.strip()
+                    ]
+                except (OSError, UnicodeDecodeError) as error:
+                    reason = getattr(error, "strerror", "it is no UTF-8 text")
+                    raise UserError(f"cannot read the split list {listing}: {reason}; write one id a line") from error
+            source = f"the split list {self.root / self._files.ids[0]} is empty"
         if not ids:
-            raise UserError(f"{source}: check the dataset's files and its YAML")
+            raise UserError(f"{source}: check the dataset's files, its YAML and --data-root")
+        ordered = sorted(ids)
+        twice = [a for a, b in pairwise(ordered) if a == b]
+        if twice:
+            raise UserError(f"split {self.split} of {self.root} has the id {twice[0]!r} twice: keep one of them")
         return ids
+
+    def _ids_of_files(self) -> list[str]:
+        before, after = self._files.images.split("{id}")
+        pattern = glob.escape(before) + ("**/*" if before.endswith("/") or not before else "*")
+        pattern += after if after == ".*" else glob.escape(after)
+        ids = []
+        for path in glob.iglob(pattern, root_dir=self.root, recursive=True):  # follows links, leaves out hidden files
+            name, suffix = path[len(before) :], Path(path).suffix
+            if after != ".*":
+                ids.append(name.removesuffix(after))
+            elif suffix.lower() in _IMAGE_SUFFIXES:
+                ids.append(name.removesuffix(suffix))
+        return sorted(ids)
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def _located(self, pattern: str, row: int) -> Path:
+        path = self.root / pattern.replace("{id}", self.ids[row])
+        if not pattern.endswith(".*"):
+            return path
+        stem = str(path).removesuffix("*")
+        lower = next((Path(stem + s[1:]) for s in _IMAGE_SUFFIXES if _size(Path(stem + s[1:])) >= 0), None)
+        if lower is not None:
+            return lower
+        others = glob.iglob(glob.escape(stem) + "*")  # .JPG, .Png; slow in large folders, and rare
+        return next((Path(other) for other in others if Path(other).suffix.lower() in _IMAGE_SUFFIXES), path)
+
     def image_path(self, row: int) -> Path:
-        return self.root / self._files.images.format(id=self.ids[row])
+        return self._located(self._files.images, row)
 
     def mask_path(self, row: int) -> Path:
-        return self.root / self._files.masks.format(id=self.ids[row])
+        return self._mask_file(row)[0]
+
+    def _mask_file(self, row: int) -> tuple[Path, Masks]:
+        """The first of the split's mask patterns that has a file, or the first pattern."""
+        found = ((self._located(masks.files, row), masks) for masks in self._files.masks)
+        first = next(found)
+        return first if _size(first[0]) >= 0 else next((other for other in found if _size(other[0]) >= 0), first)
 
     def image(self, row: int) -> np.ndarray:
         """(H, W, 3) uint8 RGB, upright."""
         path = self.image_path(row)
-        picture = _open(path, "image")
-        if picture.mode.startswith(("I", "F")):  # Pillow would clip them to white
-            raise UserError(f"image {path} has mode {picture.mode}: convert it to 8 bits a channel")
-        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+        with _opened(path, "image") as picture:
+            mode = picture.mode
+            if not mode.startswith(("I", "F")):
+                return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+        raise BrokenFile(f"image {path} has mode {mode}: convert it to 8 bits a channel")  # Pillow clips them to white
 
     def mask(self, row: int) -> np.ndarray:
         """(H, W) uint8, class indices of *all* classes, IGNORE where there is none. For evaluation and reports."""
-        path = self.mask_path(row)
-        picture = _open(path, "mask")
-        if picture.mode not in ("L", "P"):
-            raise UserError(f"mask {path} has mode {picture.mode}: masks must be 8-bit, one class index a pixel")
-        mask = np.array(picture)
-        mask[mask == self.config.ignore_index] = IGNORE
-        count = len(self.config.classes)
-        wrong = (mask >= count) & (mask != IGNORE)
-        if wrong.any():
-            raise UserError(
-                f"mask {path} holds the value {mask[wrong][0]}: only 0..{count - 1} and {self.config.ignore_index} are "
-                f"classes of {self.config.name}; correct the file or the dataset's YAML"
+        path, masks = self._mask_file(row)
+        with _opened(path, "mask") as picture:
+            mode = picture.mode
+            spread = max((_SPREAD.get(tile[3], 1) for tile in getattr(picture, "tile", ())), default=1)
+            values = np.asarray(picture)
+        if mode not in ("L", "P"):
+            raise BrokenFile(f"mask {path} has mode {mode}: masks must be 8-bit, one class value a pixel")
+        values = values // spread
+        mask = self._class_lookups[masks.values][values]
+        wrong = np.unique(values[mask < 0])
+        if len(wrong):
+            raise BrokenFile(
+                f"mask {path} holds {', '.join(map(str, wrong))}, which is no class and not ignored: correct the file, "
+                f"or `values` and `ignore_index` of dataset {self.config.name}"
             )
-        return mask
+        return mask.astype(np.uint8)
 
     def pair(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Image and full mask, checked to be of one size."""
         image, mask = self.image(row), self.mask(row)
         if image.shape[:2] != mask.shape:
-            raise UserError(
+            raise BrokenFile(
                 f"mask {self.mask_path(row)} is {mask.shape[1]} x {mask.shape[0]} but its image is "
                 f"{image.shape[1]} x {image.shape[0]}: both must have one size"
             )
@@ -113,23 +178,36 @@ class SegmentationDataset:
         return image, self.seen_lookup[mask]
 
     def file_sizes(self) -> list[tuple[str, int, int]]:
-        """(id, bytes of the image, bytes of the mask) of every row: tells two versions of a dataset apart cheaply."""
+        """(id, bytes of the image, bytes of the mask) of every row: tells two versions of a dataset apart cheaply.
+
+        Missing files have -1 bytes.
+        """
         return [(name, _size(self.image_path(row)), _size(self.mask_path(row))) for row, name in enumerate(self.ids)]
 
 
+def _class_lookup(config: Dataset, values: str | None) -> np.ndarray:
+    """(256,) int16: pixel value -> class index, IGNORE, or -1 for a value that means nothing."""
+    lookup = np.full(256, -1, np.int16)
+    lookup[list(config.ignore_index)] = IGNORE
+    lookup[config.value_of_class(values)] = np.arange(len(config.classes))
+    return lookup
+
+
 def _size(path: Path) -> int:
+    """Bytes of the file, -1 if there is none."""
     try:
         return path.stat().st_size
-    except OSError as error:
-        raise UserError(f"missing file {path}: {error.strerror}; complete the dataset or its split list") from error
+    except (OSError, ValueError):  # ValueError, and some OSErrors: an id that can be the name of no file
+        return -1
 
 
-def _open(path: Path, kind: str) -> Image.Image:
+@contextmanager
+def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
+    """A picture whose decoding, within the block, ends in BrokenFile if it fails."""
     try:
-        picture = Image.open(path)
-        picture.load()
+        with Image.open(path) as picture:
+            yield picture
     except FileNotFoundError as error:
-        raise UserError(f"missing {kind} {path}: complete the dataset or its split list") from error
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{kind} {path} is truncated or not an image ({error}): replace the file") from error
-    return picture
+        raise BrokenFile(f"missing {kind} {path}: add it, or list only ids that have one (`ids`)") from error
+    except (OSError, SyntaxError, ValueError, RuntimeError, struct.error, Image.DecompressionBombError) as error:
+        raise BrokenFile(f"{kind} {path} is truncated or not an image ({error}): replace the file") from error

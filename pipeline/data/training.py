@@ -9,7 +9,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
 from pipeline.data.dataset import SegmentationDataset
-from pipeline.data.views import normalise, replay
+from pipeline.data.views import normalise, padding_colour, replay
 
 
 class Sample(TypedDict):
@@ -21,42 +21,60 @@ class Sample(TypedDict):
     view: int  # which of its views
 
 
+def distort(image: Tensor) -> Tensor:
+    """Photometric distortion of (3, H, W) uint8, as mmsegmentation's: each part half the time, from torch's generator.
+
+    Brightness +-32, contrast x 0.5-1.5 (before or after the next two), saturation x 0.5-1.5, hue +-18 of OpenCV's 180.
+    """
+    if torch.rand(()) < 0.5:
+        image = (image + torch.empty(()).uniform_(-32, 32)).clamp(0, 255).to(torch.uint8)
+    parts = [_saturation, _hue]
+    parts.insert(2 * int(torch.randint(2, ())), _contrast)
+    for part in parts:
+        image = part(image)
+    return image
+
+
+# torchvision's "brightness" multiplies pixels, which is what mmsegmentation calls contrast.
+_contrast, _saturation, _hue = (
+    v2.RandomApply([v2.ColorJitter(**jitter)], p=0.5)
+    for jitter in ({"brightness": 0.5}, {"saturation": 0.5}, {"hue": 0.1})
+)
+
+
 class TrainingViews(TorchDataset[Sample]):
     """The whole run's samples in order: sample d depends on nothing but the seed and d.
 
-    Every epoch is a permutation of all views. Photometric distortion (brightness by a factor of 1 +- 32 / 255,
-    contrast and saturation 0.5-1.5, hue 18 degrees, each half the time) is drawn anew each time; the teacher never
-    sees it.
+    Every epoch is a permutation of all views of `rows`. Photometric distortion is drawn anew each time; the teacher
+    never sees it.
     """
 
     def __init__(
-        self, dataset: SegmentationDataset, views: np.ndarray, size: int, samples: int, seed: int,
+        self, dataset: SegmentationDataset, rows: np.ndarray, views: np.ndarray, size: int, samples: int, seed: int,
         mean: tuple[float, ...], std: tuple[float, ...],
     ) -> None:  # fmt: skip
-        """`views`: (N, V, 5) as recorded by stage one; `samples`: iterations x batch size."""
-        self.dataset, self.views, self.size = dataset, views, size
+        """`rows`: images to train on; `views`: (N, V, 5) of stage one; `samples`: iterations x batch size."""
+        self.dataset, self.rows, self.views, self.size = dataset, rows, views, size
         self.samples, self.seed, self.mean, self.std = samples, seed, mean, std
-        distortions = {"brightness": 32 / 255, "contrast": 0.5, "saturation": 0.5, "hue": 18 / 360}
-        self._distort = v2.Compose(
-            [v2.RandomApply([v2.ColorJitter(**{name: strength})], p=0.5) for name, strength in distortions.items()]
-        )
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return self.samples
 
     def __getitem__(self, draw: int) -> Sample:
-        count = self.views.shape[0] * self.views.shape[1]
+        views_each = self.views.shape[1]
+        count = len(self.rows) * views_each
         epoch, place = divmod(draw, count)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(count)
-        row, view = divmod(int(self._order[place]), self.views.shape[1])
+        kept, view = divmod(int(self._order[place]), views_each)
+        row = int(self.rows[kept])
         image, seen = self.dataset.training_pair(row)
         geometry = self.views[row, view]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 1_000_003 + draw)
-            shown = torch.from_numpy(replay(geometry, image, self.size).copy()).permute(2, 0, 1)
-            distorted = self._distort(shown).permute(1, 2, 0).numpy()
+            torch.manual_seed((self.seed * 1_000_003 + draw) % 2**63)
+            shown = replay(geometry, image, self.size, padding_colour(self.mean))
+            distorted = distort(torch.from_numpy(shown.copy()).permute(2, 0, 1)).permute(1, 2, 0).numpy()
         return {
             "pixels": normalise(distorted[None], self.mean, self.std)[0],
             "seen": torch.from_numpy(replay(geometry, seen, self.size).copy()),

@@ -1,8 +1,8 @@
 """Views: recorded geometries of an image, drawn once in stage one and replayed in stage two.
 
-A view is the box it shows, as fractions of the image, and whether it is flipped; its output is square. What is cached
-belongs to one view and is never flipped or cropped afterwards: the teacher's grid of a flipped image is not the
-flipped grid.
+A view is the box it shows, as fractions of the image, and whether it is flipped; its output is square, and padded where
+the box leaves the image. What is cached belongs to one view and is never flipped or cropped afterwards: the teacher's
+grid of a flipped image is not the flipped grid.
 """
 
 import hashlib
@@ -12,38 +12,82 @@ import torch
 from PIL import Image
 
 from configs.schema import Views
+from pipeline.data.dataset import IGNORE
 
-# An array (5,) float32: left, top, right, bottom as fractions, flip as 0 or 1.
+# An array (5,) float32: left, top, right, bottom as fractions, right and bottom perhaps beyond 1; flip as 0 or 1.
 View = np.ndarray
 
+MAX_CLASS_SHARE, TRIES = 0.75, 10  # the "75 % rule"
+LONG_TO_SHORT = 4  # mmsegmentation's scale (2048, 512): a longer image is shrunk until its long side fits
 
-def draw_views(config: Views, image_id: str) -> np.ndarray:
-    """(V, 5) float32 views of one image, depending on nothing but the settings and the image's id.
 
-    V = 1 is the whole image. Otherwise the views are random crops of side `min_scale`..1, each flipped half the time.
+def draw_views(config: Views, image_id: str, seen: np.ndarray) -> np.ndarray:
+    """(V, 5) float32 views of one image; they depend on the settings, the image's id and its seen mask (H, W) alone.
+
+    `whole`: the image, once. `random`: ZegCLIP's training pipeline. The short side is brought to `size` x a ratio drawn
+    from `ratio`; a crop of side `size` is drawn up to 10 times, until it shows two classes or more of which none takes
+    75 % of its labelled pixels; it is flipped half the time. Images smaller than the crop are padded right and below.
     """
-    if config.count == 1:
+    if config.crop == "whole":
         return np.array([[0, 0, 1, 1, 0]], np.float32)
     digest = hashlib.sha256(image_id.encode()).digest()
     rng = np.random.default_rng([config.seed, int.from_bytes(digest[:8], "little")])
-    side = rng.uniform(config.min_scale, 1, config.count)
-    left, top = rng.uniform(0, 1, (2, config.count)) * (1 - side)
-    flip = rng.random(config.count) < 0.5
-    return np.stack([left, top, left + side, top + side, flip], axis=1).astype(np.float32)
+    return np.stack([_draw_crop(config, rng, seen) for _ in range(config.count)])
 
 
-def _box(view: View, width: int, height: int) -> tuple[float, float, float, float]:
-    left, top, right, bottom = (float(value) for value in view[:4])
-    return left * width, top * height, right * width, bottom * height
+def _draw_crop(config: Views, rng: np.random.Generator, seen: np.ndarray) -> View:
+    size, sides = config.size, np.array(seen.shape[::-1])  # width, height
+    scale = rng.uniform(*config.ratio) * size * min(1 / sides.min(), LONG_TO_SHORT / sides.max())
+    resized = np.maximum(np.rint(sides * scale), 1)
+    flip = rng.random() < 0.5
+    for _ in range(TRIES):
+        corner = rng.integers(0, np.maximum(resized - size, 0) + 1)
+        view = np.array([*corner / resized, *(corner + size) / resized, flip], np.float32)
+        shown = replay(view, seen, size)
+        counts = np.bincount(shown[shown != IGNORE])
+        if np.count_nonzero(counts) > 1 and counts.max() < MAX_CLASS_SHARE * counts.sum():
+            break
+    return view
 
 
-def replay(view: View, picture: np.ndarray, size: int) -> np.ndarray:
-    """The view of a uint8 image (H, W, 3) or mask (H, W) at `size` x `size`; bilinear for images, nearest for masks."""
+def _extent(view: View, size: int) -> tuple[int, int]:
+    """Columns and rows of the output that show the image; the rest is padding."""
+    first, last = view[:2].astype(float), view[2:4].astype(float)
+    share = np.minimum((1 - first) / (last - first), 1)
+    columns, rows = np.maximum(np.rint(size * share), 1).astype(int).tolist()
+    return columns, rows
+
+
+def replay(view: View, picture: np.ndarray, size: int, fill: int | tuple[int, ...] = IGNORE) -> np.ndarray:
+    """The view of a uint8 image (H, W, 3) or mask (H, W) at `size` x `size`; bilinear for images, nearest for masks.
+
+    `fill` is the value of padding, one number or one a channel.
+    """
     method = Image.Resampling.BILINEAR if picture.ndim == 3 else Image.Resampling.NEAREST
     height, width = picture.shape[:2]
-    shown = Image.fromarray(picture).resize((size, size), method, box=_box(view, width, height))
-    array = np.asarray(shown)
-    return np.ascontiguousarray(array[:, ::-1]) if view[4] else array
+    left, top, right, bottom = (float(value) for value in view[:4])
+    box = left * width, top * height, min(right, 1.0) * width, min(bottom, 1.0) * height
+    columns, rows = _extent(view, size)
+    shown = np.asarray(Image.fromarray(picture).resize((columns, rows), method, box=box))
+    if (columns, rows) != (size, size):
+        canvas = np.empty((size, size, *picture.shape[2:]), np.uint8)
+        canvas[:] = fill
+        canvas[:rows, :columns] = shown
+        shown = canvas
+    return np.ascontiguousarray(shown[:, ::-1]) if view[4] else shown
+
+
+def inside(view: View, size: int) -> np.ndarray:
+    """(S, S) bool: the output pixels that show the image and not padding."""
+    columns, rows = _extent(view, size)
+    shown = np.zeros((size, size), bool)
+    shown[:rows, :columns] = True
+    return shown[:, ::-1] if view[4] else shown
+
+
+def padding_colour(mean: tuple[float, ...]) -> tuple[int, ...]:
+    """The colour that normalisation turns into about 0."""
+    return tuple(round(255 * value) for value in mean)
 
 
 def normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
@@ -52,18 +96,21 @@ def normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def unannotated_tokens(mask: np.ndarray, grid: int, ignore: int = 255) -> np.ndarray:
-    """(H, W) mask -> (G, G) bool: over half of the token's pixels are ignored. H and W are multiples of G."""
+def unannotated_tokens(mask: np.ndarray, shown: np.ndarray, grid: int) -> np.ndarray:
+    """(G, G) bool: over half of the token's pixels are ignored ones of the image.
+
+    `mask` (S, S) uint8 and `shown` (S, S) bool, False for padding; S is a multiple of G.
+    """
     height, width = mask.shape
-    blocks = (mask == ignore).reshape(grid, height // grid, grid, width // grid)
+    blocks = ((mask == IGNORE) & shown).reshape(grid, height // grid, grid, width // grid)
     return np.asarray(blocks.mean(axis=(1, 3)) > 0.5)
 
 
-def majority_tokens(mask: np.ndarray, grid: int, ignore: int = 255) -> np.ndarray:
-    """(H, W) uint8 mask -> (G, G) uint8: the commonest class of each token, `ignore` where no pixel has one."""
+def majority_tokens(mask: np.ndarray, grid: int) -> np.ndarray:
+    """(S, S) uint8 mask -> (G, G) uint8: the commonest class of each token, IGNORE where no pixel has one."""
     height, width = mask.shape
     blocks = mask.reshape(grid, height // grid, grid, width // grid).transpose(0, 2, 1, 3).reshape(grid * grid, -1)
     counts = np.stack([np.bincount(block, minlength=256) for block in blocks])
-    counts[:, ignore] = 0
-    majority = np.where(counts.any(axis=1), counts.argmax(axis=1), ignore)
+    counts[:, IGNORE] = 0
+    majority = np.where(counts.any(axis=1), counts.argmax(axis=1), IGNORE)
     return majority.reshape(grid, grid).astype(np.uint8)

@@ -70,13 +70,3 @@ class Student(nn.Module):
             groups.append({"params": matrices, "lr": lr * factor, "weight_decay": weight_decay})
             groups.append({"params": vectors, "lr": lr * factor, "weight_decay": 0.0})
         return groups
-
-
-@torch.inference_mode()
-def class_logits(features: Tensor, text_features: Tensor, size: tuple[int, int]) -> Tensor:
-    """Inference of section 3.4: (B, C, h, w) features and (K, C) text -> (B, K, H, W) logits R . T at `size`.
-
-    The product is linear, so that upsampling the logits equals upsampling R.
-    """
-    logits = torch.einsum("bchw,kc->bkhw", features, text_features)
-    return nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)

@@ -1,126 +1,85 @@
-"""The frozen teacher: any open_clip ViT, by name and tag or by JSON config and local weights file."""
+"""The frozen teacher: any open_clip model whose image tower has dense tokens."""
 
-import hashlib
-import json
-from pathlib import Path
+from collections.abc import Sequence
 
-import open_clip
 import torch
-from open_clip.model import CLIP
-from open_clip.transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.errors import UserError
-from configs.schema import CONFIGS, Teacher
-from pipeline.teacher.dense import clearclip
+from configs.schema import Teacher
+from pipeline.teacher.load import load, weights_fingerprint
+from pipeline.teacher.text import classifier
+from pipeline.teacher.towers import capture, tower_of
+
+__all__ = ["FrozenClip", "weights_fingerprint"]
 
 
 class FrozenClip:
-    """CLS and dense tokens of images, and text features of class names. Eval mode, no gradients.
+    """CLS and dense tokens of images, and class features of names. Eval mode, fp32, no gradients.
 
     Attributes:
-        grid: G, tokens along one side of the view.
+        model: open_clip's. Its table of positions is that of the last images' grid.
         width: C, width of the joint embedding.
+        stride: pixels along a side of a dense token.
         mean, std: the normalisation its images must have.
     """
 
-    def __init__(self, config: Teacher, image_size: int, device: str = "cpu") -> None:
-        """Loads the model at `image_size` (position embeddings are resized now, open_clip does it at no other time).
+    def __init__(self, config: Teacher, device: str = "cpu") -> None:
+        """Loads the model.
 
         Raises:
-            UserError: unknown model, missing or unfitting weights, not a ViT, a size its patches do not divide.
+            UserError: unknown model, missing or unfitting weights, a tower without dense tokens of this kind.
         """
-        self.model = _load(config, image_size).to(device).eval().requires_grad_(False)
-        self.device = device
-        visual = self.model.visual
-        if not isinstance(visual, VisionTransformer) or not isinstance(
-            visual.transformer.resblocks[-1].attn, nn.MultiheadAttention
-        ):
+        loaded = load(config)
+        self.model = loaded.model.to(device).eval().requires_grad_(False)
+        self._tower = tower_of(self.model.visual, config)
+        self._name, self._device, self._tokenizer = config.model, device, loaded.tokenizer
+        self.width: int = loaded.width
+        self.stride: int = self._tower.stride
+        self.mean: tuple[float, ...] = tuple(self.model.visual.image_mean)
+        self.std: tuple[float, ...] = tuple(self.model.visual.image_std)
+
+    def grid(self, size: int) -> int:
+        """Dense tokens along a side of `size` pixels. UserError if `size` is no multiple of the stride."""
+        rest = size % self.stride
+        if rest:
+            nearest = [str(fit) for fit in (size - rest, size - rest + self.stride) if fit]
             raise UserError(
-                f"teacher.model {config.model}: its image tower is no plain ViT with a CLS token; choose a ViT-* model"
+                f"views.size {size} is no multiple of {self.stride}, the pixels of one token of teacher.model "
+                f"{self._name}: use {' or '.join(nearest)}"
             )
-        patch = visual.patch_size[0]
-        if image_size % patch:
-            raise UserError(
-                f"views.size {image_size} is no multiple of the patch size {patch} of teacher.model {config.model}"
-            )
-        self.grid: int = image_size // patch
-        self.width: int = visual.output_dim
-        self.mean: tuple[float, ...] = tuple(visual.image_mean or open_clip.OPENAI_DATASET_MEAN)
-        self.std: tuple[float, ...] = tuple(visual.image_std or open_clip.OPENAI_DATASET_STD)
-        self._tokenizer = open_clip.SimpleTokenizer(context_length=self.model.context_length)
+        return size // self.stride
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, S, S) normalised images -> CLS tokens (B, C), unnormalised, and dense tokens (B, G, G, C)."""
-        return clearclip(self.model.visual, pixels.to(self.device))
+        """S, the model's own `encode_image`, and D by `teacher.dense`, both from one pass.
+
+        Args:
+            pixels: (B, 3, H, W) normalised images; H and W are multiples of the stride and need not be equal.
+
+        Returns:
+            S (B, C) and D (B, H / stride, W / stride, C), both unnormalised.
+        """
+        grid = self.grid(pixels.shape[-2]), self.grid(pixels.shape[-1])
+        self._tower.fit(grid)
+        with capture(self._tower.tap) as calls:
+            cls_token = self.model.encode_image(pixels.to(self._device), normalize=False)
+        return cls_token, self._tower.dense(calls[0], grid).unflatten(1, grid)
 
     @torch.inference_mode()
-    def text_features(self, names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
-        """(K, C) unit-length: each prompt's feature normalised, averaged over templates, normalised again."""
-        features = []
-        for name in names:
-            prompts = self._tokenizer([template.format(name) for template in templates]).to(self.device)
-            each = nn.functional.normalize(self.model.encode_text(prompts), dim=-1)
-            features.append(nn.functional.normalize(each.mean(dim=0), dim=-1))
-        return torch.stack(features)
+    def text_features(self, names: Sequence[Sequence[str]], templates: str | Sequence[str]) -> Tensor:
+        """(K, C) unit-length class features; see `pipeline.teacher.text.classifier`.
 
+        Args:
+            names: synonyms of each of K classes.
+            templates: `single`, `zegclip`, `imagenet`, or texts that hold {}.
 
-def _located(name: str) -> Path:
-    """A file named as given, or relative to configs/ (where the embedded teacher lives)."""
-    path = Path(name)
-    return path if path.is_file() else CONFIGS / name
+        Raises:
+            UserError: the model's tokenizer cannot be had.
+        """
+        tokenizer = self._tokenizer()
 
+        def encode(texts: list[str]) -> Tensor:
+            return self.model.encode_text(tokenizer(texts).to(self._device))
 
-def _load(config: Teacher, image_size: int) -> CLIP:
-    name = config.model
-    if name.endswith(".json"):
-        path = _located(name)
-        try:
-            content = json.loads(path.read_text())
-        except OSError as error:
-            raise UserError(f"teacher.model: cannot read {name}: {error.strerror}") from error
-        except ValueError as error:
-            raise UserError(f"teacher.model: {name} is not valid JSON: {error}") from error
-        if not isinstance(content, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= content.keys():
-            raise UserError(
-                f"teacher.model: {name} is no open_clip config, which holds embed_dim, vision_cfg, text_cfg"
-            )
-        open_clip.add_model_config(path)
-        name = path.stem
-    elif "hf_tokenizer_name" in (open_clip.get_model_config(name) or {}).get("text_cfg", {}):
-        raise UserError(
-            f"teacher.model {name}: its text tower needs a tokenizer of its own, which is not supported yet"
-        )
-    elif name not in open_clip.list_models():
-        raise UserError(
-            f"unknown teacher.model {name!r}: give a name that open_clip lists (open_clip.list_models()) or a JSON file"
-        )
-    pretrained = config.pretrained
-    if pretrained in open_clip.list_pretrained_tags_by_model(name):
-        source = pretrained
-    elif _located(pretrained).is_file():
-        source = str(_located(pretrained))
-    else:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise UserError(
-            f"teacher.pretrained {pretrained!r} is neither a file nor a tag of {config.model} (tags: {tags})"
-        )
-    try:
-        return open_clip.create_model(name, pretrained=source, force_image_size=image_size)
-    except Exception as error:  # open_clip, torch, safetensors and the hub each raise their own
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"teacher.pretrained {pretrained}: the weights cannot be loaded into {config.model}: {reason}"
-        ) from error
-
-
-def weights_fingerprint(config: Teacher) -> dict[str, str]:
-    """What a cache's fingerprint says of the teacher: sha256 of local files, the name of anything else."""
-    named = {"model": config.model, "pretrained": config.pretrained}
-    return {key: _digest(_located(value)) if _located(value).is_file() else value for key, value in named.items()}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return classifier(encode, names, templates)

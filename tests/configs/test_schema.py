@@ -2,18 +2,20 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from configs.dataset import Dataset, Masks, Split, value_list
 from configs.load import as_settings
-from configs.schema import Config, Dataset
+from configs.schema import Config
 
 SPLITS = {"train": {"images": "i/{id}.jpg", "masks": "m/{id}.png"}}
-DATASET = {"name": "tiny", "root": "tiny", "splits": SPLITS, "classes": ["a", "b", "c", "d"], "unseen": ["d", "b"]}
+DATASET: dict[str, Any] = {"name": "tiny", "splits": SPLITS, "classes": ["a", "b", "c", "d"], "unseen": ["d", "b"]}
 
-PAPER = {
+PAPER: dict[str, dict[str, Any]] = {
     "teacher": {"model": "ViT-B-16-quickgelu", "pretrained": "openai", "dense": "clearclip"},
-    "views": {"size": 512},
+    "views": {"size": 512, "crop": "random", "ratio": [0.5, 2.0]},
     "pseudo_labels": {"windows": [7, 3], "lambda": 0.8},
     "precompute": {"batch_size": 16},
     "loss": {
@@ -65,16 +67,15 @@ def test_seen_and_unseen_keep_the_classes_order() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"classes": ["a", "b", "a", "d"]}, "classes holds a name twice"),
+        ({"classes": ["a", "b", "a", "d"]}, "classes holds 'a' twice"),
         ({"unseen": ["b", "e", "f"]}, "unseen names no class of the dataset: e, f"),
         ({"unseen": ["a", "b", "c", "d"]}, "at least one class must be seen"),
         ({"classes": [], "unseen": []}, "at least one class must be seen"),
-        ({"templates": ["a {}.", "a photo"]}, "every template must contain {}"),
-        ({"splits": {"train": {"images": "i/*.jpg", "masks": "m/{id}.png"}}}, "images and masks must contain {id}"),
-        ({"splits": {"train": {"images": "i/{id}.jpg", "masks": "m/mask.png"}}}, "images and masks must contain {id}"),
-        ({"splits": {"train": {"images": "i/{id}.jpg"}}}, "Field required"),
-        ({"generator": "shapes"}, "Input should be 'scenes'"),
-        ({"ignore_index": "none"}, "valid integer"),
+        ({"templates": ["a {}.", "a photo"]}, "templates must be one or more, each with {}"),
+        ({"generator": "shapes"}, "Input should be 'scenes' or 'pascal-context'"),
+        ({"ignore_index": "none"}, "Input should be a valid tuple"),
+        ({"ignore_index": ["none"]}, "valid integer"),
+        ({"values": 3}, "valid string"),
     ],
 )
 def test_inconsistent_dataset(changes: dict[str, Any], message: str) -> None:
@@ -83,7 +84,9 @@ def test_inconsistent_dataset(changes: dict[str, Any], message: str) -> None:
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("changes", [{}, {"unseen": []}, {"unseen": ["a", "b", "d"]}, {"ignore_index": 0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"unseen": []}, {"unseen": ["a", "b", "d", "d"]}, {"ignore_index": 0}, {"ignore_index": []}]
+)
 def test_consistent_dataset(changes: dict[str, Any]) -> None:
     dataset = Dataset.model_validate(DATASET | changes)
     assert sorted(dataset.seen_indices + dataset.unseen_indices) == [0, 1, 2, 3]
@@ -91,5 +94,100 @@ def test_consistent_dataset(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("classes", [256, 300])
 def test_more_classes_than_a_mask_can_hold(classes: int) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValidationError, match="more than 255 classes"):
         Dataset.model_validate(DATASET | {"classes": [str(i) for i in range(classes)], "unseen": []})
+
+
+def test_as_many_classes_as_a_mask_can_hold() -> None:
+    dataset = Dataset.model_validate(DATASET | {"classes": [str(i) for i in range(255)], "unseen": ["7"]})
+    assert dataset.value_of_class(None) == list(range(255))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("7", [7]),
+        ("0-255", list(range(256))),
+        ("0-2, 5", [0, 1, 2, 5]),
+        ("0-2,5,7-7", [0, 1, 2, 5, 7]),
+        ("  3 ,4-5", [3, 4, 5]),
+        ("007", [7]),
+    ],
+)
+def test_value_lists(text: str, expected: list[int]) -> None:
+    assert value_list(text) == expected
+
+
+NOT_NUMBERS = ["", " ", ",", "1,", ",1", "1,,2", "a", "1-b", "-", "-3", "1 2", "1.5", "0x1", "1-2-3", "²"]
+NOT_RISING = ["3, 2", "0-5, 5", "4, 4", "256", "250-256", "2, 1-3"]
+
+
+@pytest.mark.parametrize("text", [*NOT_NUMBERS, *NOT_RISING])
+def test_no_value_list(text: str) -> None:
+    with pytest.raises(ValueError) as error:
+        value_list(text)
+    said = "must rise from 0 to at most 255, each once" if text in NOT_RISING else "write numbers and ranges such as"
+    assert said in str(error.value) and repr(text) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["5-", "1, 5-", "1, 5-3", "0-2, 9-8, 4"])
+def test_half_a_range(text: str) -> None:
+    with pytest.raises(ValueError, match="values"):
+        value_list(text)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_value_lists(seed: int) -> None:
+    """Written as numbers and ranges, cut anywhere, they come back."""
+    rng = np.random.default_rng(seed)
+    expected = sorted(rng.choice(256, rng.integers(1, 200), replace=False).tolist())
+    parts: list[list[int]] = []
+    for value in expected:
+        if parts and parts[-1][-1] == value - 1 and rng.random() < 0.8:
+            parts[-1].append(value)
+        else:
+            parts.append([value])
+    text = ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+    assert value_list(text) == expected
+
+
+@pytest.mark.parametrize("ignored", [[255], [0, 255], [0], [3, 5], []])
+def test_values_without_a_list_are_those_not_ignored(ignored: list[int]) -> None:
+    dataset = Dataset.model_validate(DATASET | {"ignore_index": ignored})
+    assert dataset.value_of_class(None) == [value for value in range(8) if value not in ignored][:4]
+    assert dataset.value_of_class("7-10") == [7, 8, 9, 10]
+
+
+def test_values_of_masks_go_before_the_datasets() -> None:
+    dataset = Dataset.model_validate(DATASET | {"values": "1-4"})
+    assert dataset.value_of_class(None) == [1, 2, 3, 4] and dataset.value_of_class("0, 2, 4, 6") == [0, 2, 4, 6]
+    both = {
+        "train": SPLITS["train"] | {"masks": {"files": "{id}", "values": "0-3"}}
+    }  # 0 is a class in these files only
+    assert Dataset.model_validate(DATASET | {"values": "1-4", "ignore_index": 0, "splits": both})
+
+
+def split_of(**changes: Any) -> Split:
+    return Split.model_validate(SPLITS["train"] | changes)
+
+
+def test_short_forms() -> None:
+    """One mask pattern, one list, one prompt or one ignored value need no brackets."""
+    pattern = Masks(files="m/{id}.png")
+    assert split_of() == split_of(masks=["m/{id}.png"]) == split_of(masks=[{"files": "m/{id}.png"}])
+    assert split_of(masks={"files": "m/{id}.png"}) == Split(images="i/{id}.jpg", masks=(pattern,))
+    both = split_of(masks=["m/{id}.png", {"files": "n/{id}.png", "values": "1-4"}])
+    assert both.masks == (pattern, Masks(files="n/{id}.png", values="1-4"))
+    assert split_of(ids="a.txt") == split_of(ids=["a.txt"]) and split_of(ids=["a", "b"]).ids == ("a", "b")
+    short = Dataset.model_validate(DATASET | {"ignore_index": 7, "prompts": {"a": "one", "b": ["two", "three"]}})
+    assert short.ignore_index == (7,) and short.prompts == {"a": ("one",), "b": ("two", "three")}
+    assert short.synonyms == [("one",), ("two", "three"), ("c",), ("d",)]
+    assert short.root == "tiny" and Dataset.model_validate(DATASET | {"root": "a/b"}).root == "a/b"
+
+
+def test_unseen_by_the_name_of_a_split() -> None:
+    named = {"few": ["c"], "more": ["a", "d"]}
+    for name, names in named.items():
+        dataset = Dataset.model_validate(DATASET | {"unseen": name, "unseen_splits": named})
+        assert dataset == Dataset.model_validate(DATASET | {"unseen": names, "unseen_splits": named})
+        assert Dataset.model_validate(as_settings(dataset)) == dataset

@@ -26,8 +26,8 @@ def assert_scores(matrix: Array, seen: list[int], unseen: list[int]) -> None:
     """The reference gives fractions, and nan for a mean over nothing, which is 0 here."""
     expected: dict[str, Any] = reference.scores(matrix, seen, unseen)
     found = scores(matrix, seen, unseen)
-    wanted = [100 * np.nan_to_num(expected[name]) for name in ("pAcc", "mIoU_seen", "mIoU_unseen", "hIoU")]
-    assert [found.pixel_accuracy, found.miou_seen, found.miou_unseen, found.hiou] == pytest.approx(wanted)
+    wanted = [100 * np.nan_to_num(expected[name]) for name in ("pAcc", "mIoU", "mIoU_seen", "mIoU_unseen", "hIoU")]
+    assert [found.pixel_accuracy, found.miou, found.miou_seen, found.miou_unseen, found.hiou] == pytest.approx(wanted)
     np.testing.assert_allclose(found.iou, 100 * expected["IoU"])
 
 
@@ -74,6 +74,7 @@ def test_scores_by_hand() -> None:
     found = scores(np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), [0, 2], [1])
     assert found.iou[:2] == pytest.approx([75, 200 / 3]) and np.isnan(found.iou[2])
     assert (found.miou_seen, found.miou_unseen) == pytest.approx((75, 200 / 3))
+    assert found.miou == pytest.approx((75 + 200 / 3) / 2)
     assert found.hiou == pytest.approx(2 * 75 * 200 / 3 / (75 + 200 / 3))
     assert found.pixel_accuracy == pytest.approx(100 * 5 / 6)
 
@@ -88,7 +89,7 @@ def test_harmonic_mean(seen: float, unseen: float, expected: float) -> None:
 def test_calibrated_argmax(classes: int, seen: list[int], unseen: list[int], seed: int) -> None:
     logits = draw(np.random.default_rng(seed), classes, 5, 8).astype(np.float32)
     gammas = [0.0, -0.7, 0.3, 1.5, 100.0, -100.0]
-    found = calibrated_argmax(torch.from_numpy(logits), seen, unseen, gammas)
+    found = calibrated_argmax(torch.from_numpy(logits), logits.shape[1:], seen, unseen, gammas)
     assert len(found) == len(gammas)
     for gamma, prediction in zip(gammas, found, strict=True):
         np.testing.assert_array_equal(prediction, reference.calibrated_argmax(logits, seen, gamma))
@@ -101,14 +102,14 @@ def test_gamma_ties_go_to_the_smallest_class(classes: int, seen: list[int], unse
     logits = np.random.default_rng(seed).integers(-1, 2, (classes, 9, 9)).astype(np.float32)
     gammas = [-1.0, 0.0, 1.0, 2.0]
     for gamma, prediction in zip(
-        gammas, calibrated_argmax(torch.from_numpy(logits), seen, unseen, gammas), strict=True
+        gammas, calibrated_argmax(torch.from_numpy(logits), logits.shape[1:], seen, unseen, gammas), strict=True
     ):
         np.testing.assert_array_equal(prediction, reference.calibrated_argmax(logits, seen, gamma))
 
 
 @pytest.mark.parametrize(("classes", "seen", "unseen"), CLASSES)
 def test_calibrated_stacking(classes: int, seen: list[int], unseen: list[int]) -> None:
-    """Images of different sizes, one of them all ignored."""
+    """Images of different sizes, one of them all ignored, with logits of their size."""
     rng, gammas = np.random.default_rng(classes), [0.0, 0.5, -1.0]
     stacking = CalibratedStacking(classes, seen, unseen, gammas)
     expected = np.zeros((3, classes, classes), np.int64)
@@ -122,11 +123,54 @@ def test_calibrated_stacking(classes: int, seen: list[int], unseen: list[int]) -
         np.testing.assert_equal(found, scores(matrix, seen, unseen))
 
 
+@pytest.mark.parametrize("values", [1, 100, 2**24])
+@pytest.mark.parametrize("source", [(1, 1), (4, 6), (5, 3), (20, 30)])
+@pytest.mark.parametrize(("classes", "seen", "unseen"), CLASSES)
+def test_logits_are_brought_to_the_size_of_the_truth(
+    classes: int,
+    seen: list[int],
+    unseen: list[int],
+    source: tuple[int, int],
+    values: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before the decision, a few classes at a time; to get classes and to count them is to decide the same."""
+    monkeypatch.setattr("pipeline.metrics.CHUNK_VALUES", values)
+    rng, gammas = np.random.default_rng([classes, *source]), [0.0, 0.5, -1.0]
+    stacking = CalibratedStacking(classes, seen, unseen, gammas)
+    expected = np.zeros((3, classes, classes), np.int64)
+    for size, none in [((9, 14), 0.2), ((1, 7), 0.0), ((8, 1), 0.3), ((10, 6), 1.0), ((4, 6), 0.0)]:
+        logits, truth = draw(rng, classes, *source).astype(np.float32), draw_classes(rng, size, none, classes)
+        stacking.update(torch.from_numpy(logits), truth)
+        upsampled = reference.bilinear(logits[None], size)[0]
+        for row, gamma in enumerate(gammas):
+            prediction = reference.calibrated_argmax(upsampled, seen, gamma)
+            expected[row] += reference.confusion(truth, prediction, classes)
+            (found,) = calibrated_argmax(torch.from_numpy(logits), size, seen, unseen, [gamma])
+            np.testing.assert_array_equal(found, prediction)
+    np.testing.assert_array_equal(stacking.confusions, expected)
+
+
+@pytest.mark.parametrize("gamma", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize(("classes", "seen", "unseen"), CLASSES)
+def test_constant_logits(classes: int, seen: list[int], unseen: list[int], gamma: float) -> None:
+    """All classes tie: the smallest one of those that gamma favours, in every pixel; no score is NaN."""
+    wanted = {-1.0: seen[0], 0.0: 0, 1.0: unseen[0] if unseen else 0}[gamma]
+    logits = torch.full((classes, 3, 5), 0.3)
+    for size in [(3, 5), (7, 11), (1, 2)]:
+        assert (calibrated_argmax(logits, size, seen, unseen, [gamma])[0] == wanted).all()
+        stacking = CalibratedStacking(classes, seen, unseen, [gamma])
+        stacking.update(logits, np.zeros(size, np.uint8))
+        assert stacking.confusions[0, 0, wanted] == size[0] * size[1] == stacking.confusions.sum()
+        (row,) = stacking.scores()
+        assert np.isfinite([row.pixel_accuracy, row.miou, row.miou_seen, row.miou_unseen, row.hiou]).all()
+
+
 @pytest.mark.parametrize(("classes", "seen", "unseen"), [case for case in CLASSES if case[2]])
 def test_a_pixel_changes_sides_at_its_margin(classes: int, seen: list[int], unseen: list[int]) -> None:
     logits = torch.from_numpy(draw(np.random.default_rng(0), classes, 3, 4))
     margins = seen_margins(logits, seen, unseen)
     assert margins.shape == (12,)
     for pixel, margin in enumerate(margins.tolist()):
-        before, after = calibrated_argmax(logits, seen, unseen, [margin - 1e-6, margin + 1e-6])
+        before, after = calibrated_argmax(logits, (3, 4), seen, unseen, [margin - 1e-6, margin + 1e-6])
         assert before.flat[pixel] in seen and after.flat[pixel] in unseen

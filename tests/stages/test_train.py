@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from cache.reader import open_cache
 from configs.load import resolve
 from pipeline.data.dataset import SegmentationDataset
 from stages.evaluate import student_predictor
@@ -76,18 +77,25 @@ def test_switches_of_the_tables_train(world: World, switch: str, tmp_path: Path)
 
 
 def test_unseen_masks_never_reach_training(world: World, trained: Path, tmp_path: Path) -> None:
-    """Unseen classes scrambled among themselves in the training masks: the same losses, to the bit."""
+    """Unseen classes scrambled among themselves and with "ignored": the same cache, losses and weights, to the bit."""
     shutil.copytree(world.folder, tmp_path / "world")
     other = World(tmp_path / "world")
     config = resolve(config=world.config)
     unseen = np.array(config.dataset.unseen_indices)
     for path in (other.data / "tiny" / "masks").glob("train-*.png"):
         mask = np.array(Image.open(path))
-        mask[np.isin(mask, unseen)] = unseen[0]
+        hidden = np.isin(mask, unseen)
+        mask[hidden] = np.random.default_rng(0).choice([*unseen, 255], hidden.sum())
         Image.fromarray(mask).save(path)
-    experiment = ("--config", world.config, "--run", "runs/scrambled", "--seed", "3")
-    other.run(*TRAIN, *experiment)
-    assert losses(other.folder / "runs" / "scrambled") == losses(trained)
+    other.run("precompute", "--config", world.config, "--cache", "caches/scrambled")
+    scrambled, plain = (open_cache(other.folder / "caches" / name) for name in ("scrambled", "tiny"))
+    assert scrambled.manifest.fingerprint != plain.manifest.fingerprint  # the files differ
+    for name in plain.manifest.arrays:
+        np.testing.assert_array_equal(scrambled.load(name), plain.load(name))
+    other.run("train", "--cache", "caches/scrambled", "--config", world.config, "--run", "runs/new", "--seed", "3")
+    assert losses(other.folder / "runs" / "new") == losses(trained)
+    first, second = (load_file(run / "student.safetensors") for run in (trained, other.folder / "runs" / "new"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_evaluate_equals_the_slow_reference(world: World, trained: Path, tmp_path: Path) -> None:
@@ -96,7 +104,7 @@ def test_evaluate_equals_the_slow_reference(world: World, trained: Path, tmp_pat
     found = json.loads(report.read_text())
     run = load_run(trained)
     dataset = SegmentationDataset(run.config.dataset, world.data, "val")
-    predict = student_predictor(run.student, run.text_features, run.config.views.size, "cpu")
+    predict = student_predictor(run.student, run.text_features, run.config)
     seen, unseen = run.config.dataset.seen_indices, run.config.dataset.unseen_indices
     total = np.zeros((20, 20))
     for row in range(len(dataset)):

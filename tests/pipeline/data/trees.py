@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from configs.schema import Dataset, Split
+from configs.dataset import Dataset, Split
 from pipeline.data.dataset import SegmentationDataset
 from tests.pipeline.draws import draw_classes
 from tests.reference import Array
@@ -48,6 +48,13 @@ class Tree:
         for index, pair in enumerate(pairs):
             self.add(str(index), *pair)
         return pairs
+
+    def write(self, name: str, content: str = "") -> Path:
+        """A text file below `root`."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+        return path
 
     def config(self, split: dict[str, Any] | None = None, **changes: Any) -> Dataset:
         files = Split(**{"images": "images/{id}.png", "masks": "masks/{id}.png"} | (split or {}))

@@ -1,17 +1,14 @@
-"""The student: any image size, every parameter learns at its rate, and inference is linear."""
+"""The student: any image size, and every parameter learns at its rate."""
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from configs.errors import UserError
 from configs.schema import Student as StudentConfig
-from pipeline.student.student import Student, class_logits
-from tests import reference
-from tests.pipeline.draws import draw, draw_unit
+from pipeline.student.student import Student
 
 WIDTH = 8
 # timm's encoders for tests, under 0.4 M parameters each: batch norm, and layer norm with layer scale.
@@ -123,15 +120,3 @@ def test_without_load_weights_no_file_is_read() -> None:
     assert not torch.equal(restored(pixels), original(pixels))
     restored.load_state_dict(original.state_dict())
     assert torch.equal(restored(pixels), original(pixels))
-
-
-@pytest.mark.parametrize("size", [(1, 1), (16, 24), (7, 9), (3, 40)])
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (4, 6), (5, 3)])
-def test_class_logits(height: int, width: int, size: tuple[int, int]) -> None:
-    """R upsampled, then R . T of the unit-length text features as they are: that of the reference."""
-    rng = np.random.default_rng([height, *size])
-    features, text = draw(rng, 2, 5, height, width, scale=4), draw_unit(rng, 3, 5)
-    found = class_logits(torch.from_numpy(features), torch.from_numpy(text), size)
-    assert found.shape == (2, 3, *size) and not found.requires_grad
-    upsampled = reference.bilinear(features, size)
-    np.testing.assert_allclose(found, np.einsum("bchw,kc->bkhw", upsampled, text), rtol=1e-9, atol=1e-9)

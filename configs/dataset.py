@@ -1,0 +1,174 @@
+"""One dataset's YAML: its files on disk, what mask values mean, names and prompts of its classes, seen and unseen."""
+
+import difflib
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A misspelt key is an error, and a resolved configuration never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Masks(Section):
+    """Mask files, and their pixel values where those are not the dataset's.
+
+    Written as a bare pattern, or as {files: PATTERN, values: ...}.
+    """
+
+    files: str
+    values: str | None = None
+
+    @field_validator("values")
+    @classmethod
+    def _is_a_list_of_ranges(cls, values: str | None) -> str | None:
+        if values is not None:
+            value_list(values)
+        return values
+
+
+class Split(Section):
+    """Where one split's files are, relative to the dataset's root.
+
+    In a pattern `{id}` stands for the image id, which may hold folders ("aachen/aachen_000000"), and a final `.*` for
+    any image format. Of several `masks` the first file that exists is read. `ids` are text files with one id a line,
+    one after the other; without them every file that matches `images` is an id.
+    """
+
+    images: str
+    masks: tuple[Masks, ...] = Field(min_length=1)
+    ids: tuple[str, ...] = ()
+    count: PositiveInt | None = Field(None, description="expected number of images")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, split: Any) -> Any:
+        if not isinstance(split, dict):
+            return split
+        split = {key: [value] if key in ("masks", "ids") and not isinstance(value, list | tuple) else value
+                 for key, value in split.items()}  # fmt: skip
+        if "masks" in split:
+            split["masks"] = [{"files": item} if isinstance(item, str) else item for item in split["masks"]]
+        return split
+
+    @model_validator(mode="after")
+    def _patterns_hold_the_id(self) -> "Split":
+        patterns = [self.images, *(mask.files for mask in self.masks)]
+        wrong = [
+            p
+            for p in patterns
+            if p.count("{id}") != 1 or p.count("{") + p.count("}") != 2 or "*" in p.removesuffix(".*")
+        ]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} must contain {{id}} once, no other braces, and * only as a final .*")
+        return self
+
+
+class Dataset(Section):
+    """A dataset on disk, and the names and prompts of its classes.
+
+    The i-th of `values` ("0-10, 12-23") is the mask value of the i-th class; by default the lowest values that are not
+    in `ignore_index`, whose pixels have no class. Any other value in a mask is an error. Masks with `values` of their
+    own may give values of `ignore_index` a class.
+    """
+
+    name: str
+    root: str = Field("", description="folder below --data-root, which may also name that folder itself; default: name")
+    generator: Literal["scenes", "pascal-context"] | None = Field(None, description="makes missing files on first use")
+    splits: dict[str, Split]
+    classes: tuple[str, ...] = Field(description="names, or a text file of them, one a line, beside the YAML")
+    values: str | None = None
+    ignore_index: tuple[Annotated[int, Field(ge=0, le=255)], ...] = (255,)
+    unseen: tuple[str, ...] = Field((), description="classes, or the name of one of `unseen_splits`")
+    unseen_splits: dict[str, tuple[str, ...]] = {}
+    prompts: dict[str, tuple[str, ...]] = Field({}, description="names of a class in prompts, averaged")
+    templates: tuple[str, ...] | Literal["single", "zegclip", "imagenet"] = "single"
+    text_features: str | None = Field(None, description=".npy or .safetensors (K, C), read in place of a text tower")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, dataset: Any) -> Any:
+        if not isinstance(dataset, dict):
+            return dataset
+        dataset = {"root": dataset.get("name", "")} | dataset
+        if isinstance(dataset.get("ignore_index"), int):
+            dataset["ignore_index"] = [dataset["ignore_index"]]
+        if isinstance(dataset.get("prompts"), dict):
+            dataset["prompts"] = {k: [v] if isinstance(v, str) else v for k, v in dataset["prompts"].items()}
+        unseen, named = dataset.get("unseen"), dataset.get("unseen_splits", {})
+        if isinstance(unseen, str) and isinstance(named, dict):
+            if unseen not in named:
+                raise ValueError(f"unseen {unseen!r} is none of unseen_splits ({', '.join(named) or 'there is none'})")
+            dataset["unseen"] = named[unseen]
+        return dataset
+
+    @model_validator(mode="after")
+    def _classes_are_consistent(self) -> "Dataset":
+        if len(set(self.classes)) != len(self.classes):
+            twice = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise ValueError(f"classes holds {twice!r} twice")
+        named = {"unseen": self.unseen, "prompts": self.prompts}
+        named |= {f"unseen_splits.{key}": names for key, names in self.unseen_splits.items()}
+        for key, names in named.items():
+            unknown = [name for name in names if name not in self.classes]
+            if unknown:
+                hint = difflib.get_close_matches(unknown[0], self.classes, n=1)
+                raise ValueError(
+                    f"{key} names no class of the dataset: {', '.join(unknown)}"
+                    + (f"; did you mean {hint[0]!r}?" if hint else "")
+                )
+        if len(set(self.unseen)) == len(self.classes):
+            raise ValueError("at least one class must be seen")
+        if len(self.classes) > 255:
+            raise ValueError("more than 255 classes do not fit 8-bit masks, where 255 is no class")
+        if not self.templates or (isinstance(self.templates, tuple) and any("{}" not in t for t in self.templates)):
+            raise ValueError("templates must be one or more, each with {} for the class name")
+        if not all(self.prompts.values()):
+            raise ValueError("prompts must give at least one name for each class that they hold")
+        for masks in (masks for split in self.splits.values() for masks in split.masks):
+            self.value_of_class(masks.values)
+        both = set(self.value_of_class(None)) & set(self.ignore_index)
+        if both:
+            raise ValueError(f"{min(both)} is in values and in ignore_index: drop it from one of them")
+        return self
+
+    def value_of_class(self, values: str | None) -> list[int]:
+        """K pixel values, one of each class, for masks coded by `values` (None: as the dataset says)."""
+        values = self.values if values is None else values
+        not_ignored = [value for value in range(256) if value not in self.ignore_index]
+        found = value_list(values) if values is not None else not_ignored[: len(self.classes)]
+        if len(found) != len(self.classes):
+            raise ValueError(f"values {values or '0-255'} are {len(found)} values for {len(self.classes)} classes")
+        return found
+
+    @property
+    def seen_indices(self) -> list[int]:
+        return [i for i, name in enumerate(self.classes) if name not in self.unseen]
+
+    @property
+    def unseen_indices(self) -> list[int]:
+        return [i for i, name in enumerate(self.classes) if name in self.unseen]
+
+    @property
+    def seen(self) -> list[str]:
+        return [self.classes[i] for i in self.seen_indices]
+
+    @property
+    def synonyms(self) -> list[tuple[str, ...]]:
+        """What each class is called in prompts: its `prompts`, or else its name."""
+        return [self.prompts.get(name, (name,)) for name in self.classes]
+
+
+def value_list(text: str) -> list[int]:
+    """The values that "0-2, 5" lists, here [0, 1, 2, 5]. ValueError unless they are 8-bit and rise, each once."""
+    parts = [re.fullmatch(r"\s*(\d{1,3})\s*(?:-\s*(\d{1,3})\s*)?", part) for part in text.split(",")]
+    if not all(parts):
+        raise ValueError(f"values {text!r}: write numbers and ranges such as 0-10, 12")
+    ranges = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
+    bounds = [bound for first, last in ranges for bound in (first - 1, last)]  # rises, but for ranges that touch
+    if any(first > last for first, last in ranges) or bounds != sorted(bounds) or bounds[-1] > 255:
+        raise ValueError(f"values {text!r} must rise from 0 to at most 255, each once")
+    return [value for first, last in ranges for value in range(first, last + 1)]

@@ -1,0 +1,55 @@
+"""Class features of a dataset: read from a file, or made once by the teacher's text tower and kept."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors.numpy import save
+
+from cache.files import make_directory, sha256, write_atomically
+from configs.errors import UserError
+from configs.load import as_settings
+from configs.schema import Config
+from stages.caches import CACHES
+from stages.progress import progress_bar, say
+
+if TYPE_CHECKING:
+    from pipeline.teacher.clip import FrozenClip
+
+
+def class_features(config: Config, teacher: Callable[[], "FrozenClip"], width: int | None = None) -> np.ndarray:
+    """(K, C) float32, unit length: one row for each class of `config.dataset`.
+
+    Args:
+        teacher: called only if the features must be made. They are kept below caches/text/ under the fingerprint of the
+            teacher's weights, the prompts and the templates.
+        width: C where it is known, to refuse a file of another teacher.
+    """
+    from pipeline.teacher.clip import weights_fingerprint
+    from pipeline.teacher.text import read_text_features
+
+    dataset = config.dataset
+    if dataset.text_features is not None:
+        return read_text_features(Path(dataset.text_features), len(dataset.classes), width)
+    prompts = {"synonyms": dataset.synonyms, "templates": as_settings(dataset)["templates"]}
+    wanted = json.dumps({**prompts, "teacher": weights_fingerprint(config.teacher)}, sort_keys=True).encode()
+    path = CACHES / "text" / f"{dataset.name}-{sha256(wanted)[:12]}.safetensors"
+    if not path.is_file():
+        with progress_bar(f"class features of {dataset.name}"):
+            features = teacher().text_features(dataset.synonyms, dataset.templates).cpu().numpy()
+        make_directory(path.parent)
+        write_atomically(path, save({"text_features": features}))
+        say(f"class features: {path}")
+    return read_text_features(path, len(dataset.classes), width)
+
+
+def file_digest(path: str) -> str:
+    """SHA-256, in hex, of the file that dataset.text_features names."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"dataset.text_features: cannot read {path}: {error.strerror}") from error

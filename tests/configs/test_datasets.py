@@ -1,0 +1,358 @@
+"""The datasets' YAML files against the official lists, and what is said of a YAML file that contradicts itself.
+
+The lists are in ../shared/data/class_names (not part of the project); facts without a list are tables below.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from configs.dataset import Dataset
+from configs.errors import UserError
+from configs.load import as_settings, dataset_settings, known_datasets, resolve
+from configs.schema import CONFIGS, Config
+from tests.configs.test_schema import DATASET
+
+NAMES = CONFIGS.parent.parent / "shared" / "data" / "class_names"
+needs_names = pytest.mark.skipif(not NAMES.is_dir(), reason=f"no official name lists: {NAMES} is absent")
+
+# name -> classes, images of train and val, folder, pixel values without a class
+FACTS: dict[str, tuple[int, int, int, str, list[int]]] = {
+    "coco-stuff": (171, 118287, 5000, "coco_stuff164k", [255]),
+    "pascal-voc": (20, 10582, 1449, "VOCdevkit/VOC2012", [0, 255]),
+    "pascal-context": (59, 4996, 5104, "VOCdevkit/VOC2010", [0]),
+    "ade20k": (150, 20210, 2000, "ADEChallengeData2016", [0]),
+    "cityscapes": (19, 2975, 500, "cityscapes", [*range(7), 9, 10, 14, 15, 16, 18, 29, 30, 255]),
+}
+UNSEEN = {
+    "coco-stuff": {
+        19: "cow", 23: "giraffe", 28: "suitcase", 29: "frisbee", 36: "skateboard", 51: "carrot", 76: "scissors",
+        88: "cardboard", 94: "clouds", 112: "grass", 133: "playingfield", 136: "river", 137: "road", 157: "tree",
+        160: "wall-concrete",
+    },
+    "pascal-voc": {15: "pottedplant", 16: "sheep", 17: "sofa", 18: "train", 19: "tvmonitor"},
+    "pascal-context": {
+        0: "aeroplane", 6: "bird", 7: "boat", 14: "cat", 19: "cow", 24: "fence", 31: "keyboard", 33: "motorbike",
+        48: "sofa", 54: "tvmonitor",
+    },
+    "ade20k": {},
+    "cityscapes": {},
+}  # fmt: skip
+COCO_RAW_UNSEEN = [20, 24, 32, 33, 40, 56, 86, 99, 105, 123, 144, 147, 148, 168, 171]
+COCO_DROPPED = [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90]
+CITYSCAPES = {  # the official ids of the evaluated classes
+    "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
+    "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26, "truck": 27,
+    "bus": 28, "train": 31, "motorcycle": 32, "bicycle": 33,
+}  # fmt: skip
+
+
+def read(name: str) -> Dataset:
+    return resolve(dataset=name).dataset
+
+
+def numbered(file: str) -> dict[int, str]:
+    """Lines "3: name" of an official list."""
+    pairs = [line.split(":") for line in (NAMES / file).read_text().splitlines() if ":" in line]
+    return {int(number): name.strip() for number, name in pairs}
+
+
+def json_names(file: str) -> list[str]:
+    return [name.strip() for name in json.loads((NAMES / file).read_text())]
+
+
+def ade_names() -> list[list[str]]:
+    """The synonyms of each of the 150 classes."""
+    lines = (NAMES / "ade20k_objectInfo150.txt").read_text().splitlines()[1:]
+    return [[name.strip() for name in line.split("\t")[-1].split(",")] for line in lines]
+
+
+def coco_names() -> dict[int, str]:
+    """Pixel value -> name, of the official 182."""
+    return {number - 1: name for number, name in numbered("cocostuff_labels_182_official.txt").items() if number}
+
+
+def test_all_are_known() -> None:
+    assert set(known_datasets()) == {*FACTS, "scenes"} and set(FACTS) == set(UNSEEN)
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_facts(name: str) -> None:
+    dataset, (classes, train, val, root, ignored) = read(name), FACTS[name]
+    assert (dataset.name, dataset.root, len(dataset.classes)) == (name, root, classes)
+    assert {key: split.count for key, split in dataset.splits.items()} == {"train": train, "val": val}
+    assert sorted(dataset.ignore_index) == ignored
+    assert {index: dataset.classes[index] for index in dataset.unseen_indices} == UNSEEN[name]
+    assert len(dataset.seen) == classes - len(UNSEEN[name])
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_values_without_a_class_are_no_class(name: str) -> None:
+    """In the coding of the dataset, which comes first; train and val are coded alike."""
+    dataset = read(name)
+    values = dataset.value_of_class(None)
+    assert len(set(values)) == len(dataset.classes) and not set(values) & set(dataset.ignore_index)
+    train, val = ([masks.values for masks in dataset.splits[key].masks] for key in ("train", "val"))
+    assert train[: len(val)] == val and train[0] is None
+
+
+@pytest.mark.parametrize("name", known_datasets())
+def test_settings_come_back(name: str) -> None:
+    """As a cache's manifest holds them."""
+    config = resolve(dataset=name)
+    assert Config.model_validate(json.loads(json.dumps(as_settings(config)))) == config
+
+
+@pytest.mark.parametrize("name", known_datasets())
+def test_files_say_what_to_expect(name: str) -> None:
+    lines = (CONFIGS / "datasets" / f"{name}.yaml").read_text().splitlines()
+    assert lines[0].startswith("# ") and max(map(len, lines)) <= 120
+
+
+@needs_names
+def test_coco_stuff_names() -> None:
+    """171 of the official 182, in their order; the other 11 are those that COCO dropped."""
+    official = coco_names()
+    assert sorted(official) == list(range(182))
+    assert list(read("coco-stuff").classes) == [n for value, n in official.items() if value not in COCO_DROPPED]
+    assert list(read("coco-stuff").classes) == json_names("catseg_coco.json")
+
+
+@needs_names
+def test_coco_stuff_values() -> None:
+    """Of both codings, by name."""
+    dataset, value_of = read("coco-stuff"), {name: value for value, name in coco_names().items()}
+    raw, converted = (dataset.value_of_class(masks.values) for masks in dataset.splits["train"].masks)
+    assert raw == [value_of[name] for name in dataset.classes]
+    assert set(range(182)) - set(raw) == set(COCO_DROPPED)
+    assert converted == list(range(171))
+    assert [raw[index] for index in dataset.unseen_indices] == COCO_RAW_UNSEEN
+
+
+@needs_names
+def test_voc_names() -> None:
+    names = list(read("pascal-voc").classes)
+    assert names == json_names("catseg_voc20.json")
+    lines = [line.split("\t") for line in (NAMES / "voc12_labels.txt").read_text().splitlines()]
+    value_of = {name: int(value) for value, name in lines}
+    assert read("pascal-voc").value_of_class(None) == [value_of[name] for name in names]
+
+
+@needs_names
+def test_context_names() -> None:
+    """The 59 are in the order of the 459 original labels, where the dining table is any table."""
+    dataset = read("pascal-context")
+    assert list(dataset.classes) == json_names("catseg_pc59.json")
+    original = {name: number for number, name in numbered("pascal_context_classes-400_fcn.txt").items()}
+    numbers = [original["table" if name == "diningtable" else name] for name in dataset.classes]
+    assert len(original) == 459 and numbers == sorted(numbers)
+    assert dataset.value_of_class(None) == list(range(1, 60))
+
+
+@needs_names
+def test_context_splits() -> None:
+    """The numbers of cascade-clip, read in the order that has VOC's classes first, are the split zs3."""
+    splits = read("pascal-context").unseen_splits
+    voc_first = numbered("pascal_context_59_fcn.txt")
+    cascade = [0, 2, 3, 7, 9, 13, 17, 19, 31, 37]
+    assert {voc_first[index + 1] for index in cascade} == set(splits["zs3"])
+    assert [json_names("catseg_pc59.json")[index] for index in cascade] == list(splits["cascade-clip"])
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "count"), [("pascal-context", "cascade-clip", 10), ("coco-stuff", "zegclip", 15)]
+)
+def test_unseen_split_by_set(name: str, split: str, count: int) -> None:
+    """Also on top of what a cache holds."""
+    chosen = resolve(dataset=name, assignments=[f"dataset.unseen={split}"]).dataset
+    assert chosen.unseen == chosen.unseen_splits[split] and len(chosen.unseen_indices) == count
+    held = as_settings(resolve(dataset=name, assignments=["dataset.unseen=[]"]).stage_one)
+    assert resolve(base=held).dataset.unseen == ()
+    assert resolve(base=held, assignments=[f"dataset.unseen={split}"]).dataset == chosen
+
+
+@needs_names
+def test_ade20k_names() -> None:
+    """Those of the open-vocabulary test; each is among the official synonyms, and all but one come first there."""
+    dataset, official = read("ade20k"), ade_names()
+    assert list(dataset.classes) == json_names("catseg_ade150.json")
+    assert [name in synonyms for name, synonyms in zip(dataset.classes, official, strict=True)] == [True] * 150
+    other = [name for name, synonyms in zip(dataset.classes, official, strict=True) if name != synonyms[0]]
+    assert other == ["television receiver"]
+    assert dataset.value_of_class(None) == list(range(1, 151))
+
+
+def test_cityscapes_values() -> None:
+    """The evaluated classes have their official ids, every other id has no class."""
+    dataset = read("cityscapes")
+    assert dict(zip(dataset.classes, dataset.value_of_class(None), strict=True)) == CITYSCAPES
+    assert {*CITYSCAPES.values(), *dataset.ignore_index} == {*range(34), 255}
+    converted = dataset.splits["train"].masks[1]
+    assert converted.files.endswith("_labelTrainIds.png") and dataset.value_of_class(converted.values) == list(
+        range(19)
+    )
+
+
+def test_prompts() -> None:
+    """Names that run words together are prompted apart, but for VOC's, which ZegCLIP prompts with as they are."""
+    apart = {"diningtable": ("dining table",), "pottedplant": ("potted plant",), "tvmonitor": ("tv monitor",)}
+    for name in FACTS:
+        dataset = read(name)
+        spaced = {key: value for key, value in apart.items() if key in dataset.classes}
+        assert dataset.prompts == ({} if name == "pascal-voc" else spaced)
+        assert dataset.synonyms == [dataset.prompts.get(key, (key,)) for key in dataset.classes]
+    assert read("pascal-voc").templates == ("a photo of a {}",)
+    assert read("coco-stuff").templates == "zegclip"
+
+
+# A file that contradicts itself: what differs from DATASET -> the message after the file's name.
+
+SPLIT = {"images": "i/{id}.jpg", "masks": "m/{id}.png"}
+PATTERN = "must contain {id} once, no other braces, and * only as a final .*"
+NUMBERS = "write numbers and ranges such as 0-10, 12"
+
+
+def split(**changes: Any) -> dict[str, Any]:
+    return {"splits": {"train": SPLIT, "val": SPLIT | changes}}
+
+
+FAULTS: list[tuple[dict[str, Any], str]] = [
+    (split(images="i/all.jpg"), f"setting splits.val: 'i/all.jpg' {PATTERN}"),
+    (split(images="{id}/{id}.jpg"), f"setting splits.val: '{{id}}/{{id}}.jpg' {PATTERN}"),
+    (split(images="{city}/{id}.jpg"), f"setting splits.val: '{{city}}/{{id}}.jpg' {PATTERN}"),
+    (split(images="{}/{id}.jpg"), f"setting splits.val: '{{}}/{{id}}.jpg' {PATTERN}"),
+    (split(images="*/{id}.jpg"), f"setting splits.val: '*/{{id}}.jpg' {PATTERN}"),
+    (split(images="{id}*"), f"setting splits.val: '{{id}}*' {PATTERN}"),
+    (split(masks="m/{id}.*.*"), f"setting splits.val: 'm/{{id}}.*.*' {PATTERN}"),
+    (split(masks=["m/{id}.png", "m/all.png"]), f"setting splits.val: 'm/all.png' {PATTERN}"),
+    (split(masks={"files": "m.png", "values": "0-3"}), f"setting splits.val: 'm.png' {PATTERN}"),
+    (split(masks={"file": "m/{id}.png"}), "setting splits.val.masks.0.files is missing"),
+    (
+        split(masks={"files": "m/{id}.png", "value": "0-3"}),
+        "unknown setting splits.val.masks.0.value; did you mean 'values'?",
+    ),
+    (
+        split(masks=["m/{id}.png", {"files": "n/{id}.png", "values": "0-3x"}]),
+        f"setting splits.val.masks.1.values: values '0-3x': {NUMBERS} (it is '0-3x')",
+    ),
+    (
+        split(masks={"files": "n/{id}.png", "values": "0-4"}),
+        "values 0-4 are 5 values for 4 classes",
+    ),
+    (split(image="x"), "unknown setting splits.val.image; did you mean 'images'?"),
+    (split(count=0), "setting splits.val.count: Input should be greater than 0 (it is 0)"),
+    ({"unseen": "zs3"}, "unseen 'zs3' is none of unseen_splits (there is none)"),
+    (
+        {"unseen": "zs", "unseen_splits": {"zs3": ["a"], "spnet": ["b"]}},
+        "unseen 'zs' is none of unseen_splits (spnet, zs3)",
+    ),
+    ({"classes": ["a", "b", "a", "d", "d"]}, "classes holds 'a' twice"),
+    (
+        {"classes": ["cow", "tree"], "unseen": ["cows", "x"]},
+        "unseen names no class of the dataset: cows, x; did you mean 'cow'?",
+    ),
+    ({"unseen": ["a", "qqq"]}, "unseen names no class of the dataset: qqq"),
+    (
+        {"classes": ["cow", "tree"], "unseen": [], "prompts": {"trees": ["tree"]}},
+        "prompts names no class of the dataset: trees; did you mean 'tree'?",
+    ),
+    ({"unseen_splits": {"few": ["qqq"]}}, "unseen_splits.few names no class of the dataset: qqq"),
+    ({"unseen": ["a", "b", "c", "d"]}, "at least one class must be seen"),
+    ({"unseen": "all", "unseen_splits": {"all": ["a", "b", "c", "d"]}}, "at least one class must be seen"),
+    ({"classes": [], "unseen": []}, "at least one class must be seen"),
+    (
+        {"classes": [f"c{index}" for index in range(256)], "unseen": []},
+        "more than 255 classes do not fit 8-bit masks, where 255 is no class",
+    ),
+    ({"templates": ["a {}", "a"]}, "templates must be one or more, each with {} for the class name"),
+    ({"values": "0-2"}, "values 0-2 are 3 values for 4 classes"),
+    ({"values": "0-2, 1"}, "values '0-2, 1' must rise from 0 to at most 255, each once"),
+    ({"values": "253-256"}, "values '253-256' must rise from 0 to at most 255, each once"),
+    ({"values": "none"}, f"values 'none': {NUMBERS}"),
+    ({"values": "0-3", "ignore_index": [7, 2]}, "2 is in values and in ignore_index: drop it from one of them"),
+    ({"ignore_index": list(range(253))}, "values 0-255 are 3 values for 4 classes"),
+    ({"ignore_index": 256}, "setting ignore_index.0: Input should be less than or equal to 255 (it is 256)"),
+    ({"ignore_index": [0, -1]}, "setting ignore_index.1: Input should be greater than or equal to 0 (it is -1)"),
+]
+
+
+def refusal(action: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as error:
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("changes", "message"), FAULTS)
+def test_a_file_that_contradicts_itself(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(DATASET | changes))
+    assert refusal(lambda: dataset_settings(str(path))) == f"{path}: {message}"
+    assert refusal(lambda: resolve(dataset=str(path))) == f"{path}: {message}"
+
+
+@pytest.mark.parametrize("key", ["masks", "images"])
+def test_a_split_without_patterns(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(DATASET | {"splits": {"train": {k: v for k, v in SPLIT.items() if k != key}}}))
+    assert refusal(lambda: dataset_settings(str(path))).startswith(f"{path}: setting splits.train.{key}")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        split(images="i/{id}}.jpg"),  # another brace
+        {"templates": []},  # no prompt at all
+        {"prompts": {"a": []}},  # no prompt for a class
+        {"unseen": "few", "unseen_splits": ["few"]},  # names without classes
+    ],
+)
+def test_more_faults(changes: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(DATASET | changes))
+    refusal(lambda: dataset_settings(str(path)))
+
+
+@pytest.mark.parametrize("text", ["a\nb\nc\nd\n", "a\nb\nc\nd", "\n a\r\nb \r\n\r\n\tc\n\n\nd\n\n"])
+def test_classes_in_a_file_of_their_own(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the YAML file, wherever the command runs; a cache holds the names themselves."""
+    (tmp_path / "names.txt").write_bytes(text.encode())
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(DATASET | {"classes": "names.txt"}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = resolve(dataset=str(path))
+    assert config == Config.model_validate({"dataset": DATASET})
+    assert as_settings(config.stage_one)["dataset"]["classes"] == ["a", "b", "c", "d"]
+
+
+def test_names_with_spaces_and_accents(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("traffic light\ncafé\n鳥\n", encoding="utf-8")
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(DATASET | {"classes": "names.txt", "unseen": ["café"]}, allow_unicode=True))
+    assert resolve(dataset=str(path)).dataset.classes == ("traffic light", "café", "鳥")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("a\nb\na\n", "classes holds 'a' twice"), ("\n", "at least one class")]
+)
+def test_a_wrong_file_of_names(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text(content)
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(DATASET | {"classes": "names.txt", "unseen": []}))
+    assert refusal(lambda: resolve(dataset=str(path))).startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00a"])
+def test_no_file_of_names(content: bytes | None, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    if content is not None:
+        names.write_bytes(content)
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(DATASET | {"classes": "names.txt"}))
+    line = refusal(lambda: resolve(dataset=str(path)))
+    assert f"the class names in {names}" in line
