@@ -102,12 +102,11 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
                 predict = student_predictor(student.eval(), text_features, config)
                 scores = evaluate_predictor(predict, validation, [0.0])[0]
                 student.train()
-                for name in ("miou_seen", "miou_unseen", "hiou"):
+                shown = ("miou", "miou_seen", "miou_unseen", "hiou") if config.dataset.unseen else ("miou",)
+                for name in shown:
                     board.add_scalar(f"{validation.split}/{name}", getattr(scores, name), iteration)
-                say(
-                    f"iteration {iteration}, {validation.split}, gamma 0: seen {scores.miou_seen:.1f}, "
-                    f"unseen {scores.miou_unseen:.1f}, hIoU {scores.hiou:.1f}"
-                )
+                values_shown = ", ".join(f"{name} {getattr(scores, name):.1f}" for name in shown)
+                say(f"iteration {iteration}, {validation.split}, gamma 0: {values_shown}")
     say(f"trained {schedule.iterations} iterations in {time.perf_counter() - started:.0f} s: {path}")
     return path
 

@@ -60,7 +60,7 @@ def test_dataset_settings_are_the_renderers() -> None:
     assert len(dataset.unseen) >= 6
     assert set(dataset.unseen) & set(THINGS) and set(dataset.unseen) & set(STUFF)
     assert set(dataset.seen) & set(THINGS) and set(dataset.seen) & set(STUFF)
-    assert dataset.generator == "scenes" and dataset.ignore_index == NONE
+    assert dataset.generator == "scenes" and dataset.ignore_index == (NONE,)
 
 
 def inside(mask: Array) -> Array:
