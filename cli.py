@@ -3,7 +3,6 @@
 Heavy libraries are imported inside the verbs: help stays quick, and training never loads the teacher's library.
 """
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from configs.errors import UserError
-from configs.load import as_settings, resolve
+from configs.load import as_settings, named_dataset, resolve
 from configs.schema import Config
 
 app = typer.Typer(
@@ -72,12 +71,10 @@ def _open_cache(
     cache: Path | None, dataset: str | None, config: Path | None, assignments: list[str]
 ) -> tuple[Any, Config]:
     """The cache a command works on, and the configuration: the cache's settings under those that are asked for."""
-    from stages.caches import choose_cache
+    from stages.caches import cached_settings, choose_cache
 
-    wanted = resolve(dataset, config).dataset.name if dataset or config else None
-    opened = choose_cache(cache, wanted)
-    base = {key: value for key, value in opened.manifest.settings.items() if key != "files"}
-    return opened, resolve(dataset, config, assignments, base=base)
+    opened = choose_cache(cache, named_dataset(dataset, config))
+    return opened, resolve(dataset, config, assignments, base=cached_settings(opened))
 
 
 @app.command()
@@ -142,9 +139,9 @@ def evaluate(
 
     Example: clip-zss evaluate --dataset pascal-voc --set evaluate.mode=slide --json scores.json
     """
-    from stages.evaluate import cross_dataset, student_predictor, teacher_predictor
     from stages.evaluate import evaluate as stage
-    from stages.report import score_table
+    from stages.evaluate import features_of, student_predictor, teacher_predictor
+    from stages.report import score_report, score_table
     from stages.runs import load_run, newest_run
 
     on = _device(device)
@@ -154,22 +151,15 @@ def evaluate(
     else:
         opened = load_run(run or newest_run(), on)
         settings = resolve(dataset, config, set_, base=as_settings(opened.config))
-        name, features = f"{opened.path} (iteration {opened.iteration})", opened.text_features
-        if settings.dataset.classes != opened.config.dataset.classes:
-            settings, features = cross_dataset(settings, features.shape[1], on)
-        predict = student_predictor(opened.student, features, settings)
+        settings, features = features_of(settings, opened, on)
+        name, predict = (
+            f"{opened.path} (iteration {opened.iteration})",
+            student_predictor(opened.student, features, settings),
+        )
     gamma, scores = stage(predict, settings, data_root)
     score_table(name, settings, gamma, scores)
     if json_file:
-        iou = dict(zip(settings.dataset.classes, scores.iou, strict=True))
-        report = {
-            "of": name,
-            "split": settings.evaluate.split,
-            "gamma": gamma,
-            **dataclasses.asdict(scores),
-            "iou": iou,
-        }
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+        json_file.write_text(json.dumps(score_report(name, settings, gamma, scores), indent=2, allow_nan=False) + "\n")
 
 
 datasets = typer.Typer(help="What datasets there are, where their files go, and what is wrong with them.")
@@ -209,7 +199,10 @@ def datasets_check(name: DatasetArgument, data_root: DataRootOption = DATA) -> N
     found = check(config, data_root)
     check_table(config, found)
     if found.faults:
-        raise UserError(f"{config.name} has {len(found.faults)} faults: they are listed above")
+        count = len(found.faults)
+        raise UserError(
+            f"{config.name} has {count} fault{'s' if count > 1 else ''}, listed above: mend the files or the YAML"
+        )
 
 
 @app.command("inspect-pseudolabels")
@@ -266,7 +259,7 @@ def main() -> None:
     """Runs the app; a user's mistake is one line on stderr and exit code 2."""
     try:
         app()
-    except UserError as error:
+    except (UserError, PermissionError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
 

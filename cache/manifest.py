@@ -39,7 +39,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as {"outer.inner": JSON text}."""
     flat: dict[str, str] = {}
     for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True)
@@ -70,7 +70,8 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
 
     format: int
     fingerprint: str  # of `settings`
-    settings: dict[str, Any]  # stage one's resolved settings, nested, as plain JSON
+    settings: dict[str, Any]  # stage one's resolved settings, nested, as plain JSON: all that decides what is stored
+    context: dict[str, Any] = {}  # settings that decide none of it, kept for the stages that follow
     versions: dict[str, str]  # of the libraries that made the cache; for the reader's eyes, compared with nothing
     images: PositiveInt  # N
     views: PositiveInt  # V
@@ -90,11 +91,13 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         shard_images: int,
         arrays: Mapping[str, ArraySpec],
         text_features: np.ndarray,
+        context: Mapping[str, Any] | None = None,
     ) -> "Manifest":
         return cls(
             format=FORMAT,
             fingerprint=fingerprint(settings),
             settings=_plain(settings),
+            context=_plain(context or {}),
             versions=dict(versions),
             images=len(image_ids),
             views=views,

@@ -75,7 +75,7 @@ class Dataset(Section):
     own may give values of `ignore_index` a class.
     """
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w.-]*$")  # names files
     root: str = Field("", description="folder below --data-root, which may also name that folder itself; default: name")
     generator: Literal["scenes", "pascal-context"] | None = Field(None, description="makes missing files on first use")
     splits: dict[str, Split]
@@ -85,7 +85,7 @@ class Dataset(Section):
     unseen: tuple[str, ...] = Field((), description="classes, or the name of one of `unseen_splits`")
     unseen_splits: dict[str, tuple[str, ...]] = {}
     prompts: dict[str, tuple[str, ...]] = Field({}, description="names of a class in prompts, averaged")
-    templates: tuple[str, ...] | Literal["single", "zegclip", "imagenet"] = "single"
+    templates: Literal["single", "zegclip", "imagenet"] | tuple[str, ...] = "single"
     text_features: str | None = Field(None, description=".npy or .safetensors (K, C), read in place of a text tower")
 
     @model_validator(mode="before")
@@ -151,10 +151,6 @@ class Dataset(Section):
     @property
     def unseen_indices(self) -> list[int]:
         return [i for i, name in enumerate(self.classes) if name in self.unseen]
-
-    @property
-    def seen(self) -> list[str]:
-        return [self.classes[i] for i in self.seen_indices]
 
     @property
     def synonyms(self) -> list[tuple[str, ...]]:

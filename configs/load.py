@@ -42,7 +42,7 @@ def known_datasets() -> list[str]:
 
 
 def dataset_settings(name_or_file: str) -> dict[str, Any]:
-    """A dataset's YAML, checked, by its name in configs/datasets or by its file."""
+    """A dataset's YAML, checked, by its name in configs/datasets or by its file; files it names lie beside it."""
     names = known_datasets()
     if name_or_file not in names and not name_or_file.endswith((".yaml", ".yml")):
         hint = _suggest(name_or_file, names)
@@ -51,6 +51,8 @@ def dataset_settings(name_or_file: str) -> dict[str, Any]:
     settings = _read_yaml(path)
     if isinstance(settings.get("classes"), str):
         settings["classes"] = _read_names(path.parent / settings["classes"])
+    if isinstance(settings.get("text_features"), str):
+        settings["text_features"] = str(path.parent / settings["text_features"])
     _validate(Dataset, settings, str(path))
     return settings
 
@@ -66,11 +68,12 @@ def _read_names(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings, those of `top` over those of `base`."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
@@ -153,12 +156,21 @@ def resolve(
         experiment.pop("dataset", None)
         sources.append(str(default))
         if base:  # what the cache or the run holds wins over the dataset's default experiment
-            experiment = _merge(experiment, settings)
-    settings = _merge(settings, experiment)
+            experiment = merge(experiment, settings)
+    settings = merge(settings, experiment)
     for text in assignments:
-        settings = _merge(settings, _assignment(text))
+        settings = merge(settings, _assignment(text))
     sources += [f"--set {text}" for text in assignments]
     return _validate(Config, settings, " + ".join(sources) or "settings")
+
+
+def named_dataset(dataset: str | None, config: Path | None) -> str | None:
+    """The name of the dataset that `--dataset`, or else the experiment, asks for; None where neither names one."""
+    chosen = dataset or (_read_yaml(config).get("dataset") if config else None)
+    if chosen is None:
+        return None
+    settings = chosen if isinstance(chosen, dict) else dataset_settings(str(chosen))
+    return str(settings.get("name"))
 
 
 def as_settings(section: BaseModel) -> dict[str, Any]:

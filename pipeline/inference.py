@@ -54,12 +54,12 @@ def class_logits(
 def slide(image: np.ndarray, predict: Callable[[np.ndarray], Tensor], side: int, stride: int) -> Tensor:
     """Logits (K, h, w) of (h, w, 3): those of windows of `side` pixels every `stride`, averaged where they overlap."""
     height, width = image.shape[:2]
-    total, count = torch.zeros(()), torch.zeros(height, width)
-    for top, bottom in windows(height, side, stride):
-        for left, right in windows(width, side, stride):
-            logits = predict(image[top:bottom, left:right])
-            if total.ndim == 0:
-                total, count = logits.new_zeros(len(logits), height, width), logits.new_zeros(height, width)
-            total[:, top:bottom, left:right] += logits
-            count[top:bottom, left:right] += 1
-    return total.div_(count)
+    boxes = [(*rows, *columns) for rows in windows(height, side, stride) for columns in windows(width, side, stride)]
+    total, count = None, torch.zeros(height, width)
+    for top, bottom, left, right in boxes:
+        logits = predict(image[top:bottom, left:right])
+        total = logits.new_zeros(len(logits), height, width) if total is None else total
+        total[:, top:bottom, left:right] += logits
+        count[top:bottom, left:right] += 1
+    assert total is not None  # there is at least one window
+    return total.div_(count.to(total.device))

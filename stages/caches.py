@@ -1,12 +1,13 @@
 """Which cache a command works on, and whether it fits what the command asks for."""
 
 from pathlib import Path
+from typing import Any
 
 from cache.manifest import different_settings
 from cache.reader import Cache, find_caches, open_cache
 from configs.errors import UserError
-from configs.load import as_settings
-from configs.schema import Config
+from configs.load import as_settings, merge
+from configs.schema import Config, StageOne
 from pipeline.data.dataset import SegmentationDataset
 
 CACHES = Path("caches")
@@ -24,6 +25,28 @@ def choose_cache(cache: Path | None, dataset: str | None) -> Cache:
     raise UserError(f"no complete cache below {CACHES}/: run precompute{wanted} first, or name one by --cache")
 
 
+def split_settings(config: StageOne) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Stage one's settings: what decides the content of a cache, and the rest, where files lie and other splits.
+
+    A cache stays good when its dataset gets another test split or moves to another folder.
+    """
+    content = as_settings(config)
+    dataset = content["dataset"]
+    train = dict(dataset["splits"].get("train", {}))
+    count = train.pop("count", None)
+    rest = {key: dataset.pop(key) for key in ("root", "generator", "splits", "unseen_splits")}
+    rest["splits"] = {**rest["splits"], "train": {"count": count}}
+    dataset["splits"] = {"train": train}
+    return content, {"dataset": rest}
+
+
+def cached_settings(cache: Cache) -> dict[str, Any]:
+    """The settings that a cache was made with, for `resolve` to start from."""
+    return merge(
+        {key: value for key, value in cache.manifest.settings.items() if key != "files"}, cache.manifest.context
+    )
+
+
 def check_cache(cache: Cache, config: Config, dataset: SegmentationDataset) -> None:
     """Refuses a cache that was made from other settings or other images than `config` and `dataset`.
 
@@ -31,7 +54,7 @@ def check_cache(cache: Cache, config: Config, dataset: SegmentationDataset) -> N
         UserError: naming every setting that differs.
     """
     made_from = {key: value for key, value in cache.manifest.settings.items() if key != "files"}
-    differences = different_settings(made_from, as_settings(config.stage_one))
+    differences = different_settings(made_from, split_settings(config.stage_one)[0])
     if differences:
         raise UserError(
             f"cache {cache.path} has other settings ({'; '.join(differences)}): precompute with yours, or drop them"

@@ -33,7 +33,7 @@ class Check:
     pixels: np.ndarray
     images: np.ndarray
     unlabelled: int = 0
-    files: int = 0
+    readable: int = 0
     faults: list[str] = field(default_factory=list)
 
 
@@ -59,7 +59,7 @@ def check(config: Dataset, data_root: Path) -> Check:
                     found.faults.append(counts)
                     continue
                 pixels = counts[: len(config.classes)]
-                found.files += 1
+                found.readable += 1
                 found.pixels += pixels
                 found.images += pixels > 0
                 found.unlabelled += int(counts[IGNORE])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +16,11 @@ from pipeline.metrics import CalibratedStacking, Scores, seen_margins
 from pipeline.student.student import Student
 from stages.datasets import open_split
 from stages.progress import progress_bar
+from stages.runs import Run
 from stages.text import class_features
+
+if TYPE_CHECKING:
+    from pipeline.teacher.clip import FrozenClip
 
 GAMMAS = 60  # candidates of the gamma search: quantiles of the margins on 20 images, and 0
 
@@ -58,17 +63,27 @@ def teacher_predictor(config: Config, device: str) -> Predictor:
     return _predictor(config, encode, teacher.stride, text_features, teacher.mean, teacher.std)
 
 
-def cross_dataset(config: Config, width: int, device: str) -> tuple[Config, Tensor]:
-    """For a dataset that the student was not trained on: no class of it counts as seen or unseen, all are alike.
+def features_of(config: Config, run: Run, device: str) -> tuple[Config, Tensor]:
+    """Class features (K, C) for a run on `config.dataset`: the run's own, or new ones where other words are asked for.
 
-    Returns:
-        The configuration without a split of the classes, and their features (K, C), C = `width`.
+    Of a dataset with other classes than the run was trained on no class counts as seen or unseen, all are alike: the
+    configuration that is returned says so.
     """
-    from pipeline.teacher.clip import FrozenClip  # the text tower only, once
+    trained, asked = run.config.dataset, config.dataset
+    if all(
+        getattr(trained, key) == getattr(asked, key) for key in ("classes", "prompts", "templates", "text_features")
+    ):
+        return config, run.text_features
 
-    features = class_features(config, lambda: FrozenClip(config.teacher, device), width)
-    alike = config.model_copy(update={"dataset": config.dataset.model_copy(update={"unseen": ()})})
-    return alike, torch.from_numpy(features).to(device)
+    def teacher() -> "FrozenClip":
+        from pipeline.teacher.clip import FrozenClip  # the text tower only, and only if the words are new
+
+        return FrozenClip(config.teacher, device)
+
+    features = torch.from_numpy(class_features(config, teacher, run.text_features.shape[1])).to(device)
+    if asked.classes != trained.classes:
+        config = config.model_copy(update={"dataset": asked.model_copy(update={"unseen": ()})})
+    return config, features
 
 
 def evaluate_predictor(predict: Predictor, dataset: SegmentationDataset, gammas: list[float]) -> list[Scores]:

@@ -12,6 +12,7 @@ from pipeline.data.dataset import IGNORE, SegmentationDataset
 from pipeline.data.views import majority_tokens, replay
 from pipeline.metrics import purity
 from pipeline.pictures import contact_sheet, overlay
+from stages.caches import check_cache
 from stages.progress import progress_bar
 
 TITLES = ("image", "seen mask", "K-means regions", "fused regions", "true mask")
@@ -36,6 +37,7 @@ def _count(labels: np.ndarray) -> int:
 def table(config: Config, cache: Cache, data_root: Path, rows: list[int]) -> list[PseudoLabelRow]:
     """Every view of the chosen images (rows of the training split)."""
     dataset = SegmentationDataset(config.dataset, data_root, "train")
+    check_cache(cache, config, dataset)
     groups, clusters, views = (cache.load(name) for name in ("pseudo_labels", "kmeans_labels", "views"))
     grid, size = groups.shape[2], config.views.size
     found = []
@@ -63,6 +65,7 @@ def table(config: Config, cache: Cache, data_root: Path, rows: list[int]) -> lis
 def sheet(config: Config, cache: Cache, data_root: Path, rows: list[int], path: Path) -> Path:
     """Writes the contact sheet of the chosen images' first views to `path` (PNG)."""
     dataset = SegmentationDataset(config.dataset, data_root, "train")
+    check_cache(cache, config, dataset)
     size, lines = config.views.size, []
     for row in rows:
         image, mask = dataset.pair(row)

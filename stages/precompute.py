@@ -28,11 +28,13 @@ from configs.schema import Config, StageOne
 from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
 from pipeline.data.views import draw_views, inside, normalise, padding_colour, replay, unannotated_tokens
 from pipeline.pseudo_labels import pseudo_labels
-from pipeline.teacher.clip import FrozenClip, weights_fingerprint
-from stages.caches import CACHES
+from pipeline.teacher.clip import FrozenClip
+from pipeline.teacher.load import weights_fingerprint
+from pipeline.teacher.text import read_text_features
+from stages.caches import CACHES, split_settings
 from stages.datasets import open_split
 from stages.progress import progress_bar, say
-from stages.text import class_features, file_digest
+from stages.text import class_features
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ def cache_settings(config: StageOne, dataset: SegmentationDataset) -> dict[str, 
     listing = json.dumps(dataset.file_sizes()).encode()
     files = {"dataset": hashlib.sha256(listing).hexdigest(), **weights_fingerprint(config.teacher)}
     if config.dataset.text_features is not None:
-        files["text_features"] = file_digest(config.dataset.text_features)
-    return {**as_settings(config), "files": files}
+        features = read_text_features(Path(config.dataset.text_features), len(config.dataset.classes), None)
+        files["text_features"] = hashlib.sha256(features.tobytes()).hexdigest()
+    return {**split_settings(config)[0], "files": files}
 
 
 def precompute(config: Config, data_root: Path, cache: Path | None, device: str) -> Path:
@@ -86,7 +89,10 @@ def precompute(config: Config, data_root: Path, cache: Path | None, device: str)
     skipped = list_skipped(path)
     if skipped:
         first = next(iter(skipped.values()))
-        say(f"{len(skipped)} images were left out, they are listed in {path / 'manifest.json'}; the first: {first}")
+        say(
+            f"{len(skipped)} images were left out ({path / 'manifest.json'} lists them; the first: {first}); "
+            f"to try them again, delete the records below {path / 'shards'} that name them"
+        )
     return path
 
 
@@ -113,6 +119,7 @@ def _prepare(
         shard_images=config.storage.shard_images,
         arrays=_array_specs(config, teacher),
         text_features=text_features,
+        context=split_settings(config)[1],
     )
     create_cache(path, manifest, dataset.ids, text_features)
     return pending_shards(path)
@@ -173,8 +180,8 @@ def make_shard(job: ShardJob) -> int:
         for name, spec in _array_specs(config, teacher).items()
     }
     skipped: dict[str, str] = {}
-    views = _readable_views(job, config, teacher, arrays["views"], skipped)
-    while batch := list(islice(views, job.batch_size)):
+    samples = _readable_views(job, config, teacher, arrays["views"], skipped)
+    while batch := list(islice(samples, job.batch_size)):
         pixels = normalise(np.stack([pixels for _, pixels, _ in batch]), teacher.mean, teacher.std)
         cls_tokens, dense_tokens = (tokens.cpu().numpy() for tokens in teacher.encode(pixels))
         for (place, _, unannotated), cls_token, dense in zip(batch, cls_tokens, dense_tokens, strict=True):

@@ -1,8 +1,10 @@
 """Tables that the verbs print to stdout."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -36,6 +38,16 @@ def score_table(name: str, config: Config, gamma: float, scores: Scores) -> None
             escape(label), "unseen" if label in config.dataset.unseen else "", "-" if math.isnan(iou) else f"{iou:.1f}"
         )
     output.print(classes)
+
+
+def score_report(name: str, config: Config, gamma: float, scores: Scores) -> dict[str, Any]:
+    """The same as plain JSON values; null for a class that occurs nowhere, and for what needs unseen classes."""
+    values = dataclasses.asdict(scores)
+    if not config.dataset.unseen:
+        values |= {"miou_seen": None, "miou_unseen": None, "hiou": None}
+    iou = (None if math.isnan(value) else value for value in scores.iou)
+    values["iou"] = dict(zip(config.dataset.classes, iou, strict=True))
+    return {"of": name, "dataset": config.dataset.name, "split": config.evaluate.split, "gamma": gamma, **values}
 
 
 def pseudo_label_table(rows: Sequence[PseudoLabelRow]) -> None:
@@ -95,6 +107,6 @@ def check_table(config: Dataset, found: Check) -> None:
         unseen = "unseen" if name in config.unseen else ""
         table.add_row(escape(name), unseen, f"{images:,}", f"{pixels:,}", f"{100 * pixels / total:.2f} %")
     output.print(table)
-    _print(f"{found.files:,} images, {found.unlabelled:,} pixels without a class")
+    _print(f"{found.readable:,} images, {found.unlabelled:,} pixels without a class")
     for fault in found.faults:
         _print(f"fault: {fault}")

@@ -1,6 +1,5 @@
 """Class features of a dataset: read from a file, or made once by the teacher's text tower and kept."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +9,6 @@ import numpy as np
 from safetensors.numpy import save
 
 from cache.files import make_directory, sha256, write_atomically
-from configs.errors import UserError
-from configs.load import as_settings
 from configs.schema import Config
 from stages.caches import CACHES
 from stages.progress import progress_bar, say
@@ -28,13 +25,14 @@ def class_features(config: Config, teacher: Callable[[], "FrozenClip"], width: i
             teacher's weights, the prompts and the templates.
         width: C where it is known, to refuse a file of another teacher.
     """
-    from pipeline.teacher.clip import weights_fingerprint
-    from pipeline.teacher.text import read_text_features
+    from pipeline.teacher.text import prompt_templates, read_text_features
 
     dataset = config.dataset
     if dataset.text_features is not None:
         return read_text_features(Path(dataset.text_features), len(dataset.classes), width)
-    prompts = {"synonyms": dataset.synonyms, "templates": as_settings(dataset)["templates"]}
+    from pipeline.teacher.load import weights_fingerprint  # open_clip is only needed from here on
+
+    prompts = {"synonyms": dataset.synonyms, "templates": prompt_templates(dataset.templates)}
     wanted = json.dumps({**prompts, "teacher": weights_fingerprint(config.teacher)}, sort_keys=True).encode()
     path = CACHES / "text" / f"{dataset.name}-{sha256(wanted)[:12]}.safetensors"
     if not path.is_file():
@@ -44,12 +42,3 @@ def class_features(config: Config, teacher: Callable[[], "FrozenClip"], width: i
         write_atomically(path, save({"text_features": features}))
         say(f"class features: {path}")
     return read_text_features(path, len(dataset.classes), width)
-
-
-def file_digest(path: str) -> str:
-    """SHA-256, in hex, of the file that dataset.text_features names."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"dataset.text_features: cannot read {path}: {error.strerror}") from error

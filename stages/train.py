@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from torch.utils.tensorboard import SummaryWriter
 from cache.reader import Cache
 from configs.errors import UserError
 from configs.schema import Config
-from pipeline.data.dataset import SegmentationDataset
-from pipeline.data.training import TrainingViews
+from pipeline.data.dataset import BrokenFile
+from pipeline.data.training import Sample, TrainingViews
 from pipeline.learning.criterion import Criterion
 from pipeline.student.student import Student
 from stages.caches import check_cache
+from stages.datasets import open_split
 from stages.evaluate import evaluate_predictor, student_predictor
 from stages.progress import progress_bar, say
 from stages.runs import new_run, save_config, save_student
@@ -31,13 +33,13 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
         The run's folder: config.yaml, student.safetensors, log.jsonl and TensorBoard events.
     """
     schedule = config.train
-    dataset = SegmentationDataset(config.dataset, data_root, "train")
+    dataset = open_split(config.dataset, data_root, "train")
     check_cache(cache, config, dataset)
     torch.manual_seed(schedule.seed)
     text_features = torch.from_numpy(cache.text_features).to(device)
     student = Student(config.student, text_features.shape[1]).to(device)
     criterion = Criterion(config.loss, text_features[dataset.seen_indices]).to(device)
-    validation = SegmentationDataset(config.dataset, data_root, schedule.validate_on)
+    validation = open_split(config.dataset, data_root, schedule.validate_on)
     cls_tokens = torch.from_numpy(cache.load("cls_tokens").astype(np.float32))
     groups = torch.from_numpy(cache.load("pseudo_labels"))
     if not len(cache.kept_rows):
@@ -71,7 +73,7 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
         (path / "log.jsonl").open("w") as log,
         progress_bar("train", schedule.iterations, "it") as advance,
     ):
-        for iteration, batch in enumerate(loader, start=1):
+        for iteration, batch in enumerate(_readable(loader), start=1):
             rows, views = batch["row"], batch["view"]
             features = student(batch["pixels"].to(device))
             losses = criterion(
@@ -114,6 +116,14 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
 def warm_up_and_poly(step: int, warmup: int, iterations: int) -> float:
     """Learning-rate factor: linear from ~0 over `warmup` iterations, times poly decay of power 1 to 0."""
     return min(1.0, (step + 1) / (warmup + 1)) * (1 - step / iterations)
+
+
+def _readable(loader: DataLoader[Sample]) -> Iterator[dict[str, torch.Tensor]]:
+    """The loader's batches. Its workers wrap what they meet in their traceback: only its last line is the user's."""
+    try:
+        yield from loader  # samples, collated
+    except BrokenFile as error:
+        raise BrokenFile(str(error).strip().rpartition("BrokenFile: ")[2]) from error
 
 
 def _values(losses: dict[str, torch.Tensor]) -> dict[str, float]:

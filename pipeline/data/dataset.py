@@ -49,6 +49,7 @@ class SegmentationDataset:
         self.root = self._find_root(data_root)
         if config.generator == "pascal-context":
             write_context_masks(self.root)
+        self._scanned: dict[str, dict[str, str]] = {}
         self.ids = self._list_ids()
         self._class_lookups = {masks.values: _class_lookup(config, masks.values) for masks in self._files.masks}
         self.seen_lookup = np.full(256, IGNORE, np.uint8)
@@ -73,7 +74,7 @@ class SegmentationDataset:
 
     def _list_ids(self) -> list[str]:
         if not self._files.ids:
-            ids = self._ids_of_files()
+            ids = sorted(self._scan(self._files.images))
             source = f"{self.root} holds no file {self._files.images}"
         else:
             ids = []
@@ -95,32 +96,32 @@ class SegmentationDataset:
             raise UserError(f"split {self.split} of {self.root} has the id {twice[0]!r} twice: keep one of them")
         return ids
 
-    def _ids_of_files(self) -> list[str]:
-        before, after = self._files.images.split("{id}")
-        pattern = glob.escape(before) + ("**/*" if before.endswith("/") or not before else "*")
-        pattern += after if after == ".*" else glob.escape(after)
-        ids = []
-        for path in glob.iglob(pattern, root_dir=self.root, recursive=True):  # follows links, leaves out hidden files
-            name, suffix = path[len(before) :], Path(path).suffix
-            if after != ".*":
-                ids.append(name.removesuffix(after))
-            elif suffix.lower() in _IMAGE_SUFFIXES:
-                ids.append(name.removesuffix(suffix))
-        return sorted(ids)
+    def _scan(self, pattern: str) -> dict[str, str]:
+        """Image id -> file below the root, of every file that matches the pattern."""
+        if pattern in self._scanned:
+            return self._scanned[pattern]
+        before, after = pattern.split("{id}")
+        matching = glob.escape(before) + ("**/*" if before.endswith("/") or not before else "*")
+        matching += after if after == ".*" else glob.escape(after)
+        found: dict[str, str] = {}
+        for path in glob.iglob(matching, root_dir=self.root, recursive=True):  # follows links, leaves out hidden files
+            ending = Path(path).suffix if after == ".*" else after
+            if after == ".*" and ending.lower() not in _IMAGE_SUFFIXES:
+                continue
+            image_id = path[len(before) :].removesuffix(ending)
+            if image_id in found:
+                both = f"{found[image_id]} and {path}"
+                raise UserError(f"{self.root}: {both} have one id: keep one, or write the ending in the pattern")
+            found[image_id] = path
+        self._scanned[pattern] = found
+        return found
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def _located(self, pattern: str, row: int) -> Path:
-        path = self.root / pattern.replace("{id}", self.ids[row])
-        if not pattern.endswith(".*"):
-            return path
-        stem = str(path).removesuffix("*")
-        lower = next((Path(stem + s[1:]) for s in _IMAGE_SUFFIXES if _size(Path(stem + s[1:])) >= 0), None)
-        if lower is not None:
-            return lower
-        others = glob.iglob(glob.escape(stem) + "*")  # .JPG, .Png; slow in large folders, and rare
-        return next((Path(other) for other in others if Path(other).suffix.lower() in _IMAGE_SUFFIXES), path)
+        name = pattern.replace("{id}", self.ids[row])
+        return self.root / (self._scan(pattern).get(self.ids[row], name) if pattern.endswith(".*") else name)
 
     def image_path(self, row: int) -> Path:
         return self._located(self._files.images, row)

@@ -56,7 +56,7 @@ def write_context_masks(root: Path, progress: Callable[[int, int], None] | None 
     """
     masks, source = root / MASKS, root / SOURCE
     if masks.exists():
-        return
+        return  # its lists came with it, from wherever the masks are
     if not source.is_file():
         raise UserError(f"{root} has neither {MASKS} nor {SOURCE}: put {SOURCE} of PASCAL in Detail there")
     images, annotations = _read(source)

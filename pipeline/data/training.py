@@ -9,7 +9,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
 from pipeline.data.dataset import SegmentationDataset
-from pipeline.data.views import normalise, padding_colour, replay
+from pipeline.data.views import inside, normalise, padding_colour, replay
 
 
 class Sample(TypedDict):
@@ -22,9 +22,10 @@ class Sample(TypedDict):
 
 
 def distort(image: Tensor) -> Tensor:
-    """Photometric distortion of (3, H, W) uint8, as mmsegmentation's: each part half the time, from torch's generator.
+    """Photometric distortion of (3, H, W) uint8 after mmsegmentation's: each part half the time, by torch's generator.
 
     Brightness +-32, contrast x 0.5-1.5 (before or after the next two), saturation x 0.5-1.5, hue +-18 of OpenCV's 180.
+    Saturation is torchvision's, a blend with grey, where mmsegmentation scales the S of HSV.
     """
     if torch.rand(()) < 0.5:
         image = (image + torch.empty(()).uniform_(-32, 32)).clamp(0, 255).to(torch.uint8)
@@ -71,13 +72,15 @@ class TrainingViews(TorchDataset[Sample]):
         row = int(self.rows[kept])
         image, seen = self.dataset.training_pair(row)
         geometry = self.views[row, view]
+        padding = padding_colour(self.mean)
+        shown = replay(geometry, image, self.size, padding)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + draw) % 2**63)
-            shown = replay(geometry, image, self.size, padding_colour(self.mean))
-            distorted = distort(torch.from_numpy(shown.copy()).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+            torch.default_generator.manual_seed((self.seed * 1_000_003 + draw) % 2**63)
+            distorted = distort(torch.from_numpy(shown).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+        distorted[~inside(geometry, self.size)] = padding
         return {
             "pixels": normalise(distorted[None], self.mean, self.std)[0],
-            "seen": torch.from_numpy(replay(geometry, seen, self.size).copy()),
+            "seen": torch.from_numpy(replay(geometry, seen, self.size)),
             "row": row,
             "view": view,
         }

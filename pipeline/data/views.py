@@ -6,6 +6,7 @@ grid of a flipped image is not the flipped grid.
 """
 
 import hashlib
+import os
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def draw_views(config: Views, image_id: str, seen: np.ndarray) -> np.ndarray:
     """
     if config.crop == "whole":
         return np.array([[0, 0, 1, 1, 0]], np.float32)
-    digest = hashlib.sha256(image_id.encode()).digest()
+    digest = hashlib.sha256(os.fsencode(image_id)).digest()
     rng = np.random.default_rng([config.seed, int.from_bytes(digest[:8], "little")])
     return np.stack([_draw_crop(config, rng, seen) for _ in range(config.count)])
 
@@ -69,12 +70,12 @@ def replay(view: View, picture: np.ndarray, size: int, fill: int | tuple[int, ..
     box = left * width, top * height, min(right, 1.0) * width, min(bottom, 1.0) * height
     columns, rows = _extent(view, size)
     shown = np.asarray(Image.fromarray(picture).resize((columns, rows), method, box=box))
-    if (columns, rows) != (size, size):
-        canvas = np.empty((size, size, *picture.shape[2:]), np.uint8)
-        canvas[:] = fill
-        canvas[:rows, :columns] = shown
-        shown = canvas
-    return np.ascontiguousarray(shown[:, ::-1]) if view[4] else shown
+    if view[4]:
+        shown = shown[:, ::-1]
+    canvas = np.empty((size, size, *picture.shape[2:]), np.uint8)
+    canvas[:] = fill
+    canvas[:rows, :columns] = shown
+    return canvas
 
 
 def inside(view: View, size: int) -> np.ndarray:
@@ -82,7 +83,7 @@ def inside(view: View, size: int) -> np.ndarray:
     columns, rows = _extent(view, size)
     shown = np.zeros((size, size), bool)
     shown[:rows, :columns] = True
-    return shown[:, ::-1] if view[4] else shown
+    return shown
 
 
 def padding_colour(mean: tuple[float, ...]) -> tuple[int, ...]:

@@ -7,11 +7,9 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Teacher
-from pipeline.teacher.load import load, weights_fingerprint
+from pipeline.teacher.load import load
 from pipeline.teacher.text import classifier
 from pipeline.teacher.towers import capture, tower_of
-
-__all__ = ["FrozenClip", "weights_fingerprint"]
 
 
 class FrozenClip:

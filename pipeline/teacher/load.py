@@ -67,14 +67,14 @@ def load(config: Teacher) -> Loaded:
 
 def weights_fingerprint(config: Teacher) -> dict[str, str]:
     """What a cache's fingerprint says of the teacher: sha256 of local files, the name of anything else."""
-    model = _digest(_located(config.model)) if _located(config.model).is_file() else config.model
+    model = file_digest(_located(config.model)) if config.model.endswith(".json") else config.model
     if config.pretrained == "none":
         return {"model": model, "pretrained": "none: random weights, seed 0"}
     file = None if _is_tag(config) else _located(config.pretrained)
-    return {"model": model, "pretrained": _digest(file) if file and file.is_file() else config.pretrained}
+    return {"model": model, "pretrained": file_digest(file) if file and file.is_file() else config.pretrained}
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -134,13 +134,13 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 def _random(config: Teacher, name: str) -> Any:
     """The same weights in every process, and no trace in torch's generator."""
     print(
-        f"WARNING: teacher.pretrained=none: the weights of teacher.model {config.model} are random (seed 0); "
+        f"warning: teacher.pretrained=none: the weights of teacher.model {config.model} are random (seed 0); "
         "this tries the pipeline, its results mean nothing",
         file=sys.stderr,
     )
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             return open_clip.create_model(
                 name, load_weights=False, pretrained_text=False, force_preprocess_cfg=_normalisation(config)
             )

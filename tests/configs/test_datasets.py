@@ -87,7 +87,7 @@ def test_facts(name: str) -> None:
     assert {key: split.count for key, split in dataset.splits.items()} == {"train": train, "val": val}
     assert sorted(dataset.ignore_index) == ignored
     assert {index: dataset.classes[index] for index in dataset.unseen_indices} == UNSEEN[name]
-    assert len(dataset.seen) == classes - len(UNSEEN[name])
+    assert len(dataset.seen_indices) == classes - len(UNSEEN[name])
 
 
 @pytest.mark.parametrize("name", FACTS)

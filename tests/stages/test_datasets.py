@@ -134,7 +134,7 @@ def test_one_broken_file_is_one_fault(name: str, tmp_path: Path) -> None:
     damage(file)
     found = datasets.check(config, tmp_path)
     assert len(found.faults) == 1 and found.faults[0].startswith(message.format(file)), found.faults
-    assert "\n" not in found.faults[0] and found.files == 3
+    assert "\n" not in found.faults[0] and found.readable == 3
     others = counted([masks[0], masks[1], masks[3]])
     assert found.pixels.tolist() == [others[c][2] for c in CLASSES]
     assert found.images.tolist() == [others[c][1] for c in CLASSES]
@@ -166,7 +166,7 @@ def test_one_broken_split_is_one_fault(name: str, tmp_path: Path) -> None:
     splits = {"train": FILES | changes, "val": FILES}
     found = datasets.check(Dataset(**described(tmp_path, splits=splits)), tmp_path)
     assert len(found.faults) == 1 and found.faults[0].startswith(message.format(root=root)), found.faults
-    assert found.files == files + 2
+    assert found.readable == files + 2
 
 
 def test_open_split_warns_of_a_miscount_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

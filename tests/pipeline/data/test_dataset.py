@@ -366,7 +366,7 @@ def test_one_id_in_two_formats(tree: Tree) -> None:
     tree.fill(np.random.default_rng(0), 2, 3, 5)
     Image.fromarray(smooth()).save(tree.root / "images" / "1.jpg")
     message = refusal(lambda: tree.read({"images": "images/{id}.*"}))
-    assert message == f"split train of {tree.root} has the id '1' twice: keep one of them"
+    assert f"{tree.root}: " in message and "images/1.jpg" in message and "images/1.png" in message
 
 
 @pytest.mark.parametrize("ending", ["Jpg", "JpEg", "Png"])
