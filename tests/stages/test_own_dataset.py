@@ -93,6 +93,31 @@ def test_every_verb(own: World) -> None:
     assert Image.open(picture).size[0] > 4 * SIZE
 
 
+def test_a_cache_outlives_another_split(own: World) -> None:
+    """A test split is added and the data moved after stage one: the cache is still good."""
+    text = (own.folder / "my-photos.yaml").read_text() + "root: elsewhere\n"
+    test_split = "  test: {images: 'x/{id}.png', masks: 'y/{id}.png'}\n"
+    (own.folder / "more.yaml").write_text(text.replace("  val:", f"{test_split}  val:"))
+    more = ("--dataset", "more.yaml", "--data-root", "data/my-photos")
+    assert "nothing to do" in own.run("precompute", *more, "--cache", "caches/own", *SHORT).stderr
+    own.run("train", *more, "--cache", "caches/own", "--run", "runs/more", *TRAIN)
+    assert "views.count" in own.fails("precompute", *more, "--cache", "caches/own", *SHORT, "--set", "views.count=3")
+    (own.folder / "bank.yaml").write_text("loss: {bank: 1}\n")  # names no dataset: that of the cache
+    own.run("train", "--config", "bank.yaml", "--run", "runs/bank", *TRAIN)
+    assert "bank: 1" in (own.folder / "runs" / "bank" / "config.yaml").read_text()
+
+
+def test_other_words_for_the_same_classes(own: World) -> None:
+    """New prompts ask the text tower; the classes stay seen and unseen."""
+    arguments = ("evaluate", "--run", "runs/own", "--json", "words.json")
+    before = len(list((own.folder / "caches" / "text").glob("my-photos-*")))
+    own.run(*arguments, "--set", "dataset.prompts.star=[sun, asterisk]")
+    assert len(list((own.folder / "caches" / "text").glob("my-photos-*"))) == before + 1
+    found = json.loads((own.folder / "words.json").read_text())
+    assert found["dataset"] == "my-photos" and found["miou_unseen"] is not None
+    assert "NaN" not in (own.folder / "words.json").read_text()
+
+
 def test_another_dataset_is_scored_by_its_own_names(own: World) -> None:
     """Cross-dataset: other classes, no seen or unseen ones; the text features are made once and kept."""
     root = own.data / "shapes"
@@ -112,7 +137,8 @@ def test_another_dataset_is_scored_by_its_own_names(own: World) -> None:
     features = list((own.folder / "caches" / "text").glob("shapes-*.safetensors"))
     assert len(features) == 1
     before = json.loads((own.folder / "cross.json").read_text())
-    assert before["miou"] == pytest.approx(np.nanmean(list(before["iou"].values())))
+    assert before["dataset"] == "shapes" and before["hiou"] is None
+    assert before["miou"] == pytest.approx(np.mean([iou for iou in before["iou"].values() if iou is not None]))
     written = features[0].stat().st_mtime_ns
     own.run(*arguments)
     assert json.loads((own.folder / "cross.json").read_text()) == before
