@@ -14,14 +14,18 @@ from pipeline.data.views import normalise
 
 # Normalised pixels (1, 3, h, w) -> features (1, C, ceil(h / stride), ceil(w / stride)).
 Encoder = Callable[[Tensor], Tensor]
+LONGEST = 8  # times the short side
 
 
 def short_side_to(image: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) uint8 with its short side at `size` pixels, ratio kept; bilinear."""
+    """(H, W, 3) uint8 with its short side at `size` pixels, ratio kept; bilinear.
+
+    Of strips longer than 8 : 1 the long side is 8 x `size`: a few pixels by a few thousand would fill the memory.
+    """
     height, width = image.shape[:2]
-    scale = size / min(height, width)
-    sides = int(width * scale + 0.5), int(height * scale + 0.5)  # halves go up, as mmsegmentation has it
-    return np.asarray(Image.fromarray(image).resize(sides, Image.Resampling.BILINEAR))
+    scale = min(size / min(height, width), LONGEST * size / max(height, width))
+    columns, rows = (max(int(side * scale + 0.5), 1) for side in (width, height))  # halves go up, as in mmsegmentation
+    return np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR))
 
 
 def windows(length: int, side: int, stride: int) -> list[tuple[int, int]]:

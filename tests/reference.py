@@ -284,9 +284,14 @@ def nel(logits: Array, labels: Array) -> float:
 
 
 def short_side_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """The (height, width) with the short side `size` and the long one in proportion, to the nearest (halves up)."""
+    """The (height, width) with the short side `size` and the long one in proportion, to the nearest (halves up).
+
+    Of strips beyond 8 : 1 the long side is 8 x `size`, and the short one in proportion.
+    """
     short, long = min(height, width), max(height, width)
     other = (2 * long * size + short) // (2 * short)
+    if long > 8 * short:
+        size, other = max((2 * short * 8 * size + long) // (2 * long), 1), 8 * size
     return (size, other) if height <= width else (other, size)
 
 
