@@ -146,7 +146,8 @@ def evaluate(
 
     on = _device(device)
     if teacher_dense:
-        settings = resolve(dataset, config, set_)
+        base = None if run is None and (dataset or config) else as_settings(load_run(run or newest_run()).config)
+        settings = resolve(dataset, config, set_, base=base)
         name, predict = "teacher's dense tokens", teacher_predictor(settings, on)
     else:
         opened = load_run(run or newest_run(), on)
@@ -227,6 +228,8 @@ def inspect_pseudolabels(
     from stages.inspect import choose_rows, sheet, table
     from stages.report import pseudo_label_table
 
+    if output.suffix.lower() != ".png":
+        raise UserError(f"--output {output}: the picture is a PNG, give a name that ends in .png")
     opened, settings = _open_cache(cache, dataset, None, set_)
     rows = choose_rows(opened, image, count, seed or 0)
     pseudo_label_table(table(settings, opened, data_root, rows))
@@ -259,7 +262,9 @@ def main() -> None:
     """Runs the app; a user's mistake is one line on stderr and exit code 2."""
     try:
         app()
-    except (UserError, PermissionError) as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # not about a file that the user could mend
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
 

@@ -12,7 +12,7 @@ from cache.files import read_json, sha256, to_json
 from cache.layout import ArraySpec, manifest_path
 from configs.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

@@ -16,15 +16,28 @@ DEFAULT_DATASET = "scenes"
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = "" if line is None else f" near line {line + 1}"
-        raise UserError(f"{path} is not valid YAML{where}: correct it") from error
+        problem = getattr(error, "problem", None)
+        reason = f" ({problem})" if problem else ""
+        raise UserError(f"{path} is not valid YAML{where}{reason}: correct it") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -156,7 +156,7 @@ class Config(StageOne):
         if self.evaluate.mode == "slide" and self.evaluate.stride > self.views.size:
             raise ValueError(
                 f"evaluate.stride {self.evaluate.stride} is longer than the window, views.size {self.views.size}: "
-                "pixels between windows would have no prediction"
+                f"set evaluate.stride to at most {self.views.size}"
             )
         return self
 

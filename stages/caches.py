@@ -59,7 +59,8 @@ def check_cache(cache: Cache, config: Config, dataset: SegmentationDataset) -> N
         raise UserError(
             f"cache {cache.path} has other settings ({'; '.join(differences)}): precompute with yours, or drop them"
         )
-    if cache.image_ids != dataset.ids:
+    if cache.image_ids != dataset.ids or cache.manifest.settings["files"]["dataset"] != dataset.digest():
         raise UserError(
-            f"cache {cache.path} holds other images than {dataset.root}: precompute again, or correct --data-root"
+            f"cache {cache.path} was made from other images or masks than those in {dataset.root}: precompute again, "
+            "or correct --data-root"
         )

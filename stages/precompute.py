@@ -55,8 +55,7 @@ class ShardJob:
 
 def cache_settings(config: StageOne, dataset: SegmentationDataset) -> dict[str, Any]:
     """What a cache is fingerprinted by: the resolved settings and digests of the teacher's and the dataset's files."""
-    listing = json.dumps(dataset.file_sizes()).encode()
-    files = {"dataset": hashlib.sha256(listing).hexdigest(), **weights_fingerprint(config.teacher)}
+    files = {"dataset": dataset.digest(), **weights_fingerprint(config.teacher)}
     if config.dataset.text_features is not None:
         features = read_text_features(Path(config.dataset.text_features), len(config.dataset.classes), None)
         files["text_features"] = hashlib.sha256(features.tobytes()).hexdigest()

@@ -5,6 +5,8 @@ mask that training gets to see (generalised zero-label: unseen pixels become "ig
 """
 
 import glob
+import hashlib
+import json
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from pipeline.data.scenes import write_scenes
 
 IGNORE = 255
 _SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads grey values of 2 and 4 bits over 0..255
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
 class BrokenFile(UserError):
@@ -177,6 +179,10 @@ class SegmentationDataset:
         """Image and seen mask: (H, W) uint8 indices among the seen classes, IGNORE for unseen and unlabelled pixels."""
         image, mask = self.pair(row)
         return image, self.seen_lookup[mask]
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of `file_sizes`."""
+        return hashlib.sha256(json.dumps(self.file_sizes()).encode()).hexdigest()
 
     def file_sizes(self) -> list[tuple[str, int, int]]:
         """(id, bytes of the image, bytes of the mask) of every row: tells two versions of a dataset apart cheaply.

@@ -86,6 +86,8 @@ def _located(name: str) -> Path:
 
 
 def _reason(error: Exception) -> str:
+    if "weights_only" in str(error):  # torch goes on to advise loading it unsafely
+        return "it is no file of tensors alone"
     return " ".join(str(error).split())[:200]
 
 

@@ -54,7 +54,7 @@ def test_check_settings(stage_one):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("format", 2, r"manifest.json has format 2, this version of CLIP-ZSS reads format 1: delete"),
+        ("format", 1, r"manifest.json has format 1, this version of CLIP-ZSS reads format 2: delete"),
         ("images", None, r"manifest.json is damaged \(images: .*\): delete"),
         ("shard_images", 0, r"manifest.json is damaged \(shard_images: .*\): delete"),
         ("settings", {"lambda": 0.7}, r"manifest.json was edited, its fingerprint does not fit its settings"),

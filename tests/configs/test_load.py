@@ -291,7 +291,7 @@ def test_invalid_yaml(content: str | bytes, flag: str, write: Write) -> None:
 
 
 def test_invalid_yaml_names_the_line(write: Write) -> None:
-    assert " near line 3:" in refusal(config=write("broken.yaml", "train: {}\nloss: {}\nviews: }\n"))
+    assert " near line 3 (" in refusal(config=write("broken.yaml", "train: {}\nloss: {}\nviews: }\n"))
 
 
 @pytest.mark.parametrize(("content", "kind"), [("- train", "list"), ("train", "str"), ("3", "int"), ("[]", "list")])
@@ -332,3 +332,9 @@ def test_unknown_dataset(name: str, hint: str, write: Write) -> None:
     if name:
         assert refusal(dataset=name) == expected
         assert refusal(config=write("experiment.yaml", {"dataset": name})) == expected
+
+
+def test_a_key_that_stands_twice(write: Write) -> None:
+    path = write("twice.yaml", "loss: {bank: 3}\ntrain: {lr: 1}\nloss: {tau: 1}\n")
+    line = refusal(config=path)
+    assert "twice.yaml" in line and "'loss' stands twice" in line

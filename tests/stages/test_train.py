@@ -120,6 +120,8 @@ def test_evaluate_equals_the_slow_reference(world: World, trained: Path, tmp_pat
 
 
 def test_evaluate_teacher_dense_and_newest_run(world: World, trained: Path) -> None:
+    of_run = world.run("evaluate", "--teacher-dense", "--run", trained).stdout
+    assert "on tiny/val" in of_run  # the run's dataset and teacher
     assert "hIoU" in world.run("evaluate", "--teacher-dense", "--config", world.config).stdout
     assert "unseen" in world.run("evaluate").stdout
 
@@ -142,6 +144,8 @@ def test_inspect_writes_the_picture_and_the_table(world: World, tmp_path: Path) 
         (["train", "--cache", "caches/tiny", "--data-root", "nowhere"], "--data-root"),
         (["train", "--dataset", "scenes"], "precompute --dataset scenes"),
         (["evaluate", "--run", "nowhere"], "nowhere"),
+        (["evaluate", "--json", "no/such/folder/scores.json"], "no/such/folder"),
+        (["inspect-pseudolabels", "--output", "picture.txt"], "picture.txt"),
         (["inspect-pseudolabels", "--image", "train-99"], "train-99"),
         (["inspect-pseudolabels", "--cache", "data"], "data"),
     ],
@@ -158,7 +162,8 @@ def test_a_broken_image_is_one_line(world: World, tmp_path: Path, workers: int) 
     shutil.copytree(world.folder, tmp_path / "world")
     other = World(tmp_path / "world")
     for path in (other.data / "tiny" / "images").glob("train-*.png"):
-        path.write_bytes(path.read_bytes()[:100])
+        content = path.read_bytes()  # of the same size, so that the cache still fits
+        path.write_bytes(content[:100] + bytes(len(content) - 100))
     line = other.fails(*TRAIN, "--config", world.config, "--run", "runs/broken", f"--set=train.workers={workers}")
     assert line.startswith("error: image ") and "images/train-" in line
 

@@ -174,7 +174,7 @@ def test_random_weights(files: Teacher, capsys: pytest.CaptureFixture[str]) -> N
     first = FrozenClip(config).model.state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     warning = capsys.readouterr().err
-    assert warning.startswith("WARNING: teacher.pretrained=none: ") and "random" in warning and files.model in warning
+    assert warning.startswith("warning: teacher.pretrained=none: ") and "random" in warning and files.model in warning
     torch.manual_seed(6)
     second = FrozenClip(config).model.state_dict()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
