@@ -52,6 +52,9 @@ OnErrorOption = Annotated[
     typer.Option("--on-error", help="What to do at an image that cannot be read; default: stop."),
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of this stage.")]
+RunlocalOption = Annotated[
+    bool, typer.Option("--runlocal", help="A few small images and iterations: two minutes on a CPU, to try things.")
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 DATA = Path("data")
 
@@ -68,13 +71,13 @@ def _device(asked: str) -> str:
 
 
 def _open_cache(
-    cache: Path | None, dataset: str | None, config: Path | None, assignments: list[str]
+    cache: Path | None, dataset: str | None, config: Path | None, assignments: list[str], runlocal: bool = False
 ) -> tuple[Any, Config]:
     """The cache a command works on, and the configuration: the cache's settings under those that are asked for."""
     from stages.caches import cached_settings, choose_cache
 
     opened = choose_cache(cache, named_dataset(dataset, config))
-    return opened, resolve(dataset, config, assignments, base=cached_settings(opened))
+    return opened, resolve(dataset, config, assignments, cached_settings(opened), runlocal)
 
 
 @app.command()
@@ -86,6 +89,7 @@ def precompute(
     set_: SetOption = [],  # noqa: B006 (typer copies it)
     seed: SeedOption = None,
     on_error: OnErrorOption = None,
+    runlocal: RunlocalOption = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Stage one: run the frozen teacher once over the training images and cache what it says.
@@ -95,7 +99,7 @@ def precompute(
     from stages.precompute import precompute as stage
 
     flags = {"views.seed": seed, "precompute.on_error": on_error}
-    settings = resolve(dataset, config, _with_flags(set_, flags))
+    settings = resolve(dataset, config, _with_flags(set_, flags), runlocal=runlocal)
     stage(settings, data_root, cache, _device(device))
 
 
@@ -108,6 +112,7 @@ def train(
     config: ConfigOption = None,
     set_: SetOption = [],  # noqa: B006
     seed: SeedOption = None,
+    runlocal: RunlocalOption = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Stage two: train a student against a cache. The teacher is not loaded.
@@ -116,7 +121,7 @@ def train(
     """
     from stages.train import train as stage
 
-    opened, settings = _open_cache(cache, dataset, config, _with_flags(set_, {"train.seed": seed}))
+    opened, settings = _open_cache(cache, dataset, config, _with_flags(set_, {"train.seed": seed}), runlocal)
     stage(settings, opened, data_root, run, _device(device))
 
 
@@ -127,6 +132,7 @@ def evaluate(
     run: RunOption = None,
     config: ConfigOption = None,
     set_: SetOption = [],  # noqa: B006
+    runlocal: RunlocalOption = False,
     device: DeviceOption = "auto",
     teacher_dense: Annotated[
         bool, typer.Option("--teacher-dense", help="Score the teacher's own dense prediction instead.")
@@ -147,11 +153,11 @@ def evaluate(
     on = _device(device)
     if teacher_dense:
         base = None if run is None and (dataset or config) else as_settings(load_run(run or newest_run()).config)
-        settings = resolve(dataset, config, set_, base=base)
+        settings = resolve(dataset, config, set_, base, runlocal)
         name, predict = "teacher's dense tokens", teacher_predictor(settings, on)
     else:
         opened = load_run(run or newest_run(), on)
-        settings = resolve(dataset, config, set_, base=as_settings(opened.config))
+        settings = resolve(dataset, config, set_, as_settings(opened.config), runlocal)
         settings, features = features_of(settings, opened, on)
         name, predict = (
             f"{opened.path} (iteration {opened.iteration})",
@@ -234,6 +240,54 @@ def inspect_pseudolabels(
     rows = choose_rows(opened, image, count, seed or 0)
     pseudo_label_table(table(settings, opened, data_root, rows))
     typer.echo(f"picture: {sheet(settings, opened, data_root, rows, output)}")
+
+
+bench = typer.Typer(help="How fast things are, side by side in one process.")
+app.add_typer(bench, name="bench", no_args_is_help=True)
+
+
+@bench.command("inference")
+def bench_inference(
+    student: Annotated[list[str], typer.Option("--student", help="As student.model; repeatable.")] = [  # noqa: B006
+        "segformer-b0",
+        "segformer-b4",
+        "segnext-b",
+        "swin-b",
+    ],
+    classes: Annotated[str, typer.Option("--classes", help="Numbers of classes, separated by commas.")] = "20,171,847",
+    size: Annotated[int, typer.Option("--size", min=32, help="Side of the image; a multiple of 16.")] = 512,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds, after one that warms up.")] = 5,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option("--precision", help="Of every model.")] = "fp32",
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE.md", help="Write the table here too, and as CSV.")
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Time the student alone against CLIP's own dense prediction, and against CLIP in the loop of the kind of ZegCLIP.
+
+    Example: clip-zss bench inference --student segformer-b4 --classes 171
+    """
+    from stages.bench import bench_inference as stage
+    from stages.bench import write_table
+    from stages.report import bench_table
+
+    try:
+        counts = [int(count) for count in classes.split(",")]
+    except ValueError as error:
+        raise UserError(f"--classes {classes}: write numbers separated by commas") from error
+    if min(counts) < 1:
+        raise UserError(f"--classes {classes}: at least one class")
+    if size % 16:
+        raise UserError(f"--size {size}: CLIP's tokens are 16 pixels wide, use {size - size % 16}")
+    on = _device(device)
+    rows = stage(student, counts, size, rounds, on, precision)
+    bench_table(rows)
+    if output:
+        asked = " ".join(f"--student {name}" for name in student)
+        write_table(
+            rows, output, f"clip-zss bench inference {asked} --classes {classes} --size {size} --rounds {rounds} "
+            f"--precision {precision}", on,
+        )  # fmt: skip
 
 
 @app.command()

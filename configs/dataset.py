@@ -79,6 +79,7 @@ class Dataset(Section):
     root: str = Field("", description="folder below --data-root, which may also name that folder itself; default: name")
     generator: Literal["scenes", "pascal-context"] | None = Field(None, description="makes missing files on first use")
     splits: dict[str, Split]
+    limit: PositiveInt | None = Field(None, description="only the first images of each split")
     classes: tuple[str, ...] = Field(description="names, or a text file of them, one a line, beside the YAML")
     values: str | None = None
     ignore_index: tuple[Annotated[int, Field(ge=0, le=255)], ...] = (255,)

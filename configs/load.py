@@ -1,4 +1,4 @@
-"""Resolves a configuration: defaults < experiment YAML < flags < `--set key.path=value`."""
+"""Resolves a configuration: defaults < experiment YAML < --runlocal < flags < `--set key.path=value`."""
 
 import difflib
 from collections.abc import Sequence
@@ -141,6 +141,7 @@ def resolve(
     config: Path | None = None,
     assignments: Sequence[str] = (),
     base: dict[str, Any] | None = None,
+    runlocal: bool = False,
 ) -> Config:
     """The configuration that the flags ask for.
 
@@ -149,6 +150,7 @@ def resolve(
         config: experiment YAML (`--config`); without it, configs/experiments/<dataset>.yaml where there is one.
         assignments: `key.path=value` texts (`--set`), applied last.
         base: settings to start from: those of the cache or run at hand.
+        runlocal: lay configs/runlocal.yaml over the experiment.
 
     Raises:
         UserError: unknown names, unreadable files, misspelt keys, values out of range.
@@ -171,6 +173,8 @@ def resolve(
         if base:  # what the cache or the run holds wins over the dataset's default experiment
             experiment = merge(experiment, settings)
     settings = merge(settings, experiment)
+    if runlocal:
+        settings = merge(settings, _read_yaml(CONFIGS / "runlocal.yaml"))
     for text in assignments:
         settings = merge(settings, _assignment(text))
     sources += [f"--set {text}" for text in assignments]

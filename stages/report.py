@@ -13,6 +13,7 @@ from configs.dataset import Dataset
 from configs.load import known_datasets, resolve
 from configs.schema import Config
 from pipeline.metrics import Scores
+from stages.bench import HEADER, Row
 from stages.datasets import Check
 from stages.inspect import PseudoLabelRow, summary
 from stages.progress import output
@@ -110,3 +111,11 @@ def check_table(config: Dataset, found: Check) -> None:
     _print(f"{found.readable:,} images, {found.unlabelled:,} pixels without a class")
     for fault in found.faults:
         _print(f"fault: {fault}")
+
+
+def bench_table(rows: Sequence[Row]) -> None:
+    """Times and ratios of `bench inference`."""
+    table = Table(*HEADER)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row.cells()))
+    output.print(table)

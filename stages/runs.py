@@ -103,7 +103,7 @@ def load_run(path: Path, device: str = "cpu") -> Run:
         student.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(
-            f"{path / WEIGHTS} does not fit student {config.student.encoder} of {CONFIG}: train again"
+            f"{path / WEIGHTS} does not fit student {config.student.model} of {CONFIG}: train again"
         ) from error
     return Run(path, config, student.to(device).eval(), text_features.to(device), iteration)
 

@@ -52,11 +52,11 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
         samples, schedule.batch_size, num_workers=schedule.workers, pin_memory=device.startswith("cuda"),
         multiprocessing_context="spawn" if schedule.workers else None,
     )  # fmt: skip
-    head_lr = schedule.lr * schedule.head_lr_factor
+    factor = schedule.head_lr_factor or student.head_lr_factor
     optimizer = torch.optim.AdamW(
         [
-            *student.parameter_groups(schedule.lr, schedule.head_lr_factor, schedule.weight_decay),
-            {"params": list(criterion.parameters()), "lr": head_lr, "weight_decay": 0.0},
+            *student.parameter_groups(schedule.lr, factor, schedule.weight_decay),
+            {"params": list(criterion.parameters()), "lr": schedule.lr * factor, "weight_decay": 0.0},
         ]
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -75,13 +75,14 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
     ):
         for iteration, batch in enumerate(_readable(loader), start=1):
             rows, views = batch["row"], batch["view"]
-            features = student(batch["pixels"].to(device))
+            features, auxiliary = student.with_auxiliary(batch["pixels"].to(device))
             losses = criterion(
                 features,
                 cls_tokens[rows, views].to(device),
                 batch["seen"].to(device),
                 groups[rows, views].to(device),
                 rows.to(device),
+                auxiliary,
             )
             total = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(total):

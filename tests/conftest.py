@@ -84,7 +84,7 @@ def write_world(folder: Path) -> World:
         "views": {"size": SIZE, "count": 1, "crop": "whole"},
         "storage": {"shard_images": 4, "dense_tokens": "float16"},
         "precompute": {"batch_size": 3},
-        "student": {"encoder": "tf_efficientnet_lite0", "weights": "none", "channels": 16},
+        "student": {"model": "timm:tf_efficientnet_lite0", "weights": "none", "channels": 16},
         "loss": {"label_stride": 2, "bank": 2},
         "train": {
             "iterations": 4, "batch_size": 4, "lr": 1e-3, "warmup": 1, "workers": 0,

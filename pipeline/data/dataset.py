@@ -52,7 +52,7 @@ class SegmentationDataset:
         if config.generator == "pascal-context":
             write_context_masks(self.root)
         self._scanned: dict[str, dict[str, str]] = {}
-        self.ids = self._list_ids()
+        self.ids = self._list_ids()[: config.limit]
         self._class_lookups = {masks.values: _class_lookup(config, masks.values) for masks in self._files.masks}
         self.seen_lookup = np.full(256, IGNORE, np.uint8)
         self.seen_indices = config.seen_indices
@@ -61,7 +61,8 @@ class SegmentationDataset:
     @property
     def expected(self) -> int:
         """How many images the split should have: the YAML's `count`, or what there is."""
-        return self._files.count or len(self.ids)
+        count = self._files.count or len(self.ids)
+        return min(count, self.config.limit or count)
 
     def _find_root(self, data_root: Path) -> Path:
         folder = Path(self._files.images.partition("{id}")[0] + "_").parent

@@ -10,6 +10,8 @@ from pipeline.learning.labels import UNLABELLED, at_stride, class_centroids, fus
 from pipeline.learning.losses import classify, nel, pixel_cross_entropy, prototype_bce
 from pipeline.learning.synthesizer import make_synthesizer
 
+AUXILIARY_WEIGHT = 0.4  # mmsegmentation's
+
 
 class Criterion(nn.Module):
     """Holds what is trained beside the student (alpha, the synthesizer) and the CLS token bank."""
@@ -24,7 +26,13 @@ class Criterion(nn.Module):
         self.bank = TokenBank(config.bank)
 
     def forward(
-        self, features: Tensor, cls_token: Tensor, seen: Tensor, groups: Tensor, image_ids: Tensor
+        self,
+        features: Tensor,
+        cls_token: Tensor,
+        seen: Tensor,
+        groups: Tensor,
+        image_ids: Tensor,
+        auxiliary: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Each loss that is switched on, under its name in Eq. 8; their sum is the objective.
 
@@ -34,6 +42,8 @@ class Criterion(nn.Module):
             seen: (B, H, W) uint8 seen classes, 255 = unannotated.
             groups: (B, G, G) uint8 pseudo labels, 255 = annotated.
             image_ids: (B,) which image each view shows.
+            auxiliary: (B, C, h', w') features of an auxiliary head: cross-entropy on the seen classes alone, unless
+                `loss.ce` is off.
         """
         losses: dict[str, Tensor] = {}
         if self.config.global_:
@@ -65,4 +75,9 @@ class Criterion(nn.Module):
                 losses["nel"] = self.config.nel_weight * nel(logits, target)
             if self.config.ce:
                 losses["ce"] = pixel_cross_entropy(logits, target)
+            if self.config.ce and auxiliary is not None:
+                coarse = self.alpha * torch.einsum("bchw,kc->bkhw", auxiliary, text_seen)
+                coarse = nn.functional.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
+                own = torch.where(target < num_seen, target, UNLABELLED)
+                losses["auxiliary"] = AUXILIARY_WEIGHT * pixel_cross_entropy(coarse, own)
         return losses

@@ -1,72 +1,110 @@
-"""The student: a closed-set segmentation encoder whose last classifier became a projection to CLIP's width."""
+"""The student: a closed-set segmentation model whose last classifier became a projection to CLIP's width."""
 
+import math
 from typing import Any
 
-import timm
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import Student as StudentConfig
-from pipeline.student.head import AllMLPHead
-from pipeline.student.weights import load_encoder_weights
+from pipeline.student.families import family_of
+from pipeline.student.heads import FCNHead, UPerHead
+from pipeline.student.weights import load_encoder, load_head
+
+AUXILIARY_CHANNELS, AUXILIARY_LEVEL, AUXILIARY_STRIDE = 256, 2, 16
+# Parameters that say where something is; like norms and biases they do not decay.
+POSITIONS = ("pos_embed", "position", "rel_pos", "attention_biases", "cls_token", "reg_token")
 
 
 class Student(nn.Module):
-    """Image (B, 3, H, W) -> features R (B, C, H / 4, W / 4), for any H and W.
+    """Image (B, 3, H, W) -> features R (B, C, ceil(H / s), ceil(W / s)), for any H and W.
 
     Attributes:
-        stride: pixels per feature along one side.
+        stride: s, pixels per feature along one side: 4, or 8 for SegNeXt.
         mean, std: the normalisation its images must have.
+        head_lr_factor: the family's.
     """
 
-    stride = 4
-
     def __init__(self, config: StudentConfig, width: int, load_weights: bool = True) -> None:
-        """`width` is C, the teacher's. Without `load_weights` the encoder stays random (a checkpoint follows).
+        """`width` is C, the teacher's. Without `load_weights` all stays random (a checkpoint follows).
 
         Raises:
-            UserError: unknown encoder, or weights that do not fit it.
+            UserError: unknown model, or weights that do not fit it.
         """
         super().__init__()
-        pretrained = load_weights and config.weights == "timm"
-        try:
-            encoder: Any = timm.create_model(config.encoder, features_only=True, pretrained=pretrained)
-        except Exception as error:  # timm and the hub each raise their own
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"student.encoder {config.encoder!r} cannot be made by timm: {reason}") from error
-        if load_weights and config.weights not in ("timm", "none"):
-            load_encoder_weights(encoder, config.weights)
-        strides = encoder.feature_info.reduction()
-        self._levels = [level for level, stride in enumerate(strides) if stride >= self.stride]
-        if not self._levels or strides[self._levels[0]] != self.stride:
+        family = family_of(config.model)
+        download = load_weights and config.weights == "timm"
+        if download and not family.timm_name:
             raise UserError(
-                f"student.encoder {config.encoder!r} has no features at stride 4 (strides {strides}): choose another"
+                f"student.weights timm: timm has none of {config.model}; give a file of ImageNet weights, or none"
             )
-        self.encoder = encoder.to(memory_format=torch.channels_last)
-        self._multiple = strides[-1]
-        channels = [encoder.feature_info.channels()[level] for level in self._levels]
-        self.head = AllMLPHead(channels, config.channels, width)
-        settings = encoder.pretrained_cfg
-        self.mean: tuple[float, ...] = tuple(settings["mean"])
-        self.std: tuple[float, ...] = tuple(settings["std"])
+        drop_path = family.drop_path if config.drop_path is None else config.drop_path
+        encoder = family.encoder(download, drop_path)
+        for parameter in encoder.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        self.encoder: Any = encoder
+        self.head: Any = family.head(encoder.channels, config.channels or family.channels, width)
+        self.auxiliary_head = None
+        if config.auxiliary:
+            if family.head is not UPerHead:
+                raise UserError(f"student.auxiliary is for Swin and its UPerNet; {config.model} has no auxiliary head")
+            self.auxiliary_head = FCNHead(encoder.channels[AUXILIARY_LEVEL], AUXILIARY_CHANNELS, width)
+        if load_weights and config.weights not in ("timm", "none"):
+            load_encoder(encoder, config.weights)
+            load_head(self.head, config.weights, "decode_head")
+            if self.auxiliary_head:
+                load_head(self.auxiliary_head, config.weights, "auxiliary_head")
+        if config.batch_norm == "sync":
+            convert_sync_batchnorm(self)  # type: ignore[no-untyped-call]  # timm's knows its own norms, which hold an activation
+        self.stride: int = family.head.stride
+        self.head_lr_factor = family.head_lr_factor
+        self.mean: tuple[float, ...] = encoder.mean
+        self.std: tuple[float, ...] = encoder.std
 
     def forward(self, pixels: Tensor) -> Tensor:
+        return self._crop(self.head.project(self._decode(pixels)[0]), pixels)
+
+    def with_auxiliary(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """R, and the auxiliary head's features (B, C, h, w) at stride 16 where there is one."""
+        hidden, levels = self._decode(pixels)
+        auxiliary = None
+        if self.auxiliary_head:
+            auxiliary = self.auxiliary_head.project(self.auxiliary_head(levels[AUXILIARY_LEVEL]))
+            auxiliary = self._crop(auxiliary, pixels, AUXILIARY_STRIDE)
+        return self._crop(self.head.project(hidden), pixels), auxiliary
+
+    def classify(self, pixels: Tensor, text_features: Tensor) -> Tensor:
+        """Logits R . T (B, K, h, w) of text features (K, C).
+
+        The projection to R and the product with T are one linear layer of K outputs: the classifier of the closed-set
+        model that the student was made from, and as fast.
+        """
+        last = self.head.project
+        weight, bias = text_features @ last.weight[:, :, 0, 0], text_features @ last.bias
+        return self._crop(nn.functional.conv2d(self._decode(pixels)[0], weight[:, :, None, None], bias), pixels)
+
+    def _decode(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What the head gives to its last layer, padding included; and the encoder's levels."""
         height, width = pixels.shape[-2:]
-        multiple = self._multiple
+        multiple = math.lcm(self.encoder.multiple, self.stride)
         padded = nn.functional.pad(pixels, (0, -width % multiple, 0, -height % multiple))
-        padded = padded.contiguous(memory_format=torch.channels_last)  # halves a training step on a CPU
-        levels = self.encoder(padded)
-        features: Tensor = self.head([levels[level] for level in self._levels])
-        rows, columns = (-(-side // self.stride) for side in (height, width))
-        return features[..., :rows, :columns]  # (B, C, ceil(H / 4), ceil(W / 4))
+        levels = self.encoder(padded.contiguous(memory_format=torch.channels_last))  # halves a CPU's training step
+        return self.head(levels, tuple(side // self.stride for side in padded.shape[-2:])), levels
+
+    def _crop(self, features: Tensor, pixels: Tensor, stride: int | None = None) -> Tensor:
+        """What lies below the image, without its padding."""
+        rows, columns = (-(-side // (stride or self.stride)) for side in pixels.shape[-2:])
+        return features[..., :rows, :columns]
 
     def parameter_groups(self, lr: float, head_lr_factor: float, weight_decay: float) -> list[dict[str, object]]:
-        """AdamW groups: the head learns faster; norms and biases do not decay."""
-        groups = []
-        for part, factor in ((self.encoder, 1.0), (self.head, head_lr_factor)):
-            trained = [p for p in part.parameters() if p.requires_grad]
-            matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-            groups.append({"params": matrices, "lr": lr * factor, "weight_decay": weight_decay})
-            groups.append({"params": vectors, "lr": lr * factor, "weight_decay": 0.0})
-        return groups
+        """AdamW groups: the heads at their own rate; norms, biases and positions do not decay."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                rate = lr if name.startswith("encoder.") else lr * head_lr_factor
+                still = parameter.ndim <= 1 or any(word in name for word in POSITIONS)
+                groups.setdefault((rate, 0.0 if still else weight_decay), []).append(parameter)
+        return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]

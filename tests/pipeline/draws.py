@@ -3,7 +3,10 @@
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from pipeline.inference import ClassLogits, Window
 from tests import reference
 from tests.reference import NONE, Array
 
@@ -48,3 +51,10 @@ def draw_scene(rng: np.random.Generator, grid: int, width: int, objects: int, no
 def draw_classes(rng: np.random.Generator, shape: tuple[int, ...], none: float, classes: int) -> Array:
     """Uint8 classes or groups 0, 1, ...; a share `none` of them 255."""
     return np.where(rng.random(shape) < none, NONE, rng.integers(0, classes, shape)).astype(np.uint8)
+
+
+def as_logits(logits: Array | Tensor) -> ClassLogits:
+    """(K, H, W) logits of an image as they are: one window, one logit a pixel."""
+    tensor = torch.as_tensor(logits)
+    height, width = tensor.shape[1:]
+    return ClassLogits((height, width), 1, (Window((0, height, 0, width), tensor),))

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.inference import ClassLogits, Window
 from pipeline.metrics import (
     CalibratedStacking,
+    best_of,
     calibrated_argmax,
     confusion_matrix,
     harmonic_mean,
@@ -15,7 +17,7 @@ from pipeline.metrics import (
     seen_margins,
 )
 from tests import reference
-from tests.pipeline.draws import draw, draw_classes
+from tests.pipeline.draws import as_logits, draw, draw_classes
 from tests.reference import NONE, Array
 
 # Number of classes, seen and unseen ones.
@@ -89,7 +91,7 @@ def test_harmonic_mean(seen: float, unseen: float, expected: float) -> None:
 def test_calibrated_argmax(classes: int, seen: list[int], unseen: list[int], seed: int) -> None:
     logits = draw(np.random.default_rng(seed), classes, 5, 8).astype(np.float32)
     gammas = [0.0, -0.7, 0.3, 1.5, 100.0, -100.0]
-    found = calibrated_argmax(torch.from_numpy(logits), logits.shape[1:], seen, unseen, gammas)
+    found = calibrated_argmax(as_logits(logits), logits.shape[1:], seen, unseen, gammas)
     assert len(found) == len(gammas)
     for gamma, prediction in zip(gammas, found, strict=True):
         np.testing.assert_array_equal(prediction, reference.calibrated_argmax(logits, seen, gamma))
@@ -102,7 +104,7 @@ def test_gamma_ties_go_to_the_smallest_class(classes: int, seen: list[int], unse
     logits = np.random.default_rng(seed).integers(-1, 2, (classes, 9, 9)).astype(np.float32)
     gammas = [-1.0, 0.0, 1.0, 2.0]
     for gamma, prediction in zip(
-        gammas, calibrated_argmax(torch.from_numpy(logits), logits.shape[1:], seen, unseen, gammas), strict=True
+        gammas, calibrated_argmax(as_logits(logits), logits.shape[1:], seen, unseen, gammas), strict=True
     ):
         np.testing.assert_array_equal(prediction, reference.calibrated_argmax(logits, seen, gamma))
 
@@ -115,7 +117,7 @@ def test_calibrated_stacking(classes: int, seen: list[int], unseen: list[int]) -
     expected = np.zeros((3, classes, classes), np.int64)
     for size, none in [((4, 6), 0.2), ((3, 3), 1.0), ((1, 7), 0.0)]:
         logits, truth = draw(rng, classes, *size).astype(np.float32), draw_classes(rng, size, none, classes)
-        stacking.update(torch.from_numpy(logits), truth)
+        stacking.update(as_logits(logits), truth)
         for row, gamma in enumerate(gammas):
             expected[row] += reference.confusion(truth, reference.calibrated_argmax(logits, seen, gamma), classes)
     np.testing.assert_array_equal(stacking.confusions, expected)
@@ -141,12 +143,12 @@ def test_logits_are_brought_to_the_size_of_the_truth(
     expected = np.zeros((3, classes, classes), np.int64)
     for size, none in [((9, 14), 0.2), ((1, 7), 0.0), ((8, 1), 0.3), ((10, 6), 1.0), ((4, 6), 0.0)]:
         logits, truth = draw(rng, classes, *source).astype(np.float32), draw_classes(rng, size, none, classes)
-        stacking.update(torch.from_numpy(logits), truth)
+        stacking.update(as_logits(logits), truth)
         upsampled = reference.bilinear(logits[None], size)[0]
         for row, gamma in enumerate(gammas):
             prediction = reference.calibrated_argmax(upsampled, seen, gamma)
             expected[row] += reference.confusion(truth, prediction, classes)
-            (found,) = calibrated_argmax(torch.from_numpy(logits), size, seen, unseen, [gamma])
+            (found,) = calibrated_argmax(as_logits(logits), size, seen, unseen, [gamma])
             np.testing.assert_array_equal(found, prediction)
     np.testing.assert_array_equal(stacking.confusions, expected)
 
@@ -156,7 +158,7 @@ def test_logits_are_brought_to_the_size_of_the_truth(
 def test_constant_logits(classes: int, seen: list[int], unseen: list[int], gamma: float) -> None:
     """All classes tie: the smallest one of those that gamma favours, in every pixel; no score is NaN."""
     wanted = {-1.0: seen[0], 0.0: 0, 1.0: unseen[0] if unseen else 0}[gamma]
-    logits = torch.full((classes, 3, 5), 0.3)
+    logits = as_logits(torch.full((classes, 3, 5), 0.3))
     for size in [(3, 5), (7, 11), (1, 2)]:
         assert (calibrated_argmax(logits, size, seen, unseen, [gamma])[0] == wanted).all()
         stacking = CalibratedStacking(classes, seen, unseen, [gamma])
@@ -168,9 +170,35 @@ def test_constant_logits(classes: int, seen: list[int], unseen: list[int], gamma
 
 @pytest.mark.parametrize(("classes", "seen", "unseen"), [case for case in CLASSES if case[2]])
 def test_a_pixel_changes_sides_at_its_margin(classes: int, seen: list[int], unseen: list[int]) -> None:
-    logits = torch.from_numpy(draw(np.random.default_rng(0), classes, 3, 4))
+    logits = as_logits(draw(np.random.default_rng(0), classes, 3, 4))
     margins = seen_margins(logits, seen, unseen)
     assert margins.shape == (12,)
     for pixel, margin in enumerate(margins.tolist()):
         before, after = calibrated_argmax(logits, (3, 4), seen, unseen, [margin - 1e-6, margin + 1e-6])
         assert before.flat[pixel] in seen and after.flat[pixel] in unseen
+
+
+@pytest.mark.parametrize("values", [1, 3000, 2**22])
+@pytest.mark.parametrize("stride", [4, 8])
+@pytest.mark.parametrize("shape", [(1, 150), (160, 1), (64, 80), (97, 131), (33, 103)])
+@pytest.mark.parametrize("kind", ["random", "ties", "constant"])
+def test_a_few_classes_at_a_time_is_the_naive_argmax(
+    kind: str, shape: tuple[int, int], stride: int, values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what torch gives when all classes are upsampled at once, the image's size being the mask's or not."""
+    monkeypatch.setattr("pipeline.metrics.CHUNK_VALUES", values)
+    rng, classes = np.random.default_rng([*shape, stride]), 23
+    cells = [-(-side // stride) for side in shape]
+    drawn = draw(rng, classes, *cells) if kind == "random" else rng.integers(0, 1 + (kind == "ties"), (classes, *cells))
+    logits = torch.from_numpy(drawn.astype(np.float32))
+    found = ClassLogits(shape, stride, (Window((0, shape[0], 0, shape[1]), logits),))
+    chosen = sorted(rng.permutation(classes)[: rng.integers(1, classes + 1)].tolist())
+    upsampled = torch.nn.functional.interpolate(logits[None], scale_factor=stride, mode="bilinear")
+    upsampled = upsampled[..., : shape[0], : shape[1]]
+    for size in (shape, (60, 90)):
+        naive = upsampled[0]
+        if size != shape:
+            naive = torch.nn.functional.interpolate(upsampled, size=size, mode="bilinear")[0]
+        best, which = best_of(found, chosen, size)
+        assert torch.equal(best, naive[chosen].amax(dim=0))
+        assert torch.equal(which, torch.tensor(chosen)[naive[chosen].argmax(dim=0)])

@@ -19,7 +19,7 @@ SHORT = [
     "--set=views.count=2", "--set=storage.shard_images=3",
 ]  # fmt: skip
 TRAIN = [
-    "--set=student.encoder=tf_efficientnet_lite0", "--set=student.weights=none", "--set=student.channels=16",
+    "--set=student.model=timm:tf_efficientnet_lite0", "--set=student.weights=none", "--set=student.channels=16",
     "--set=train.iterations=2", "--set=train.batch_size=3", "--set=train.workers=0", "--set=loss.label_stride=2",
 ]  # fmt: skip
 

@@ -108,7 +108,8 @@ def test_evaluate_equals_the_slow_reference(world: World, trained: Path, tmp_pat
     seen, unseen = run.config.dataset.seen_indices, run.config.dataset.unseen_indices
     total = np.zeros((20, 20))
     for row in range(len(dataset)):
-        prediction = reference.calibrated_argmax(predict(dataset.image(row)).numpy(), seen, 0.03)
+        logits = predict(dataset.image(row)).upsampled(list(range(20))).numpy()
+        prediction = reference.calibrated_argmax(logits, seen, 0.03)
         total += reference.confusion(dataset.mask(row), prediction, 20)
     expected = reference.scores(total, seen, unseen)
     assert found["gamma"] == 0.03
@@ -139,7 +140,7 @@ def test_inspect_writes_the_picture_and_the_table(world: World, tmp_path: Path) 
     [
         (["train", "--cache", "nowhere"], "nowhere"),
         (["train", "--cache", "caches/tiny", "--set", "pseudo_labels.lambda=0.5"], "pseudo_labels.lambda: cache 0.8"),
-        (["train", "--cache", "caches/tiny", "--set", "student.encoder=no_such_net"], "no_such_net"),
+        (["train", "--cache", "caches/tiny", "--set", "student.model=no_such_net"], "no_such_net"),
         (["train", "--cache", "caches/tiny", "--set", "train.itertions=3"], "train.itertions"),
         (["train", "--cache", "caches/tiny", "--data-root", "nowhere"], "--data-root"),
         (["train", "--dataset", "scenes"], "precompute --dataset scenes"),
