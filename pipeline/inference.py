@@ -16,7 +16,6 @@ from pipeline.data.views import normalise
 # Normalised pixels (1, 3, h, w) -> logits R . T (1, K, ceil(h / stride), ceil(w / stride)).
 Classifier = Callable[[Tensor], Tensor]
 LONGEST = 8  # times the short side
-BLOCK = 4  # logits along a side of the blocks in which classes are ruled out
 
 
 def short_side_to(image: np.ndarray, size: int) -> np.ndarray:
@@ -71,23 +70,6 @@ class ClassLogits:
             total[:, top:bottom, left:right] += self._full_size(window, classes)
             count[top:bottom, left:right] += 1
         return total.div_(count)
-
-    @torch.inference_mode()
-    def can_win(self, classes: list[int]) -> list[int]:
-        """Those of the classes that have the highest logit at some pixel, and maybe others.
-
-        Upsampled logits lie between those around them. A class whose highest logit in and around a block is below
-        another's lowest there wins nowhere in the block. Averaged windows do not allow this.
-        """
-        if len(self.windows) > 1:
-            return classes
-        logits = self.windows[0].logits[classes][None]
-        high = nn.functional.max_pool2d(logits, BLOCK + 2, BLOCK, padding=1, ceil_mode=True)
-        low = -nn.functional.max_pool2d(-logits, BLOCK + 2, BLOCK, padding=1, ceil_mode=True)
-        slack = 1e-5 * logits.abs().max()  # far more than rounding
-        wins = (high >= low.amax(dim=1, keepdim=True) - slack).amax(dim=(0, 2, 3))
-        possible = [name for name, wins_somewhere in zip(classes, wins.tolist(), strict=True) if wins_somewhere]
-        return possible or classes  # of logits that are not numbers nothing can be said
 
     def _full_size(self, window: Window, classes: list[int]) -> Tensor:
         top, bottom, left, right = window.box

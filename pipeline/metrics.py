@@ -67,20 +67,19 @@ def best_of(logits: ClassLogits, classes: list[int], size: tuple[int, int]) -> t
     of a large image would fill the memory. Bit for bit what the maximum over all at once gives (on a CPU of images of
     more than 128 pixels in height and width together; of smaller ones torch's last bit depends on the classes' order).
     """
-    classes = logits.can_win(classes)
     height, width = logits.size
     step = max(FEWEST, CHUNK_VALUES // max(size[0] * size[1], height * width))
-    best, which = None, None
+    best = torch.full(size, -torch.inf, device=logits.windows[0].logits.device)
+    which = torch.full(size, classes[0], device=best.device)
+    higher = torch.empty(size, dtype=torch.bool, device=best.device)
     for start in range(0, len(classes), step):
         chunk = classes[start : start + step]
         chunk += chunk[-1:] * (FEWEST - len(chunk))
-        for name, value in zip(chunk, _resize(logits.upsampled(chunk), size), strict=True):
-            if best is None or which is None:
-                best, which = value.clone(), torch.full(size, name, device=value.device)
-            else:
-                which.masked_fill_(value > best, name)
-                torch.maximum(best, value, out=best)
-    assert best is not None and which is not None  # there is at least one class
+        upsampled = _resize(logits.upsampled(chunk), size)
+        for index, name in enumerate(chunk):
+            which.masked_fill_(torch.gt(upsampled[index], best, out=higher), name)
+            torch.maximum(best, upsampled[index], out=best)
+        del upsampled  # before the next ones are made
     return best, which
 
 

@@ -99,7 +99,7 @@ def write_table(rows: Sequence[Row], file: Path, command: str, device: str) -> N
         "",
         f"`{command}`, on {name} ({platform.machine()}, torch {torch.__version__}).",
         "Medians of one image, from pixels to the class of every pixel, with random weights; ratios are taken round by",
-        f"round, all models in one process. In the loop: {CLIP}'s image tower, three decoder layers, every class a query.",
+        f"round, all models in one process. In the loop: {CLIP}'s image tower, three decoder layers, a query a class.",
         "",
         "| " + " | ".join(HEADER) + " |",
         "|" + "---|" * len(HEADER),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from pipeline.student.heads import DROPOUT, conv_norm_relu, resize
+from pipeline.student.heads import DROPOUT, Head, conv_norm_relu, resize
 
 TRAIN_STEPS, EVAL_STEPS = 6, 7
 EPSILON = 1e-6
@@ -63,7 +63,7 @@ class Hamburger(nn.Module):
         return torch.rand(1, channels, self.rank, generator=generator).to(inner).expand(batch, -1, -1)
 
 
-class LightHamHead(nn.Module):
+class LightHamHead(Head):
     """SegNeXt's (Guo et al. 2022): the three coarser levels, joined; R at stride 8."""
 
     stride = 8
@@ -78,7 +78,7 @@ class LightHamHead(nn.Module):
         self.dropout = nn.Dropout2d(DROPOUT)
         self.project = nn.Conv2d(channels, width, 1)
 
-    def forward(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
+    def decode(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Levels (B, C_i, h_i, w_i), finest first, the second at `size` -> (B, channels, *size)."""
         joined = torch.cat([resize(level, size) for level in levels[1:]], dim=1)
         return self.dropout(self.align(self.hamburger(self.squeeze(joined))))

@@ -1,7 +1,7 @@
 """Decode heads of closed-set segmenters, their last classifier replaced by a projection to CLIP's width.
 
-What a head returns is what its last layer, `project`, takes: R is `project` of it. The parts are named as in
-mmsegmentation, so that its checkpoints fit.
+`decode` gives what the last layer, `project`, takes. The parts are named as in mmsegmentation, so that its checkpoints
+fit.
 """
 
 from typing import Any
@@ -24,7 +24,21 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x if x.shape[-2:] == size else nn.functional.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-class AllMLPHead(nn.Module):
+class Head(nn.Module):
+    """Levels (B, C_i, h_i, w_i), finest first, and the size of R -> R (B, width, *size)."""
+
+    stride: int
+    project: nn.Conv2d
+
+    def forward(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
+        return self.project(self.decode(levels, size))
+
+    def decode(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """(B, channels, *size), what `project` takes."""
+        raise NotImplementedError
+
+
+class AllMLPHead(Head):
     """SegFormer's (Xie et al. 2021, Eq. 4, in mmsegmentation's form): R at stride 4, from levels of any stride."""
 
     stride = 4
@@ -36,7 +50,7 @@ class AllMLPHead(nn.Module):
         self.dropout = nn.Dropout2d(DROPOUT)
         self.project = nn.Conv2d(channels, width, 1)
 
-    def forward(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
+    def decode(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Levels (B, C_i, h_i, w_i), finest first -> (B, channels, *size).
 
         The published head fuses the levels after bringing them to one size. Fusing is linear, as is that, so each level
@@ -50,7 +64,7 @@ class AllMLPHead(nn.Module):
         return self.dropout(self.fusion_conv[1:](fused))
 
 
-class UPerHead(nn.Module):
+class UPerHead(Head):
     """UPerNet's (Xiao et al. 2018): pyramid pooling of the coarsest level, then a feature pyramid; R at stride 4."""
 
     stride = 4
@@ -69,7 +83,7 @@ class UPerHead(nn.Module):
         self.dropout = nn.Dropout2d(DROPOUT)
         self.project = nn.Conv2d(channels, width, 1)
 
-    def forward(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
+    def decode(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Levels (B, C_i, h_i, w_i), finest first and at `size` -> (B, channels, *size)."""
         *finer, coarsest = levels
         pooled = [resize(pool(coarsest), _size(coarsest)) for pool in self.psp_modules]
@@ -92,8 +106,8 @@ class FCNHead(nn.Module):
         self.project = nn.Conv2d(channels, width, 1)
 
     def forward(self, level: Tensor) -> Tensor:
-        """(B, C_i, h_i, w_i) -> (B, channels, h_i, w_i)."""
-        return self.dropout(self.convs[0](level))
+        """(B, C_i, h_i, w_i) -> (B, width, h_i, w_i)."""
+        return self.project(self.dropout(self.convs[0](level)))
 
 
 def _size(x: Tensor) -> tuple[int, int]:

@@ -72,8 +72,7 @@ class Student(nn.Module):
         hidden, levels = self._decode(pixels)
         auxiliary = None
         if self.auxiliary_head:
-            auxiliary = self.auxiliary_head.project(self.auxiliary_head(levels[AUXILIARY_LEVEL]))
-            auxiliary = self._crop(auxiliary, pixels, AUXILIARY_STRIDE)
+            auxiliary = self._crop(self.auxiliary_head(levels[AUXILIARY_LEVEL]), pixels, AUXILIARY_STRIDE)
         return self._crop(self.head.project(hidden), pixels), auxiliary
 
     def classify(self, pixels: Tensor, text_features: Tensor) -> Tensor:
@@ -92,7 +91,7 @@ class Student(nn.Module):
         multiple = math.lcm(self.encoder.multiple, self.stride)
         padded = nn.functional.pad(pixels, (0, -width % multiple, 0, -height % multiple))
         levels = self.encoder(padded.contiguous(memory_format=torch.channels_last))  # halves a CPU's training step
-        return self.head(levels, tuple(side // self.stride for side in padded.shape[-2:])), levels
+        return self.head.decode(levels, tuple(side // self.stride for side in padded.shape[-2:])), levels
 
     def _crop(self, features: Tensor, pixels: Tensor, stride: int | None = None) -> Tensor:
         """What lies below the image, without its padding."""

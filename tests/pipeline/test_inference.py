@@ -78,6 +78,9 @@ class FakeStudent(nn.Module):
         found = nn.functional.conv2d(padded, torch.from_numpy(self.kernel), stride=4)
         return (found + found.mean(dim=(2, 3), keepdim=True)).tanh().float()
 
+    def classify(self, pixels: Tensor, text_features: Tensor) -> Tensor:
+        return torch.einsum("bchw,kc->bkhw", self(pixels), text_features)
+
     def dense(self, image: Array) -> Array:
         """(h, w, 3) uint8 -> (C, ceil(h / 4), ceil(w / 4)), in NumPy."""
         height, width = image.shape[:2]
@@ -258,13 +261,12 @@ def test_slide_averages_overlaps() -> None:
     """Windows 0-4, 3-7 and 6-10 of a strip, of logits 1, 2 and 3 and twice that."""
     calls = []
 
-    def encode(pixels: Tensor) -> Tensor:
+    def classify(pixels: Tensor) -> Tensor:
         calls.append(pixels.clone())
-        return torch.full((1, 1, 1, 1), float(len(calls)))
+        return torch.tensor([1.0, 2.0]).view(1, 2, 1, 1) * len(calls)
 
     strip = np.arange(4 * 10 * 3, dtype=np.uint8).reshape(4, 10, 3)
-    text = torch.tensor([[1.0], [2.0]])
-    found = class_logits(strip, encode, 4, text, MEAN, STD, sliding(4, 10, 4, 3))
+    found = class_logits(strip, classify, 4, MEAN, STD, sliding(4, 10, 4, 3))
     expected = torch.tensor([1, 1, 1, 1.5, 2, 2, 2.5, 3, 3, 3]).expand(4, 10)
     assert found.size == (4, 10)
     assert torch.equal(found.upsampled([0, 1]), torch.stack([expected, 2 * expected]))
@@ -287,11 +289,11 @@ def test_class_logits(shape: tuple[int, int], stride: int) -> None:
     features, text = draw(rng, 5, *cells, scale=4).astype(np.float32), draw(rng, 3, 5).astype(np.float32)
     image = rng.integers(0, 256, (*shape, 3)).astype(np.uint8)
 
-    def encode(pixels: Tensor) -> Tensor:
+    def classify(pixels: Tensor) -> Tensor:
         np.testing.assert_allclose(pixels, normalised(image), rtol=1e-5, atol=1e-6)
-        return torch.from_numpy(features[None]).requires_grad_()
+        return torch.einsum("bchw,kc->bkhw", torch.from_numpy(features[None]).requires_grad_(), torch.from_numpy(text))
 
-    found = class_logits(image, encode, stride, torch.from_numpy(text), MEAN, STD, whole(*shape)).upsampled([0, 1, 2])
+    found = class_logits(image, classify, stride, MEAN, STD, whole(*shape)).upsampled([0, 1, 2])
     assert found.shape == (3, *shape) and not found.requires_grad and found.dtype == torch.float32
     np.testing.assert_allclose(found, reference.window_logits(features, text, shape, stride), rtol=0, atol=1e-4)
     upsampled = reference.bilinear(features[None], (cells[0] * stride, cells[1] * stride))[0]
