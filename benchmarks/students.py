@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import Student as StudentConfig
 from pipeline.student.families import FAMILIES
+from pipeline.student.heads import AllMLPHead
 from pipeline.student.student import Student
 
 WIDTH, CLASSES = 512, 150
@@ -52,6 +53,9 @@ def count(name: str, channels: int | None, height: int, width: int) -> tuple[flo
     parameters = sum(p.numel() for p in student.parameters())
     multiplications = gmac(student, height, width)
     heads = [(student.head, student.stride)] + ([(student.auxiliary_head, 16)] if student.auxiliary_head else [])
+    if isinstance(student.head, AllMLPHead):  # which the papers count as if every level were fused at stride 4
+        fusing = student.head.fusion_conv[0].out_channels ** 2 * height * width / 16
+        multiplications += fusing * (3 - 1 / 4 - 1 / 16 - 1 / 64) / 1e9
     for head, stride in heads:
         last = sum(p.numel() for p in head.project.parameters())
         parameters -= round(last * (1 - share))
