@@ -23,7 +23,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "global": True, "nel": True, "ce": True, "bce": True,
     },
     "train": {
-        "iterations": 20_000, "batch_size": 16, "lr": 6e-5, "head_lr_factor": 10, "weight_decay": 0.01, "warmup": 1500,
+        "iterations": 20_000, "batch_size": 16, "lr": 6e-5, "weight_decay": 0.01, "warmup": 1500,
     },
     "evaluate": {"gamma": 0},
 }  # fmt: skip
