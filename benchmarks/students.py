@@ -5,10 +5,14 @@
 Published models end in a classifier of 150 classes where a student ends in a projection to CLIP's width (512): the
 column "as published" is the student with its last layer, which is linear, exchanged in the count. SegFormer's paper
 has 768 channels in the heads of B2 to B5 (mmsegmentation, and this package, 256), and an image of 640 for B5.
-Swin's has images of 512 x 2048 and an auxiliary head.
+Swin's has images of 512 x 2048 and an auxiliary head. SegNeXt's count norms and bilinear resizing too, that of the
+logits to the image's size included, with fvcore's weights (https://github.com/facebookresearch/fvcore): so counted all
+four agree to the last digit that was published.
 """
 
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,10 +41,35 @@ PUBLISHED = {
 }
 
 
-def gmac(student: Student, height: int, width: int) -> float:
-    """Of one image, on tensors without values; torch counts a multiplication and an addition as 2."""
-    with FlopCounterMode(display=False) as counter:
-        student.to("meta").with_auxiliary(torch.zeros(1, 3, height, width, device="meta"))
+aten = torch.ops.aten
+
+
+def _each(operations: int) -> Any:
+    """A count of `operations` for each value of the result; times 2, as torch counts."""
+
+    def count(*shapes: Any, out_shape: Any, **_: Any) -> int:
+        shape = out_shape[0] if isinstance(out_shape[0], (list, tuple, torch.Size)) else out_shape
+        return 2 * operations * math.prod(shape)
+
+    return count
+
+
+FVCORE = {
+    aten.native_batch_norm: _each(2),
+    aten.native_group_norm: _each(5),
+    aten.upsample_bilinear2d: _each(4),
+}
+
+
+def gmac(student: Student, height: int, width: int, classes: int = 0) -> float:
+    """Of one image, on tensors without values; torch counts a multiplication and an addition as 2.
+
+    `classes`: count as SegNeXt's paper does, that many logits resized to the image included.
+    """
+    with FlopCounterMode(display=False, custom_mapping=FVCORE if classes else {}) as counter:
+        found, _ = student.to("meta").with_auxiliary(torch.zeros(1, 3, height, width, device="meta"))
+        if classes:
+            torch.nn.functional.interpolate(found[:, :classes], size=(height, width), mode="bilinear")
     return counter.get_total_flops() / 2e9
 
 
@@ -51,7 +80,7 @@ def count(name: str, channels: int | None, height: int, width: int) -> tuple[flo
     ).eval()
     share = CLASSES / WIDTH
     parameters = sum(p.numel() for p in student.parameters())
-    multiplications = gmac(student, height, width)
+    multiplications = gmac(student, height, width, CLASSES if name.startswith("segnext") else 0)
     heads = [(student.head, student.stride)] + ([(student.auxiliary_head, 16)] if student.auxiliary_head else [])
     if isinstance(student.head, AllMLPHead):  # which the papers count as if every level were fused at stride 4
         fusing = student.head.fusion_conv[0].out_channels ** 2 * height * width / 16
