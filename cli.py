@@ -65,8 +65,9 @@ def _with_flags(assignments: list[str], flags: dict[str, Any]) -> list[str]:
 
 
 def _device(asked: str) -> str:
-    from stages.runs import choose_device
+    from stages.devices import choose_device, keep_freed_memory
 
+    keep_freed_memory()
     return choose_device(asked)
 
 

@@ -33,6 +33,7 @@ from pipeline.teacher.load import weights_fingerprint
 from pipeline.teacher.text import read_text_features
 from stages.caches import CACHES, split_settings
 from stages.datasets import open_split
+from stages.devices import keep_freed_memory
 from stages.progress import progress_bar, say
 from stages.text import class_features
 
@@ -170,6 +171,7 @@ def make_shard(job: ShardJob) -> int:
     """Runs in a Dask worker: computes and writes one whole shard. Returns the number of images."""
     torch.set_num_threads(job.threads)
     faiss.omp_set_num_threads(job.threads)
+    keep_freed_memory()
     config = StageOne.model_validate_json(job.settings)
     teacher = _worker_teacher(job.settings, job.device)
     arrays = {

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -106,14 +105,3 @@ def load_run(path: Path, device: str = "cpu") -> Run:
             f"{path / WEIGHTS} does not fit student {config.student.model} of {CONFIG}: train again"
         ) from error
     return Run(path, config, student.to(device).eval(), text_features.to(device), iteration)
-
-
-def choose_device(asked: str) -> str:
-    """`auto` is a GPU where there is one."""
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=asked)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {asked} cannot be used here: choose cpu or auto") from error
-    return asked
