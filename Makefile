@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a virtual environment in VENV with this project installed from constraints.txt.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 # Touched after an install; older than pyproject.toml or constraints.txt, it is installed again.
@@ -22,7 +23,7 @@ benchmark: $(DEMO_READY)  ## the demo with three seeds; writes the tables in ben
 	$(BIN)/clip-zss demo --seeds 0,1,2 --output benchmarks
 
 test: lint typecheck  ## all checks
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 lint: $(TEST_READY)  ## style, and who imports whom
 	$(BIN)/ruff check --extend-exclude $(VENV)
