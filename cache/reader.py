@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ class Cache:
         views = self.manifest.array_views(name)
         metadata = f"{ARRAYS}/{name}/zarr.json"
         with refusing(UserError(f"{store.show(metadata)} is missing or damaged: {_RESTORE}")):
-            array = _open_array(self.location, name, self.manifest.files[metadata].sha256)
+            digest = self.manifest.files[metadata].sha256
+            array = store.attempt("read", metadata, lambda: _open_array(self.location, name, digest))
             if (array.shape, str(array.dtype)) != ((self.manifest.images, views, *spec.tail), spec.dtype):
                 raise ValueError(f"of shape {array.shape} and type {array.dtype}")
         image = np.empty((views, *spec.tail), spec.dtype)
@@ -93,7 +94,7 @@ class Cache:
             if not store.exists(key):
                 raise self._damaged(key)  # Zarr would make up zeros
             with refusing(self._damaged(key)):
-                image[view] = array[row, view]
+                image[view] = store.attempt("read", key, partial(array.__getitem__, (row, view)))
         return image
 
     def _blocks(self, name: str, indices: Iterable[int]) -> Iterator[np.ndarray]:
@@ -107,13 +108,13 @@ class Cache:
         for index in indices:
             rows, *tail = self.manifest.shard_shape(name, index)
             block = np.empty((rows, self.manifest.array_views(name), *tail), spec.dtype)
-            for view, digest in enumerate(self._records[index].arrays[name].files):
-                key = shard_key(name, index, view, spec)
+            keys = [shard_key(name, index, view, spec) for view in range(block.shape[1])]
+            found = store.read_many(keys)
+            for view, (key, digest) in enumerate(zip(keys, self._records[index].arrays[name].files, strict=True)):
+                if key not in found or FileDigest.of(found[key]) != digest:
+                    raise self._damaged(key)
                 with refusing(self._damaged(key)):
-                    data = store.read(key)
-                    if FileDigest.of(data) != digest:
-                        raise self._damaged(key)
-                    block[:, view] = codec.decode(index, view, data)
+                    block[:, view] = codec.decode(index, view, found.pop(key))
             yield block
 
     def _require(self, name: str) -> None:

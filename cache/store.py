@@ -71,7 +71,14 @@ class Store(ABC):
 
     @abstractmethod
     def as_zarr(self, prefix: str) -> ZarrStore:
-        """What is below `prefix`, for Zarr to read parts of files."""
+        """What is below `prefix`, for Zarr to read parts of files, within `attempt`."""
+
+    @abstractmethod
+    def attempt(self, verb: str, key: str, action: Callable[[], _T]) -> _T:
+        """What `action` returns, which does "read", say, to `key`; the store's errors become UserError.
+
+        Behind a network it is tried again for half a minute.
+        """
 
     def show(self, key: str) -> str:
         """The file's path or URL, for messages."""
@@ -103,7 +110,11 @@ class FolderStore(Store):
             return (self.root / key).read_bytes()
 
     def read_many(self, keys: Iterable[str]) -> dict[str, bytes]:
-        return {key: self.read(key) for key in keys if self.exists(key)}
+        found = {}
+        for key in keys:
+            with suppress(FileNotFoundError):
+                found[key] = self.read(key)
+        return found
 
     def write(self, key: str, data: bytes | memoryview) -> None:
         path = self.root / key
@@ -159,6 +170,10 @@ class FolderStore(Store):
 
     def as_zarr(self, prefix: str) -> ZarrStore:
         return LocalStore(self.root / prefix, read_only=True)
+
+    def attempt(self, verb: str, key: str, action: Callable[[], _T]) -> _T:
+        with self._explaining(verb, key):
+            return action()
 
     @contextmanager
     def _explaining(self, verb: str, key: str) -> Iterator[None]:
@@ -227,7 +242,7 @@ class UrlStore(Store):
         self._root = root.rstrip("/")
 
     def read(self, key: str) -> bytes:
-        return self._call("read", key, lambda: self._files.cat_file(self._path(key)))
+        return self.attempt("read", key, lambda: self._files.cat_file(self._path(key)))
 
     def read_many(self, keys: Iterable[str]) -> dict[str, bytes]:
         paths = {self._path(key): key for key in keys}
@@ -242,10 +257,10 @@ class UrlStore(Store):
                     raise data
             return {key: data for key, data in contents.items() if not isinstance(data, Exception)}
 
-        return self._call("read", next(iter(paths.values()), ""), read)
+        return self.attempt("read", next(iter(paths.values()), ""), read)
 
     def write(self, key: str, data: bytes | memoryview) -> None:
-        self._call("write", key, lambda: self._files.pipe_file(self._path(key), bytes(data)))
+        self.attempt("write", key, lambda: self._files.pipe_file(self._path(key), bytes(data)))
 
     def create(self, key: str, data: bytes) -> bool:
         """Writes the file unless it exists, which stores tell at once where they can; whether it was written."""
@@ -261,10 +276,10 @@ class UrlStore(Store):
                 self._files.pipe_file(self._path(key), data)
             return True
 
-        return self._call("write", key, create)
+        return self.attempt("write", key, create)
 
     def exists(self, key: str) -> bool:
-        return self._call("read", key, lambda: self._exists(key))
+        return self.attempt("read", key, lambda: self._exists(key))
 
     def _exists(self, key: str) -> bool:
         try:  # its own `exists` takes every error for a no
@@ -277,7 +292,7 @@ class UrlStore(Store):
             with suppress(FileNotFoundError):
                 self._files.rm_file(self._path(key))
 
-        self._call("delete", key, delete)
+        self.attempt("delete", key, delete)
 
     def sizes(self) -> dict[str, int]:
         def find() -> dict[str, Any]:
@@ -287,7 +302,7 @@ class UrlStore(Store):
                 return {}
 
         start = len(self._root.lstrip("/")) + 1
-        found = {path.lstrip("/")[start:]: about["size"] for path, about in self._call("read", "", find).items()}
+        found = {path.lstrip("/")[start:]: about["size"] for path, about in self.attempt("read", "", find).items()}
         found.pop(LOCK, None)
         return dict(sorted(found.items()))
 
@@ -300,8 +315,7 @@ class UrlStore(Store):
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}"
 
-    def _call(self, verb: str, key: str, action: Callable[[], _T]) -> _T:
-        """What `action` returns, tried again for half a minute while the store or the network stumbles."""
+    def attempt(self, verb: str, key: str, action: Callable[[], _T]) -> _T:
         for delay in (*RETRY_DELAYS, None):
             try:
                 return action()

@@ -11,6 +11,9 @@ from cache.manifest import Manifest
 from cache.record import ShardRecord, load_records
 from cache.sealed import FileDigest
 from cache.store import TEMPORARY, Store, open_store
+from configs.errors import UserError
+
+_Records = dict[int, ShardRecord | UserError]  # as `load_records` finds them
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,12 @@ def verify(location: str | Path) -> list[Damage]:
     """
     store = open_store(location)
     manifest = trusted_manifest(store)
-    return [*_bad_small_files(store, manifest), *_bad_shards(store, manifest), *_strays(store, manifest)]
+    records = load_records(store, manifest)
+    return [
+        *_bad_small_files(store, manifest),
+        *_bad_shards(store, manifest, records),
+        *_strays(store, manifest, records),
+    ]
 
 
 def _bad_small_files(store: Store, manifest: Manifest) -> Iterator[Damage]:
@@ -44,8 +52,8 @@ def _bad_small_files(store: Store, manifest: Manifest) -> Iterator[Damage]:
                 yield Damage("missing" if file.data is None else "changed", file.key, store.show(file.key))
 
 
-def _bad_shards(store: Store, manifest: Manifest) -> Iterator[Damage]:
-    for index, record in sorted(load_records(store, manifest).items()):
+def _bad_shards(store: Store, manifest: Manifest, records: _Records) -> Iterator[Damage]:
+    for index, record in sorted(records.items()):
         if not isinstance(record, ShardRecord):
             yield Damage("changed", record_key(index), store.show(record_key(index)), index)
             continue
@@ -57,11 +65,11 @@ def _bad_shards(store: Store, manifest: Manifest) -> Iterator[Damage]:
                 yield Damage("missing", key, store.show(key), index)
 
 
-def _strays(store: Store, manifest: Manifest) -> list[Damage]:
+def _strays(store: Store, manifest: Manifest, records: _Records) -> list[Damage]:
     """Temporary files, and what nothing vouches for below the folders that are the cache's own."""
     known = {MANIFEST, *manifest.files}
     known |= {copy_key(key) for key in known}
-    for index, record in load_records(store, manifest).items():
+    for index, record in records.items():
         known.add(record_key(index))
         if isinstance(record, ShardRecord):
             known |= record.digests(manifest, index).keys()
@@ -88,6 +96,7 @@ def prepare_repair(location: str | Path) -> list[Damage]:
         UserError: as `verify`, or another precompute is at work.
     """
     store = open_store(location)
+    trusted_manifest(store)  # a lock would make the folder of a cache that is not there
     with store.lock():
         found = verify(location)
         restore(store, trusted_manifest(store))
@@ -107,9 +116,10 @@ def gc(location: str | Path) -> tuple[list[str], int]:
         UserError: there is no cache, or another precompute is at work.
     """
     store = open_store(location)
+    trusted_manifest(store)  # as above
     with store.lock():
-        sizes = store.sizes()
-        strays = _strays(store, trusted_manifest(store))
+        sizes, manifest = store.sizes(), trusted_manifest(store)
+        strays = _strays(store, manifest, load_records(store, manifest))
         for stray in strays:
             store.delete(stray.key)
     return [stray.path for stray in strays], sum(sizes.get(stray.key, 0) for stray in strays)

@@ -88,11 +88,12 @@ def _place(store: Store, manifest: Manifest, small: Mapping[str, bytes]) -> None
 def _extend(store: Store, stored: Manifest, views: int, small: Mapping[str, bytes]) -> Manifest:
     """Raises the number of views. Until the manifest is written, everything fits the old one; copies follow it."""
     # Computed again on another machine, text features may differ in the last bits: those of the first run stay.
-    new = {key: data for key, data in small.items() if not is_of_text_features(key)}
-    files = {**stored.files, **{key: FileDigest.of(data) for key, data in new.items()}}
-    grown = stored.model_copy(update={"views": views, "files": files})
-    for key, data in {**new, MANIFEST: grown.to_bytes()}.items():
-        store.write(key, data)
+    made = {key: FileDigest.of(data) for key, data in small.items() if not is_of_text_features(key)}
+    grown = stored.model_copy(update={"views": views, "files": {**stored.files, **made}})
+    for key, digest in made.items():
+        if stored.files[key] != digest:
+            store.write(key, small[key])
+    store.write(MANIFEST, grown.to_bytes())
     restore(store, grown)
     return grown
 

@@ -1,6 +1,8 @@
 """A stage one without a teacher: random arrays of 8 images in shards of 3, 3 and 2."""
 
+import itertools
 import os
+import signal
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -106,3 +108,23 @@ def in_processes() -> Callable[..., list[int]]:
         return [process.exitcode for process in processes if process.exitcode is not None]
 
     return run
+
+
+@pytest.fixture
+def killed_after() -> Callable[..., Callable[[], None]]:
+    """killed_after(flushes, task): `task`, but its process kills itself in place of the fsync with this number."""
+
+    def killed(flushes: int, task: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            calls = itertools.count()
+
+            def fsync(_: int) -> None:
+                if next(calls) == flushes:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            os.fsync = fsync
+            task()
+
+        return run
+
+    return killed

@@ -1,6 +1,5 @@
 """Kills, power cuts and neighbours: what is recorded is whole, and the bytes do not depend on what happened."""
 
-import itertools
 import os
 import signal
 
@@ -11,27 +10,11 @@ from cache.store import open_store
 from cache.writer import pending
 
 
-def killed_after(flushes: int, task):
-    """`task`, during which the process kills itself in place of the fsync with this number."""
-
-    def run():
-        calls = itertools.count()
-
-        def fsync(_):
-            if next(calls) == flushes:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        os.fsync = fsync
-        task()
-
-    return run
-
-
 # An fsync comes before and after each file is put in place, and after each new directory. By number, 2 is within the
 # first file, the manifest's copy; 16 amid the arrays' metadata; 54 just before and 55 after the manifest is placed;
 # 56-78 within shard 0: 62 amid its arrays, 77 before and 78 after its record; 122 is the last of all.
 @pytest.mark.parametrize("flushes", [0, 1, 2, 3, 16, 54, 55, 56, 62, 75, 77, 78, 90, 122])
-def test_killed_run_is_finished_to_the_same_bytes(stage_one, in_processes, flushes):
+def test_killed_run_is_finished_to_the_same_bytes(stage_one, in_processes, killed_after, flushes):
     killed, unbroken = stage_one("killed"), stage_one("unbroken")
     unbroken.run()
     assert in_processes(killed_after(flushes, killed.run)) == [-signal.SIGKILL]
