@@ -6,10 +6,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cache.base import Store
 from cache.layout import MANIFEST, copy_key
 from cache.manifest import Manifest
 from cache.sealed import FileDigest
-from cache.store import Store
 from configs.errors import UserError
 
 

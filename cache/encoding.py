@@ -1,7 +1,7 @@
 """Arrays to Zarr's bytes and back, in memory.
 
 Zarr writes a file without fsync, leaves *.partial files when killed, and merges a shard with what it finds on disk;
-what is missing, it reads as zeros. So it only sees a dictionary here, and cache/store.py reads and writes the bytes.
+what is missing, it reads as zeros. So it only sees a dictionary here; a store (cache/base.py) moves the bytes.
 """
 
 from collections.abc import Iterator, Sequence

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, PositiveInt, ValidationError
 
+from cache.base import Store
 from cache.layout import IMAGE_IDS, MANIFEST, ArraySpec, copy_key
 from cache.sealed import FileDigest, seal, sha256, to_json, unseal
-from cache.store import Store
 from configs.errors import UserError
 
 FORMAT = 3

@@ -2,10 +2,10 @@
 
 from pydantic import BaseModel, PositiveInt, ValidationError
 
+from cache.base import Store
 from cache.layout import record_key, shard_key
 from cache.manifest import Manifest
 from cache.sealed import FileDigest, seal, unseal
-from cache.store import Store
 from configs.errors import UserError
 
 _CURE = "run cache repair, or precompute with the same settings again: both recompute only this shard"

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cache.base import TEMPORARY, Store
 from cache.copies import restore, small_files, trusted_manifest
 from cache.layout import ARRAYS, COPIES, MANIFEST, SHARDS, copy_key, record_key, shard_key
 from cache.manifest import Manifest
 from cache.record import ShardRecord, load_records
 from cache.sealed import FileDigest
-from cache.store import TEMPORARY, Store, open_store
+from cache.store import open_store
 from configs.errors import UserError
 
 _Records = dict[int, ShardRecord | UserError]  # as `load_records` finds them

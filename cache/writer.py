@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
+from cache.base import TEMPORARY, Store
 from cache.copies import restore, trusted_manifest
 from cache.encoding import ShardCodec, encode_small_files, is_of_text_features
 from cache.layout import ARRAYS, COPIES, MANIFEST, SHARDS, copy_key, record_key, shard_key
 from cache.manifest import Manifest, check_same_contents, check_settings
 from cache.record import ArrayRecord, ShardRecord, load_record, load_records
 from cache.sealed import FileDigest
-from cache.store import TEMPORARY, Store, open_store
+from cache.store import open_store
 from configs.errors import UserError
 
 

@@ -12,7 +12,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import cache.lock
-import cache.store
+import cache.url
 from cache.lock import LOCK
 from cache.reader import open_cache
 from cache.store import absolute, open_store
@@ -31,7 +31,7 @@ def url():
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(cache.store, "RETRY_DELAYS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(cache.url, "RETRY_DELAYS", (0.0, 0.0, 0.0))
     for name, seconds in (("BEAT", 0.02), ("STALE", 0.3), ("SETTLE", 0.01)):
         monkeypatch.setattr(cache.lock, name, seconds)
 
