@@ -78,7 +78,10 @@ class FolderStore(Store):
             descriptor = _lock_file(path)
         try:
             if descriptor is None:
-                host, _, pid = path.read_text().partition(" ") if path.exists() else ("", "", "")
+                holder = ""
+                with suppress(FileNotFoundError):  # it may just have finished
+                    holder = path.read_text()
+                host, _, pid = holder.partition(" ")
                 raise being_written(self.location, host or "unknown", pid or "unknown", "wait for it, or stop it")
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{socket.gethostname()} {os.getpid()}".encode())
