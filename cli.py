@@ -31,11 +31,11 @@ DatasetOption = Annotated[
 ]
 DataRootOption = Annotated[Path, typer.Option("--data-root", metavar="DIR", help="Folder that holds the datasets.")]
 CacheOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--cache",
-        metavar="DIR",
-        help="Cache; default: named by its settings (precompute), else the newest below caches/.",
+        metavar="DIR|URL",
+        help="Cache, a folder or s3://...; default: named by its settings (precompute), else the newest below caches/.",
     ),
 ]
 RunOption = Annotated[
@@ -72,7 +72,7 @@ def _device(asked: str) -> str:
 
 
 def _open_cache(
-    cache: Path | None, dataset: str | None, config: Path | None, assignments: list[str], runlocal: bool = False
+    cache: str | None, dataset: str | None, config: Path | None, assignments: list[str], runlocal: bool = False
 ) -> tuple[Any, Config]:
     """The cache a command works on, and the configuration: the cache's settings under those that are asked for."""
     from stages.caches import cached_settings, choose_cache

@@ -1,20 +1,23 @@
-"""Arrays to Zarr's bytes, in memory.
+"""Arrays to Zarr's bytes and back, in memory.
 
-Zarr writes a file without fsync, leaves *.partial files when killed, and merges a shard with what it finds on disk.
-So it never writes to disk here: it encodes into a dictionary, and cache/files.py puts the bytes in place.
+Zarr writes a file without fsync, leaves *.partial files when killed, and merges a shard with what it finds on disk;
+what is missing, it reads as zeros. So it only sees a dictionary here; a store (cache/base.py) moves the bytes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
-from zarr.core.buffer import Buffer
+from zarr.core.buffer import Buffer, cpu
 from zarr.storage import MemoryStore
 
-from cache.layout import TEXT_FEATURES, shard_key
+from cache.layout import ARRAYS, IMAGE_IDS, TEXT_FEATURES, shard_key
 from cache.manifest import Manifest
+from cache.sealed import to_json
+from configs.errors import UserError
 
 _COMMON: dict[str, Any] = {
     # The checksum lets a read of a single image notice flipped bits. Float16 tokens shrink by 8 % at any level.
@@ -26,32 +29,73 @@ _COMMON: dict[str, Any] = {
 }
 
 
-def encode_metadata(manifest: Manifest, text_features: np.ndarray) -> Iterator[tuple[str, bytes]]:
-    """(path below arrays/, bytes) of all the files of a cache without shards: the zarr.json files, text features."""
+def encode_small_files(manifest: Manifest, image_ids: Sequence[str], text_features: np.ndarray) -> dict[str, bytes]:
+    """Every file of a cache without shards but its manifest, by key: ids, zarr.json files, text features."""
     files: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(files))
     for name in manifest.arrays:
         _create_array(group, name, manifest)
     group.create_array(TEXT_FEATURES, data=text_features, chunks=text_features.shape, **_COMMON)
-    return ((key, buffer.to_bytes()) for key, buffer in sorted(files.items()))
+    encoded = {f"{ARRAYS}/{key}": buffer.to_bytes() for key, buffer in sorted(files.items())}
+    return {IMAGE_IDS: to_json(list(image_ids)), **encoded}
 
 
-def encode_shard(manifest: Manifest, name: str, index: int, block: np.ndarray) -> memoryview:
-    """The file of shard `index` of array `name`, from its values (rows of the shard, V, *tail)."""
-    files: dict[str, Buffer] = {}
-    array = _create_array(zarr.create_group(MemoryStore(files)), name, manifest)
-    start, stop = manifest.shard_rows(index)
-    array[start:stop] = block
-    return memoryview(files[shard_key(name, index, manifest.arrays[name])].as_buffer_like())
+def is_of_text_features(key: str) -> bool:
+    return key.startswith(f"{ARRAYS}/{TEXT_FEATURES}/")
+
+
+def decode_text_features(files: dict[str, bytes]) -> np.ndarray:
+    """(K, C) float32, from those of the small files that hold it."""
+    buffers: dict[str, Buffer] = {
+        key.removeprefix(f"{ARRAYS}/"): cpu.Buffer.from_bytes(data) for key, data in files.items()
+    }
+    return np.asarray(zarr.open_array(MemoryStore(buffers), path=TEXT_FEATURES, mode="r", zarr_format=3)[...])
+
+
+class ShardCodec:
+    """The files of one array's shards; one file is one view."""
+
+    def __init__(self, manifest: Manifest, name: str) -> None:
+        self._manifest, self._name = manifest, name
+        self._files: dict[str, Buffer] = {}
+        self._array = _create_array(zarr.create_group(MemoryStore(self._files)), name, manifest)
+
+    def encode(self, index: int, view: int, block: np.ndarray) -> bytes:
+        """The file of view `view` of shard `index`, from its values (rows of the shard, *tail)."""
+        start, stop = self._manifest.shard_rows(index)
+        self._array[start:stop, view] = block
+        return self._files.pop(self._key(index, view)).to_bytes()
+
+    def decode(self, index: int, view: int, data: bytes) -> np.ndarray:
+        """The inverse of `encode`; what it raises on damaged bytes is caught by `refusing`."""
+        start, stop = self._manifest.shard_rows(index)
+        self._files[self._key(index, view)] = cpu.Buffer.from_bytes(data)
+        try:
+            return np.asarray(self._array[start:stop, view])
+        finally:
+            del self._files[self._key(index, view)]
+
+    def _key(self, index: int, view: int) -> str:
+        key = shard_key(self._name, index, view, self._manifest.arrays[self._name])
+        return key.removeprefix(f"{ARRAYS}/")
 
 
 def _create_array(group: zarr.Group, name: str, manifest: Manifest) -> zarr.Array[Any]:
     spec = manifest.arrays[name]
     return group.create_array(
         name,
-        shape=(manifest.images, manifest.views, *spec.tail),
-        shards=(manifest.shard_images, manifest.views, *spec.tail),
-        chunks=(spec.chunk_images, manifest.views, *spec.tail),
+        shape=(manifest.images, manifest.array_views(name), *spec.tail),
+        shards=(manifest.shard_images, 1, *spec.tail),
+        chunks=(spec.chunk_images, 1, *spec.tail),
         dtype=spec.dtype,
         **_COMMON,
     )
+
+
+@contextmanager
+def refusing(damage: UserError) -> Iterator[None]:
+    """Raises `damage` in place of what Zarr and its codecs raise on damaged bytes."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, RuntimeError, FileNotFoundError) as error:
+        raise damage from error

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, PositiveInt, ValidationError
 
-from cache.files import read_json, sha256, to_json
-from cache.layout import ArraySpec, manifest_path
+from cache.base import Store
+from cache.layout import IMAGE_IDS, MANIFEST, ArraySpec, copy_key
+from cache.sealed import FileDigest, seal, sha256, to_json, unseal
 from configs.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -53,16 +53,11 @@ def _short(text: str | None) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-class ArrayDigest(BaseModel, frozen=True, extra="forbid"):
-    """What must be equal for two arrays to be the same: `sha256` is of the values' bytes in C order."""
+class Borrowed(BaseModel, frozen=True, extra="forbid"):
+    """The cache that an array lives in, in place of this one: of the same images, in shards of the same size."""
 
-    shape: tuple[int, ...]
-    dtype: str
-    sha256: str
-
-    @classmethod
-    def of(cls, array: np.ndarray) -> "ArrayDigest":
-        return cls(shape=array.shape, dtype=str(array.dtype), sha256=sha256(np.ascontiguousarray(array)))
+    cache: str  # an absolute path, or a URL
+    fingerprint: str
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid"):
@@ -74,11 +69,11 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     context: dict[str, Any] = {}  # settings that decide none of it, kept for the stages that follow
     versions: dict[str, str]  # of the libraries that made the cache; for the reader's eyes, compared with nothing
     images: PositiveInt  # N
-    views: PositiveInt  # V
+    views: PositiveInt  # V; may grow, and the fingerprint does not cover it
     shard_images: PositiveInt  # S
-    arrays: dict[str, ArraySpec]
-    image_ids_sha256: str  # of the file image_ids.json
-    text_features: ArrayDigest
+    arrays: dict[str, ArraySpec]  # those that lie in this cache
+    borrowed: dict[str, Borrowed] = {}  # those that lie in another, by name
+    files: dict[str, FileDigest] = {}  # of every file that is neither a manifest, a record nor a shard, by key
     skipped: dict[str, str] = {}  # of all completion records, once every shard is done (cache/record.py)
 
     @classmethod
@@ -90,9 +85,10 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         views: int,
         shard_images: int,
         arrays: Mapping[str, ArraySpec],
-        text_features: np.ndarray,
         context: Mapping[str, Any] | None = None,
+        borrowed: Mapping[str, Borrowed] | None = None,
     ) -> "Manifest":
+        """The manifest that `create_cache` takes, which adds the digests of its `files`."""
         return cls(
             format=FORMAT,
             fingerprint=fingerprint(settings),
@@ -103,35 +99,53 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
             views=views,
             shard_images=shard_images,
             arrays=dict(arrays),
-            image_ids_sha256=sha256(to_json(list(image_ids))),
-            text_features=ArrayDigest.of(text_features),
+            borrowed=dict(borrowed or {}),
         )
 
     @classmethod
-    def load(cls, cache: Path) -> "Manifest":
-        """The manifest of the cache at `cache`; UserError if there is none, or it is damaged or of another format."""
-        if not cache.is_dir():
-            raise UserError(f"no cache at {cache}: run precompute first, or point --cache at an existing one")
-        path = manifest_path(cache)
-        if not path.exists():
-            raise UserError(f"{cache} is not a cache, it has no manifest.json: run precompute, or check --cache")
-        cure = f"delete {cache} and run precompute again"
-        content = read_json(path, cure)
-        number = content.get("format") if isinstance(content, dict) else None
-        if number != FORMAT:
-            raise UserError(f"{path} has format {number!r}, this version of CLIP-ZSS reads format {FORMAT}: {cure}")
+    def load(cls, store: Store) -> "Manifest":
+        """The manifest of the cache in `store`; UserError if there is none, or it is damaged or of another format."""
         try:
-            manifest = cls.model_validate(content)
+            data = store.read(MANIFEST)
+        except FileNotFoundError:
+            if store.exists(copy_key(MANIFEST)):
+                cure = "run cache repair, or precompute with the same settings again: both restore it"
+                raise UserError(f"{store.show(MANIFEST)} is missing: {cure}") from None
+            raise UserError(
+                f"no cache at {store.location}, it has no {MANIFEST}: run precompute first, or point --cache at an "
+                "existing one"
+            ) from None
+        return cls.parse(data, store.show(MANIFEST), f"delete {store.location} and run precompute again")
+
+    @classmethod
+    def parse(cls, data: bytes, path: str, afresh: str) -> "Manifest":
+        """The manifest from its file's bytes; UserError, as in `load`.
+
+        Args:
+            path: where the bytes are from, for messages.
+            afresh: the cure for a manifest of another format.
+        """
+        cure = "run cache repair, it restores this file from its copy"
+        try:
+            content = json.loads(data)
+            number = content.get("format") if isinstance(content, dict) else FORMAT
+            if number != FORMAT and ("checksum" not in content or unseal(data)):
+                raise UserError(
+                    f"{path} has format {number!r}, this version of CLIP-ZSS reads format {FORMAT}: {afresh}"
+                )
+            manifest = cls.model_validate(unseal(data))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise UserError(f"{path} is damaged ({where}: {first['msg']}): {cure}") from error
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): {cure}") from error
         if manifest.fingerprint != fingerprint(manifest.settings):
-            raise UserError(f"{path} was edited, its fingerprint does not fit its settings: undo that, or {cure}")
+            raise UserError(f"{path} was edited, its fingerprint does not fit its settings: {cure}")
         return manifest
 
     def to_bytes(self) -> bytes:
-        return to_json(self.model_dump(mode="json"))
+        return seal(self.model_dump(mode="json"))
 
     @property
     def shards(self) -> int:
@@ -144,14 +158,29 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
             raise IndexError(f"shard {index} of {self.shards}")
         return index * self.shard_images, min((index + 1) * self.shard_images, self.images)
 
+    def array_views(self, name: str, views: int | None = None) -> int:
+        """How many views array `name` holds where `views` are done; by default, all."""
+        return self.arrays[name].stored_views(self.views if views is None else views)
+
     def shard_shape(self, name: str, index: int) -> tuple[int, ...]:
-        """(rows of the shard, V, *tail) of array `name`."""
+        """(rows of the shard, *tail): one view of array `name`."""
         start, stop = self.shard_rows(index)
-        return (stop - start, self.views, *self.arrays[name].tail)
+        return (stop - start, *self.arrays[name].tail)
 
 
-def check_settings(cache: Path, manifest: Manifest, asked: Mapping[str, Any]) -> None:
-    """UserError, naming each setting that differs, unless the cache at `cache` was made from the settings `asked`."""
+def check_settings(location: str | Path, manifest: Manifest, asked: Mapping[str, Any]) -> None:
+    """UserError, naming each setting that differs, unless the cache there was made from the settings `asked`."""
     if manifest.fingerprint != fingerprint(asked):
         lines = "; ".join(different_settings(manifest.settings, asked))
-        raise UserError(f"{cache} was made from other settings ({lines}): choose another --cache, or delete this one")
+        cure = "choose another --cache, or delete this one"
+        raise UserError(f"{location} was made from other settings ({lines}): {cure}")
+
+
+def check_same_contents(location: str, stored: Manifest, asked: Manifest) -> None:
+    """UserError unless both manifests have the same images and arrays, which settings alone cannot promise."""
+    contents = {"images", "shard_images", "arrays", "borrowed"}
+    old, new = (manifest.model_dump(mode="json", include=contents) for manifest in (stored, asked))
+    old["image_ids_sha256"], new["image_ids_sha256"] = (m.files[IMAGE_IDS].sha256 for m in (stored, asked))
+    if old != new:
+        lines = "; ".join(different_settings(old, new))
+        raise UserError(f"{location} was made from the same settings but other data ({lines}): choose another --cache")

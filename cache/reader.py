@@ -1,67 +1,74 @@
 """Reading a cache. What is damaged or missing is refused, with the cure; it never reads as zeros."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore
 
-from cache.files import read_json, sha256, to_json
-from cache.layout import TEXT_FEATURES, arrays_path, image_ids_path, record_path, shard_path
-from cache.manifest import ArrayDigest, Manifest
-from cache.record import ShardRecord, load_record
+from cache.encoding import ShardCodec, decode_text_features, is_of_text_features, refusing
+from cache.layout import ARRAYS, COPIES, IMAGE_IDS, MANIFEST, record_key, shard_key
+from cache.manifest import Manifest
+from cache.record import ShardRecord, load_records
+from cache.sealed import FileDigest
+from cache.store import open_store
 from configs.errors import UserError
 
-_RESTORE = "run precompute with the same settings again, it restores this file"
+_RESTORE = "run cache repair, or precompute with the same settings again: both restore this file"
 
 
 class Cache:
     """A complete cache, from `open_cache`. Small enough to be sent to loader workers: image arrays stay on disk.
 
     Attributes:
+        location: the folder or URL.
         image_ids: N ids; row i of every array belongs to image i.
         kept_rows: the rows, ascending, that hold something: images that could not be read were left out.
         text_features: (K, C) float32, unit length.
+        names: the arrays that it holds, or borrows from another cache.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, records: list[ShardRecord]) -> None:
-        self.path = path
+    def __init__(self, location: str, manifest: Manifest, records: list[ShardRecord]) -> None:
+        self.location = location
         self.manifest = manifest
-        self.image_ids = _read_image_ids(path, manifest)
-        skipped = {image_id for record in records for image_id in record.skipped}
-        self.kept_rows = np.array([i for i, name in enumerate(self.image_ids) if name not in skipped], np.int64)
+        self.image_ids = list(json.loads(self._small_file(IMAGE_IDS)))
         self._records = records
-        self._arrays = {name: _open_array(path, name) for name in manifest.arrays}
-        for name, spec in manifest.arrays.items():
-            shape = (manifest.images, manifest.views, *spec.tail)
-            if (self._arrays[name].shape, str(self._arrays[name].dtype)) != (shape, spec.dtype):
-                raise UserError(f"{arrays_path(path) / name / 'zarr.json'} does not fit the manifest: {_RESTORE}")
-        self.text_features = _read_text_features(path, manifest)
+        self._lenders = _open_lenders(location, manifest)
+        self.names = sorted({*manifest.arrays, *manifest.borrowed})
+        skipped = self.skipped()
+        self.kept_rows = np.array([row for row, name in enumerate(self.image_ids) if name not in skipped], np.int64)
+        files = {key: self._small_file(key) for key in manifest.files if is_of_text_features(key)}
+        self.text_features = decode_text_features(files)
+
+    def skipped(self) -> dict[str, str]:
+        """Id -> why of the images that could not be read, here or by the cache whose arrays this one borrows."""
+        own = {image_id: reason for record in self._records for image_id, reason in record.skipped.items()}
+        lent = {name: why for lender in self._lenders.values() for name, why in lender.skipped().items()}
+        return {**lent, **own}
 
     def load(self, name: str) -> np.ndarray:
         """The whole array `name`, (N, V, *tail), checked against the completion records.
 
+        V is that of the manifest, or less for an array of which only the first views are stored.
+
         Raises:
             UserError: there is no such array, or a shard is missing or damaged.
         """
-        self._require(name)
-        array = self._arrays[name]
-        whole = np.empty(array.shape, array.dtype)
-        for index in range(self.manifest.shards):
+        whole: np.ndarray | None = None
+        for index, block in enumerate(self._blocks(name, range(self.manifest.shards))):
+            if whole is None:
+                whole = np.empty((self.manifest.images, *block.shape[1:]), block.dtype)
             start, stop = self.manifest.shard_rows(index)
-            whole[start:stop] = self.load_shard(name, index)
+            whole[start:stop] = block
+        assert whole is not None  # N is positive
         return whole
 
     def load_shard(self, name: str, index: int) -> np.ndarray:
         """Shard `index` of array `name`, (rows of the shard, V, *tail); checked, and errors, as in `load`."""
-        start, stop = self.manifest.shard_rows(index)
-        block = self._read_rows(name, index, slice(start, stop))
-        if ArrayDigest.of(block) != self._records[index].arrays[name]:
-            raise self._damaged(name, index)
-        return block
+        return next(self._blocks(name, [index]))
 
     def read(self, name: str, row: int) -> np.ndarray:
         """One image of array `name`, (V, *tail); IndexError if `row` is not in [0, N).
@@ -70,88 +77,121 @@ class Cache:
         """
         if not 0 <= row < self.manifest.images:
             raise IndexError(f"row {row} of {self.manifest.images}")
-        return self._read_rows(name, row // self.manifest.shard_images, row)
-
-    def _read_rows(self, name: str, index: int, rows: slice | int) -> np.ndarray:
-        """Rows of shard `index`."""
         self._require(name)
-        if not shard_path(self.path, name, index, self.manifest.arrays[name]).is_file():
-            raise self._damaged(name, index)  # Zarr would make up zeros
-        with _refusing(self._damaged(name, index)):
-            return np.asarray(self._arrays[name][rows])
+        if name in self._lenders:
+            return self._lenders[name].read(name, row)[: self.manifest.views]
+        store, index, spec = open_store(self.location), row // self.manifest.shard_images, self.manifest.arrays[name]
+        views = self.manifest.array_views(name)
+        metadata = f"{ARRAYS}/{name}/zarr.json"
+        with refusing(UserError(f"{store.show(metadata)} is missing or damaged: {_RESTORE}")):
+            digest = self.manifest.files[metadata].sha256
+            array = store.attempt("read", metadata, lambda: _open_array(self.location, name, digest))
+            if (array.shape, str(array.dtype)) != ((self.manifest.images, views, *spec.tail), spec.dtype):
+                raise ValueError(f"of shape {array.shape} and type {array.dtype}")
+        image = np.empty((views, *spec.tail), spec.dtype)
+        for view in range(views):
+            key = shard_key(name, index, view, spec)
+            if not store.exists(key):
+                raise self._damaged(key)  # Zarr would make up zeros
+            with refusing(self._damaged(key)):
+                image[view] = store.attempt("read", key, partial(array.__getitem__, (row, view)))
+        return image
+
+    def _blocks(self, name: str, indices: Iterable[int]) -> Iterator[np.ndarray]:
+        """The shards of array `name`, (rows of the shard, V, *tail) each."""
+        self._require(name)
+        if name in self._lenders:
+            lent = self._lenders[name]._blocks(name, indices)
+            yield from (block[:, : self.manifest.views] for block in lent)
+            return
+        store, spec, codec = open_store(self.location), self.manifest.arrays[name], ShardCodec(self.manifest, name)
+        for index in indices:
+            rows, *tail = self.manifest.shard_shape(name, index)
+            block = np.empty((rows, self.manifest.array_views(name), *tail), spec.dtype)
+            keys = [shard_key(name, index, view, spec) for view in range(block.shape[1])]
+            found = store.read_many(keys)
+            for view, (key, digest) in enumerate(zip(keys, self._records[index].arrays[name].files, strict=True)):
+                if key not in found or FileDigest.of(found[key]) != digest:
+                    raise self._damaged(key)
+                with refusing(self._damaged(key)):
+                    block[:, view] = codec.decode(index, view, found.pop(key))
+            yield block
 
     def _require(self, name: str) -> None:
-        if name not in self.manifest.arrays:
-            held = ", ".join(sorted(self.manifest.arrays))
-            raise UserError(f"{self.path} holds no {name} (it holds {held}): run precompute with a setting to store it")
+        if name not in self.names:
+            held = ", ".join(self.names)
+            raise UserError(
+                f"{self.location} holds no {name} (it holds {held}): run precompute with a setting to store it"
+            )
 
-    def _damaged(self, name: str, index: int) -> UserError:
-        file = shard_path(self.path, name, index, self.manifest.arrays[name])
-        record = record_path(self.path, index)
+    def _damaged(self, key: str) -> UserError:
         return UserError(
-            f"{file} is missing or does not match its completion record: "
-            f"delete {record} and run precompute again, it recomputes only this shard"
+            f"{self.location}/{key} is missing or does not match its completion record: run cache repair, it "
+            "recomputes only this shard"
         )
 
+    def _small_file(self, key: str) -> bytes:
+        store = open_store(self.location)
+        data = store.read_many([key]).get(key)
+        if data is None or FileDigest.of(data) != self.manifest.files.get(key):
+            raise UserError(f"{store.show(key)} is missing or does not match the manifest: {_RESTORE}")
+        return data
 
-def open_cache(path: Path) -> Cache:
-    """The cache at `path`.
+
+@lru_cache(maxsize=64)
+def _open_array(location: str, name: str, digest: str) -> zarr.Array[Any]:
+    """`digest`, of its zarr.json, is for `lru_cache`: an array that has grown is opened anew."""
+    return zarr.open_array(open_store(location).as_zarr(ARRAYS), path=name, mode="r", zarr_format=3)
+
+
+def open_cache(location: str | Path) -> Cache:
+    """The cache at a path or URL.
 
     Raises:
         UserError: there is none, it is not complete, or a file other than a shard is damaged.
     """
-    manifest = Manifest.load(path)
-    missing = [index for index in range(manifest.shards) if not record_path(path, index).exists()]
-    if missing:
-        done = manifest.shards - len(missing)
+    store = open_store(location)
+    manifest = Manifest.load(store)
+    found = load_records(store, manifest)
+    records = [record for _, record in sorted(found.items()) if isinstance(record, ShardRecord)]
+    damaged = [record for record in found.values() if isinstance(record, UserError)]
+    if damaged:
+        raise damaged[0]
+    done = sum(record.views == manifest.views for record in records)
+    if done < manifest.shards:
         raise UserError(
-            f"{path} is incomplete, {done} of {manifest.shards} shards are done: "
+            f"{location} is incomplete, {done} of {manifest.shards} shards are done: "
             "run precompute with the same settings again, it continues there"
         )
-    return Cache(path, manifest, [load_record(path, manifest, index) for index in range(manifest.shards)])
+    return Cache(store.location, manifest, records)
+
+
+def _open_lenders(location: str, manifest: Manifest) -> dict[str, Cache]:
+    """The caches that `manifest` borrows arrays from, by array; each is opened once."""
+    opened: dict[str, Cache] = {}
+    for name, borrowed in manifest.borrowed.items():
+        try:
+            lender = opened.get(borrowed.cache) or open_cache(borrowed.cache)
+        except UserError as error:
+            raise UserError(f"{location} shares {name} of another cache: {error}") from error
+        same = lender.manifest.fingerprint == borrowed.fingerprint and lender.manifest.views >= manifest.views
+        if not same or lender.manifest.shard_images != manifest.shard_images or name not in lender.names:
+            raise UserError(
+                f"{location} shares {name} of {borrowed.cache}, which is another cache now: put the old one back, or "
+                "run precompute anew"
+            )
+        opened[borrowed.cache] = lender
+    return {name: opened[borrowed.cache] for name, borrowed in manifest.borrowed.items()}
 
 
 def find_caches(root: Path) -> list[Path]:
-    """Complete caches at or below `root`, the one finished last first; broken and incomplete ones are left out."""
+    """Complete caches at or below the folder `root`, the one finished last first; others are left out."""
     found: list[tuple[float, Path]] = []
-    for manifest in root.rglob("manifest.json"):
+    for path in (file.parent for file in root.rglob(MANIFEST) if file.parent.name != COPIES):
         try:
-            cache = open_cache(manifest.parent)
+            cache = open_cache(path)
         except UserError:
             continue
-        times = [record_path(cache.path, index).stat().st_mtime for index in range(cache.manifest.shards)]
-        found.append((max(times, default=0.0), cache.path))
+        times = [(path / record_key(index)).stat().st_mtime for index in range(cache.manifest.shards)]
+        found.append((max(times, default=0.0), path))
     return [path for _, path in sorted(found, reverse=True)]
-
-
-def _read_image_ids(path: Path, manifest: Manifest) -> list[str]:
-    file = image_ids_path(path)
-    image_ids = read_json(file, _RESTORE)
-    if sha256(to_json(image_ids)) != manifest.image_ids_sha256:
-        raise UserError(f"{file} does not match the manifest: {_RESTORE}")
-    return list(image_ids)
-
-
-def _open_array(path: Path, name: str) -> zarr.Array[Any]:
-    file = arrays_path(path) / name / "zarr.json"
-    with _refusing(UserError(f"{file} is missing or damaged: {_RESTORE}")):
-        return zarr.open_array(LocalStore(arrays_path(path), read_only=True), path=name, mode="r", zarr_format=3)
-
-
-def _read_text_features(path: Path, manifest: Manifest) -> np.ndarray:
-    damaged = UserError(f"{arrays_path(path) / TEXT_FEATURES} does not match the manifest: {_RESTORE}")
-    array = _open_array(path, TEXT_FEATURES)
-    with _refusing(damaged):
-        text_features = np.asarray(array[...])
-    if ArrayDigest.of(text_features) != manifest.text_features:
-        raise damaged
-    return text_features
-
-
-@contextmanager
-def _refusing(damage: UserError) -> Iterator[None]:
-    """Raises `damage` in place of what Zarr and its codecs raise on damaged bytes."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, RuntimeError, FileNotFoundError) as error:
-        raise damage from error

@@ -1,141 +1,186 @@
-"""Making a cache: create it, ask which shards are pending, write those. A killed run is continued by the same calls."""
+"""Making a cache: create it, ask what is pending, write that. A killed run is continued by the same calls."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cache.encoding import encode_metadata, encode_shard
-from cache.files import (
-    make_directory,
-    move_durably,
-    sync_directory,
-    temporary,
-    to_json,
-    write_atomically,
-    write_durably,
-)
-from cache.layout import TEXT_FEATURES, arrays_path, image_ids_path, manifest_path, record_path, shard_path, shards_path
-from cache.manifest import ArrayDigest, Manifest, check_settings, different_settings
-from cache.record import ShardRecord, load_record
+from cache.base import TEMPORARY, Store
+from cache.copies import restore, trusted_manifest
+from cache.encoding import ShardCodec, encode_small_files, is_of_text_features
+from cache.layout import ARRAYS, COPIES, MANIFEST, SHARDS, copy_key, record_key, shard_key
+from cache.manifest import Manifest, check_same_contents, check_settings
+from cache.record import ArrayRecord, ShardRecord, load_record, load_records
+from cache.sealed import FileDigest
+from cache.store import open_store
 from configs.errors import UserError
 
 
-def create_cache(path: Path, manifest: Manifest, image_ids: Sequence[str], text_features: np.ndarray) -> Manifest:
-    """Creates the cache at `path`, or opens the one that is there if it was made from the same settings.
+def create_cache(
+    location: str | Path, manifest: Manifest, image_ids: Sequence[str], text_features: np.ndarray
+) -> Manifest:
+    """Creates the cache, or opens the one that is there if it was made from the same settings.
+
+    A cache with fewer views than `manifest` is extended: the views that it lacks become pending in every shard. One
+    with more stays as it is.
 
     Args:
-        manifest: `Manifest.describe(...)` of the two arguments below.
+        manifest: `Manifest.describe(...)` of these images.
         image_ids: N names; row i of every array belongs to image i.
         text_features: (K, C) float32.
 
     Returns:
-        The manifest on disk. For a cache that was there before, its versions and text features are those of the run
+        The manifest as stored. For a cache that was there before, its versions and text features are those of the run
         that began it.
 
     Raises:
-        UserError: `path` holds something else, or a cache made from other settings or images.
+        UserError: the location holds something else, a cache made from other settings or images, or a small file that
+            is damaged, as is its copy, and that this machine makes otherwise.
     """
-    if manifest_path(path).exists():
-        stored = Manifest.load(path)
-        check_settings(path, stored, manifest.settings)
-        _check_same_contents(path, stored, manifest)
-        _write_small_files(path, stored, image_ids, text_features)  # mends what was damaged
-        return stored
-    # The manifest is written first under its temporary name and moved into place last, so that name marks a creation
-    # that was killed. A directory with neither name is somebody's own.
-    unplaced = temporary(manifest_path(path))
-    if path.exists() and not unplaced.exists() and (not path.is_dir() or any(path.iterdir())):
+    store = open_store(location)
+    small = encode_small_files(manifest, image_ids, text_features)
+    manifest = manifest.model_copy(update={"files": {key: FileDigest.of(data) for key, data in small.items()}})
+    if not _is_begun(store):
+        _place(store, manifest, small)
+        return manifest
+    stored = trusted_manifest(store)
+    check_settings(store.location, stored, manifest.settings)
+    check_same_contents(store.location, stored, manifest)
+    as_stored = encode_small_files(stored, image_ids, text_features) if stored.views != manifest.views else small
+    lost = restore(store, stored, as_stored)
+    if lost:
         raise UserError(
-            f"{path} exists and is not a cache (it has no manifest.json): choose another --cache, or empty it"
+            f"{store.show(lost[0])} and its copy are damaged, and this machine makes other bytes: delete "
+            f"{store.location} and run precompute again"
         )
-    if unplaced.exists() and arrays_path(path).exists():
-        shutil.rmtree(arrays_path(path))  # it may have been begun with other settings, hence other arrays
-    make_directory(path)
-    write_durably(unplaced, manifest.to_bytes())
-    sync_directory(path)
-    _write_small_files(path, manifest, image_ids, text_features)
-    move_durably(unplaced, manifest_path(path))
-    return manifest
+    return _extend(store, stored, manifest.views, small) if manifest.views > stored.views else stored
 
 
-def _write_small_files(path: Path, manifest: Manifest, image_ids: Sequence[str], text_features: np.ndarray) -> None:
-    """Writes image_ids.json, every zarr.json and the text features, where they are missing or hold something else."""
-    files = {arrays_path(path) / key: data for key, data in encode_metadata(manifest, text_features)}
-    files[image_ids_path(path)] = to_json(list(image_ids))
-    if ArrayDigest.of(text_features) != manifest.text_features:
-        # Computed again on another machine, the last bits may differ: those of the run that began the cache stay.
-        files = {file: data for file, data in files.items() if file.parent.name != TEXT_FEATURES}
-    make_directory(shards_path(path))
-    for file, data in files.items():
-        if not file.is_file() or file.read_bytes() != data:
-            make_directory(file.parent)
-            write_atomically(file, data)
+def _is_begun(store: Store) -> bool:
+    """Whether there is a cache; what a killed creation left is cleared away, and UserError raised for other files.
+
+    A creation writes the manifest's copy first and the manifest last. A copy alone is thus a killed creation's, or a
+    cache's that lost its manifest: only the latter has shards.
+    """
+    if store.exists(MANIFEST):
+        return True
+    files = store.sizes()
+    if copy_key(MANIFEST) in files or copy_key(MANIFEST) + TEMPORARY in files:
+        if any(key.startswith(f"{SHARDS}/") for key in files):
+            return True
+        for key in files:
+            if key.startswith((f"{ARRAYS}/", f"{COPIES}/")) and key != copy_key(MANIFEST):
+                store.delete(key)  # it may have been begun with other settings, hence other arrays
+    elif files:
+        raise UserError(
+            f"{store.location} exists and is not a cache (it has no {MANIFEST}): choose another --cache, or empty it"
+        )
+    return False
 
 
-def _check_same_contents(path: Path, stored: Manifest, asked: Manifest) -> None:
-    """UserError unless both manifests have the same images and arrays, which settings alone cannot promise."""
-    contents = {"images", "views", "shard_images", "arrays", "image_ids_sha256"}
-    old, new = (manifest.model_dump(mode="json", include=contents) for manifest in (stored, asked))
-    if old != new:
-        lines = "; ".join(different_settings(old, new))
-        raise UserError(f"{path} was made from the same settings but other data ({lines}): choose another --cache")
+def _place(store: Store, manifest: Manifest, small: Mapping[str, bytes]) -> None:
+    store.write(copy_key(MANIFEST), manifest.to_bytes())
+    for key, data in small.items():
+        store.write(key, data)
+        store.write(copy_key(key), data)
+    store.write(MANIFEST, manifest.to_bytes())
 
 
-def pending_shards(path: Path) -> list[int]:
-    """Indices of the shards still to be computed, ascending: those without a record that fits the manifest."""
-    manifest = Manifest.load(path)
-    return [index for index in range(manifest.shards) if not _is_done(path, manifest, index)]
+def _extend(store: Store, stored: Manifest, views: int, small: Mapping[str, bytes]) -> Manifest:
+    """Raises the number of views. Until the manifest is written, everything fits the old one; copies follow it."""
+    # Computed again on another machine, text features may differ in the last bits: those of the first run stay.
+    made = {key: FileDigest.of(data) for key, data in small.items() if not is_of_text_features(key)}
+    grown = stored.model_copy(update={"views": views, "files": {**stored.files, **made}})
+    for key, digest in made.items():
+        if stored.files[key] != digest:
+            store.write(key, small[key])
+    store.write(MANIFEST, grown.to_bytes())
+    restore(store, grown)
+    return grown
 
 
-def _is_done(path: Path, manifest: Manifest, index: int) -> bool:
-    try:
-        load_record(path, manifest, index)
-    except UserError:
-        return False
-    return True
+def pending(location: str | Path) -> list[tuple[int, int]]:
+    """(index of the shard, first view to make) of all that is still to be computed, ascending.
+
+    A shard without a record that fits the manifest is made from view 0; one whose record covers fewer views than the
+    manifest's V, from the first that it lacks.
+    """
+    store = open_store(location)
+    manifest = Manifest.load(store)
+    records = load_records(store, manifest)
+    done = {index: record.views for index, record in records.items() if isinstance(record, ShardRecord)}
+    first_views = [(index, done.get(index, 0)) for index in range(manifest.shards)]
+    return [(index, first_view) for index, first_view in first_views if first_view < manifest.views]
 
 
 def write_shard(
-    path: Path, index: int, arrays: Mapping[str, np.ndarray], skipped: Mapping[str, str] | None = None
+    location: str | Path,
+    index: int,
+    first_view: int,
+    arrays: Mapping[str, np.ndarray],
+    skipped: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes shard `index` of every array, then its record: when this returns, the shard is done and on disk.
+    """Writes the views from `first_view` on of shard `index`, then its record: on return, the shard is done, to last.
 
     Safe in parallel for different shards, as they share no file; one task owns one shard.
 
     Args:
-        arrays: name -> (rows of the shard, V, *tail), for every image array of the manifest.
+        first_view: as `pending` says; the record that is there covers the views before it.
+        arrays: name -> (rows of the shard, views, *tail), for every array of the manifest: the views from `first_view`
+            to the last, of an array that holds fewer those that are left, perhaps none.
         skipped: ids of this shard's images that could not be read, and why; readers leave their rows out.
 
     Raises:
-        ValueError: a name, shape or dtype is not the manifest's.
+        ValueError: a name, shape or dtype is not the manifest's, or the record does not end before `first_view`.
         IndexError: there is no such shard.
+        UserError: the store cannot be written.
     """
-    manifest = Manifest.load(path)
-    wanted = {name: (manifest.shard_shape(name, index), spec.dtype) for name, spec in manifest.arrays.items()}
+    store = open_store(location)
+    manifest = Manifest.load(store)
+    wanted = {}
+    for name, spec in manifest.arrays.items():
+        rows, *tail = manifest.shard_shape(name, index)
+        wanted[name] = ((rows, max(0, manifest.array_views(name) - first_view), *tail), spec.dtype)
     given = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
     if given != wanted:
-        raise ValueError(f"shard {index} of {path} takes {wanted}, given {given}")
+        raise ValueError(f"shard {index} of {location} from view {first_view} takes {wanted}, given {given}")
 
-    record = record_path(path, index)
-    if record.exists():  # a shard written anew is not done until its new record is there
-        record.unlink()
-        sync_directory(record.parent)
+    before: ShardRecord | None = None
+    if first_view:
+        before = load_record(store, manifest, index)
+        if before.views != first_view:
+            raise ValueError(f"shard {index} of {location} has {before.views} views, given those from {first_view}")
+    else:
+        store.delete(record_key(index))  # a shard written anew is not done until its new record is there
+    records = {}
     for name, spec in manifest.arrays.items():
-        write_atomically(shard_path(path, name, index, spec), encode_shard(manifest, name, index, arrays[name]))
-    digests = {name: ArrayDigest.of(arrays[name]) for name in manifest.arrays}
+        codec, files = ShardCodec(manifest, name), [] if before is None else list(before.arrays[name].files)
+        for view, block in enumerate(np.moveaxis(arrays[name], 1, 0), start=first_view):
+            data = codec.encode(index, view, block)
+            store.write(shard_key(name, index, view, spec), data)
+            files.append(FileDigest.of(data))
+        records[name] = ArrayRecord(shape=manifest.shard_shape(name, index), dtype=spec.dtype, files=tuple(files))
     done = ShardRecord(
-        fingerprint=manifest.fingerprint, rows=manifest.shard_rows(index), arrays=digests, skipped=dict(skipped or {})
+        fingerprint=manifest.fingerprint,
+        rows=manifest.shard_rows(index),
+        views=manifest.views,
+        arrays=records,
+        skipped={**(skipped or {}), **(before.skipped if before else {})},
     )
-    write_atomically(record, to_json(done.model_dump(mode="json")))
+    store.write(record_key(index), done.to_bytes())
 
 
-def list_skipped(path: Path) -> dict[str, str]:
+def list_skipped(location: str | Path) -> dict[str, str]:
     """Gathers the skipped images of all completion records in the manifest, for people to read, and returns them."""
-    manifest = Manifest.load(path)
-    records = [load_record(path, manifest, index) for index in range(manifest.shards)]
-    skipped = {image_id: reason for record in records for image_id, reason in record.skipped.items()}
-    if skipped != manifest.skipped:
-        write_atomically(manifest_path(path), manifest.model_copy(update={"skipped": skipped}).to_bytes())
+    store = open_store(location)
+    manifest = Manifest.load(store)
+    skipped: dict[str, str] = {}
+    for _, record in sorted(load_records(store, manifest).items()):
+        if not isinstance(record, ShardRecord):
+            raise record
+        skipped |= record.skipped
+    data = manifest.model_copy(update={"skipped": skipped}).to_bytes()
+    for key in (MANIFEST, copy_key(MANIFEST)):
+        if store.read_many([key]).get(key) != data:
+            store.write(key, data)
     return skipped

@@ -65,10 +65,11 @@ class PseudoLabels(Section):
 
 
 class Storage(Section):
-    """How stage one is stored: images per Zarr shard, and whether the dense tokens are kept."""
+    """How stage one is stored: images per Zarr shard, whether the dense tokens are kept, and of how many views."""
 
     shard_images: PositiveInt = 256
     dense_tokens: Literal["none", "float16"] = "none"
+    dense_views: PositiveInt | None = Field(None, description="keep them for the first so many views; unset: for all")
 
 
 class StageOne(Section):

@@ -13,8 +13,8 @@ from pipeline.data.dataset import SegmentationDataset
 CACHES = Path("caches")
 
 
-def choose_cache(cache: Path | None, dataset: str | None) -> Cache:
-    """The named cache, or the newest complete one below caches/ (of `dataset`, if it is named)."""
+def choose_cache(cache: str | None, dataset: str | None) -> Cache:
+    """The cache at this path or URL, or the newest complete one below caches/ (of `dataset`, if it is named)."""
     if cache is not None:
         return open_cache(cache)
     for path in find_caches(CACHES):
@@ -28,9 +28,11 @@ def choose_cache(cache: Path | None, dataset: str | None) -> Cache:
 def split_settings(config: StageOne) -> tuple[dict[str, Any], dict[str, Any]]:
     """Stage one's settings: what decides the content of a cache, and the rest, where files lie and other splits.
 
-    A cache stays good when its dataset gets another test split or moves to another folder.
+    A cache stays good when its dataset gets another test split or moves to another folder. Nor does the number of views
+    decide what a view holds: a cache that lacks some is extended; its manifest says how many there are.
     """
     content = as_settings(config)
+    del content["views"]["count"]
     dataset = content["dataset"]
     train = dict(dataset["splits"].get("train", {}))
     count = train.pop("count", None)
@@ -42,25 +44,26 @@ def split_settings(config: StageOne) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def cached_settings(cache: Cache) -> dict[str, Any]:
     """The settings that a cache was made with, for `resolve` to start from."""
-    return merge(
-        {key: value for key, value in cache.manifest.settings.items() if key != "files"}, cache.manifest.context
-    )
+    settings = {key: value for key, value in cache.manifest.settings.items() if key != "files"}
+    return merge(merge(settings, cache.manifest.context), {"views": {"count": cache.manifest.views}})
 
 
 def check_cache(cache: Cache, config: Config, dataset: SegmentationDataset) -> None:
-    """Refuses a cache that was made from other settings or other images than `config` and `dataset`.
+    """Refuses a cache that was made from other settings or images than `config` and `dataset`, or lacks views.
 
     Raises:
         UserError: naming every setting that differs.
     """
     made_from = {key: value for key, value in cache.manifest.settings.items() if key != "files"}
     differences = different_settings(made_from, split_settings(config.stage_one)[0])
+    if cache.manifest.views < config.views.count:
+        differences.append(f"views.count: cache {cache.manifest.views}, asked {config.views.count}")
     if differences:
         raise UserError(
-            f"cache {cache.path} has other settings ({'; '.join(differences)}): precompute with yours, or drop them"
+            f"cache {cache.location} has other settings ({'; '.join(differences)}): precompute with yours, or drop them"
         )
     if cache.image_ids != dataset.ids or cache.manifest.settings["files"]["dataset"] != dataset.digest():
         raise UserError(
-            f"cache {cache.path} was made from other images or masks than those in {dataset.root}: precompute again, "
-            "or correct --data-root"
+            f"cache {cache.location} was made from other images or masks than those in {dataset.root}: precompute "
+            "again, or correct --data-root"
         )

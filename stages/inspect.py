@@ -88,11 +88,11 @@ def choose_rows(cache: Cache, ids: list[str], count: int, seed: int) -> list[int
     """Rows of the named images, or of `count` random ones."""
     unknown = [name for name in ids if name not in cache.image_ids]
     if unknown:
-        raise UserError(f"cache {cache.path} holds no image {unknown[0]!r}: ids look like {cache.image_ids[0]!r}")
+        raise UserError(f"cache {cache.location} holds no image {unknown[0]!r}: ids look like {cache.image_ids[0]!r}")
     rows = [cache.image_ids.index(name) for name in ids]
     for row in rows:
         if row not in cache.kept_rows:
-            raise UserError(f"image {cache.image_ids[row]!r} was left out of {cache.path}: it could not be read")
+            raise UserError(f"image {cache.image_ids[row]!r} was left out of {cache.location}: it could not be read")
     kept = cache.kept_rows
     return rows or sorted(np.random.default_rng(seed).choice(kept, min(count, len(kept)), replace=False).tolist())
 

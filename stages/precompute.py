@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -18,12 +18,13 @@ import torch
 import zarr
 from dask.distributed import Client, LocalCluster, as_completed
 
-from cache.layout import ArraySpec, array_specs
+from cache.layout import MANIFEST, SHARDS, ArraySpec, array_specs
 from cache.manifest import Manifest, fingerprint
 from cache.reader import open_cache
-from cache.writer import create_cache, list_skipped, pending_shards, write_shard
+from cache.store import absolute, open_store
+from cache.writer import create_cache, list_skipped, pending, write_shard
 from configs.errors import UserError
-from configs.load import as_settings
+from configs.load import as_settings, merge
 from configs.schema import Config, StageOne
 from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
 from pipeline.data.views import draw_views, inside, normalise, padding_colour, replay, unannotated_tokens
@@ -42,10 +43,11 @@ from stages.text import class_features
 class ShardJob:
     """All that a worker needs to make one whole shard; small, because Dask serialises it for every task."""
 
-    settings: str  # the resolved stage-one settings as JSON
+    settings: str  # the resolved stage-one settings as JSON, with the cache's number of views
     data_root: Path
-    cache: Path
+    cache: str
     index: int
+    first_view: int
     start: int
     stop: int
     batch_size: int
@@ -63,51 +65,55 @@ def cache_settings(config: StageOne, dataset: SegmentationDataset) -> dict[str, 
     return {**split_settings(config)[0], "files": files}
 
 
-def precompute(config: Config, data_root: Path, cache: Path | None, device: str) -> Path:
-    """Makes the cache that `config` describes, or completes it, or finds it complete.
+def precompute(config: Config, data_root: Path, cache: str | None, device: str) -> str:
+    """Makes the cache that `config` describes, or completes it, or adds views to it, or finds it complete.
 
     Args:
-        cache: the cache's folder; by default one below `caches/`, named after the settings' fingerprint.
+        cache: its folder or URL; by default a folder below `caches/`, named after the settings' fingerprint.
 
     Returns:
-        The cache's folder.
+        The cache's folder or URL.
     """
     with progress_bar("reading the dataset"):
         dataset = open_split(config.dataset, data_root, "train")
         settings = cache_settings(config.stage_one, dataset)
     name = fingerprint(settings)
-    path = cache or CACHES / f"{config.dataset.name}-{name[:12]}"
-    if _is_complete(path, name):
+    path = cache or str(CACHES / f"{config.dataset.name}-{name[:12]}")
+    store = open_store(path)
+    if _is_complete(path, name, config.views.count):
         say(f"{path} is complete for these settings: nothing to do")
+        skipped = list_skipped(path)
     else:
-        pending = _prepare(config, dataset, settings, path, device)
-        shards = -(-len(dataset) // config.storage.shard_images)
-        if len(pending) < shards:
-            say(f"{path} holds {shards - len(pending)} of {shards} shards: continuing")
-        _run(config, data_root, path, pending, len(dataset), device)
+        with store.lock() as check_lock:
+            manifest = _prepare(config, dataset, settings, path, device)
+            shards = pending(path)
+            if len(shards) < manifest.shards:
+                say(f"{path} holds {manifest.shards - len(shards)} of {manifest.shards} shards: continuing")
+            _run(config, data_root, path, manifest, shards, device, check_lock)
+            skipped = list_skipped(path)
         say(f"cache: {path}")
-    skipped = list_skipped(path)
     if skipped:
         first = next(iter(skipped.values()))
         say(
-            f"{len(skipped)} images were left out ({path / 'manifest.json'} lists them; the first: {first}); "
-            f"to try them again, delete the records below {path / 'shards'} that name them"
+            f"{len(skipped)} images were left out ({store.show(MANIFEST)} lists them; the first: {first}); "
+            f"to try them again, delete the records below {store.show(SHARDS)} that name them"
         )
     return path
 
 
-def _is_complete(path: Path, name: str) -> bool:
+def _is_complete(path: str, name: str, views: int) -> bool:
     """Nothing is missing or damaged but, perhaps, a shard's bytes, which training checks."""
     try:
-        return open_cache(path).manifest.fingerprint == name
+        manifest = open_cache(path).manifest
     except UserError:
         return False
+    return manifest.fingerprint == name and manifest.views >= views
 
 
 def _prepare(
-    config: Config, dataset: SegmentationDataset, settings: dict[str, Any], path: Path, device: str
-) -> list[int]:
-    """Creates the cache, or opens it to go on with; returns the shards that are still to be made."""
+    config: Config, dataset: SegmentationDataset, settings: dict[str, Any], path: str, device: str
+) -> Manifest:
+    """Creates the cache, or opens it to go on with."""
     teacher = FrozenClip(config.teacher, device)
     text_features = class_features(config, lambda: teacher, teacher.width)
     packages = (faiss, np, open_clip, torch, zarr)
@@ -118,30 +124,32 @@ def _prepare(
         views=config.views.count,
         shard_images=config.storage.shard_images,
         arrays=_array_specs(config, teacher),
-        text_features=text_features,
         context=split_settings(config)[1],
     )
-    create_cache(path, manifest, dataset.ids, text_features)
-    return pending_shards(path)
+    return create_cache(path, manifest, dataset.ids, text_features)
 
 
 def _array_specs(config: StageOne, teacher: FrozenClip) -> dict[str, ArraySpec]:
-    dense, shard_images = config.storage.dense_tokens != "none", config.storage.shard_images
-    return array_specs(teacher.width, teacher.grid(config.views.size), shard_images, dense)
+    storage, grid = config.storage, teacher.grid(config.views.size)
+    return array_specs(
+        teacher.width, grid, storage.shard_images, storage.dense_tokens != "none", storage.dense_views
+    )
 
 
-def _run(config: Config, data_root: Path, path: Path, pending: list[int], images: int, device: str) -> None:
+def _run(
+    config: Config, data_root: Path, path: str, manifest: Manifest, shards: list[tuple[int, int]], device: str,
+    check_lock: Callable[[], None],
+) -> None:  # fmt: skip
     cores = os.cpu_count() or 1
     threads = 1 if cores <= 4 else 4
-    workers = 1 if device.startswith("cuda") else max(1, min(cores // threads, len(pending)))
-    settings = json.dumps(as_settings(config.stage_one))
-    size = config.storage.shard_images
+    workers = 1 if device.startswith("cuda") else max(1, min(cores // threads, len(shards)))
+    settings = json.dumps(merge(as_settings(config.stage_one), {"views": {"count": manifest.views}}))
     jobs = [
         ShardJob(
-            settings, data_root.absolute(), path.absolute(), index, index * size, min((index + 1) * size, images),
+            settings, data_root.absolute(), absolute(path), index, first_view, *manifest.shard_rows(index),
             config.precompute.batch_size, config.precompute.on_error == "skip", device, threads,
         )
-        for index in pending
+        for index, first_view in shards
     ]  # fmt: skip
     total = sum(job.stop - job.start for job in jobs)
     with (
@@ -153,6 +161,7 @@ def _run(config: Config, data_root: Path, path: Path, pending: list[int], images
     ):
         futures = client.map(make_shard, jobs, pure=False, retries=0)
         for _, done in as_completed(futures, with_results=True):
+            check_lock()
             advance(done)
 
 
@@ -168,18 +177,21 @@ def _worker_dataset(settings: str, data_root: Path) -> SegmentationDataset:
 
 
 def make_shard(job: ShardJob) -> int:
-    """Runs in a Dask worker: computes and writes one whole shard. Returns the number of images."""
+    """Runs in a Dask worker: computes and writes one whole shard, or the views that it lacks.
+
+    Returns:
+        The number of images.
+    """
     torch.set_num_threads(job.threads)
     faiss.omp_set_num_threads(job.threads)
     keep_freed_memory()
     config = StageOne.model_validate_json(job.settings)
     teacher = _worker_teacher(job.settings, job.device)
-    arrays = {
-        name: np.full(
-            (job.stop - job.start, config.views.count, *spec.tail), IGNORE if spec.dtype == "uint8" else 0, spec.dtype
-        )
-        for name, spec in _array_specs(config, teacher).items()
-    }
+    arrays = {}
+    for name, spec in _array_specs(config, teacher).items():
+        views = max(0, spec.stored_views(config.views.count) - job.first_view)
+        fill = IGNORE if spec.dtype == "uint8" else 0
+        arrays[name] = np.full((job.stop - job.start, views, *spec.tail), fill, spec.dtype)
     skipped: dict[str, str] = {}
     samples = _readable_views(job, config, teacher, arrays["views"], skipped)
     while batch := list(islice(samples, job.batch_size)):
@@ -189,16 +201,16 @@ def make_shard(job: ShardJob) -> int:
             arrays["cls_tokens"][place] = cls_token
             labels = pseudo_labels(dense, unannotated, config.pseudo_labels)
             arrays["kmeans_labels"][place], arrays["pseudo_labels"][place] = labels
-            if "dense_tokens" in arrays:
+            if "dense_tokens" in arrays and place[1] < arrays["dense_tokens"].shape[1]:
                 arrays["dense_tokens"][place] = dense
-    write_shard(job.cache, job.index, arrays, skipped)
+    write_shard(job.cache, job.index, job.first_view, arrays, skipped)
     return job.stop - job.start
 
 
 def _readable_views(
     job: ShardJob, config: StageOne, teacher: FrozenClip, views: np.ndarray, skipped: dict[str, str]
 ) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
-    """Draws the views of the shard's images into `views`; (place in the arrays, pixels, unannotated tokens) of each.
+    """Draws the job's views of its images into `views`; (place in the arrays, pixels, unannotated tokens) of each.
 
     Images that cannot be read go to `skipped`, or stop everything.
     """
@@ -212,7 +224,7 @@ def _readable_views(
                 raise
             skipped[dataset.ids[row]] = str(error)
             continue
-        views[row - job.start] = draw_views(config.views, dataset.ids[row], seen)
+        views[row - job.start] = draw_views(config.views, dataset.ids[row], seen)[job.first_view :]
         for index, view in enumerate(views[row - job.start]):
             pixels = replay(view, image, size, padding_colour(teacher.mean))
             unannotated = unannotated_tokens(replay(view, seen, size), inside(view, size), grid)

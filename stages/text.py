@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors.numpy import save
 
-from cache.files import make_directory, sha256, write_atomically
+from cache.sealed import sha256
+from cache.store import open_store
 from configs.schema import Config
 from stages.caches import CACHES
 from stages.progress import progress_bar, say
@@ -38,7 +39,6 @@ def class_features(config: Config, teacher: Callable[[], "FrozenClip"], width: i
     if not path.is_file():
         with progress_bar(f"class features of {dataset.name}"):
             features = teacher().text_features(dataset.synonyms, dataset.templates).cpu().numpy()
-        make_directory(path.parent)
-        write_atomically(path, save({"text_features": features}))
+        open_store(path.parent).write(path.name, save({"text_features": features}))
         say(f"class features: {path}")
     return read_text_features(path, len(dataset.classes), width)

@@ -40,13 +40,14 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
     student = Student(config.student, text_features.shape[1]).to(device)
     criterion = Criterion(config.loss, text_features[dataset.seen_indices]).to(device)
     validation = open_split(config.dataset, data_root, schedule.validate_on)
-    cls_tokens = torch.from_numpy(cache.load("cls_tokens").astype(np.float32))
-    groups = torch.from_numpy(cache.load("pseudo_labels"))
+    wanted = slice(config.views.count)  # the cache may hold more views
+    cls_tokens = torch.from_numpy(cache.load("cls_tokens")[:, wanted].astype(np.float32))
+    groups = torch.from_numpy(cache.load("pseudo_labels")[:, wanted])
     if not len(cache.kept_rows):
-        raise UserError(f"cache {cache.path} holds no image that could be read: mend the dataset and precompute again")
+        raise UserError(f"cache {cache.location} holds no image that could be read: mend them and precompute again")
     samples = TrainingViews(
-        dataset, cache.kept_rows, cache.load("views"), config.views.size, schedule.iterations * schedule.batch_size,
-        schedule.seed, student.mean, student.std,
+        dataset, cache.kept_rows, cache.load("views")[:, wanted], config.views.size,
+        schedule.iterations * schedule.batch_size, schedule.seed, student.mean, student.std,
     )  # fmt: skip
     loader = DataLoader(
         samples, schedule.batch_size, num_workers=schedule.workers, pin_memory=device.startswith("cuda"),
@@ -65,7 +66,7 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
 
     path = new_run(run, config.dataset.name)
     save_config(path, config)
-    say(f"run: {path}, from cache {cache.path}")
+    say(f"run: {path}, from cache {cache.location}")
     started = time.perf_counter()
     student.train()
     with (

@@ -25,6 +25,8 @@ LONG_TO_SHORT = 4  # mmsegmentation's scale (2048, 512): a longer image is shrun
 def draw_views(config: Views, image_id: str, seen: np.ndarray) -> np.ndarray:
     """(V, 5) float32 views of one image; they depend on the settings, the image's id and its seen mask (H, W) alone.
 
+    Each view has a seed of its own, made of (seed, id, number of the view): more views leave the first as they were.
+
     `whole`: the image, once. `random`: ZegCLIP's training pipeline. The short side is brought to `size` x a ratio drawn
     from `ratio`; a crop of side `size` is drawn up to 10 times, until it shows two classes or more of which none takes
     75 % of its labelled pixels; it is flipped half the time. Images smaller than the crop are padded right and below.
@@ -32,8 +34,8 @@ def draw_views(config: Views, image_id: str, seen: np.ndarray) -> np.ndarray:
     if config.crop == "whole":
         return np.array([[0, 0, 1, 1, 0]], np.float32)
     digest = hashlib.sha256(os.fsencode(image_id)).digest()
-    rng = np.random.default_rng([config.seed, int.from_bytes(digest[:8], "little")])
-    return np.stack([_draw_crop(config, rng, seen) for _ in range(config.count)])
+    seed = [config.seed, int.from_bytes(digest[:8], "little")]
+    return np.stack([_draw_crop(config, np.random.default_rng([*seed, view]), seen) for view in range(config.count)])
 
 
 def _draw_crop(config: Views, rng: np.random.Generator, seen: np.ndarray) -> View:

@@ -1,6 +1,8 @@
 """A stage one without a teacher: random arrays of 8 images in shards of 3, 3 and 2."""
 
+import itertools
 import os
+import signal
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -9,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache.layout import array_specs
+from cache.layout import array_specs, record_key, shard_key
 from cache.manifest import Manifest
-from cache.writer import create_cache, pending_shards, write_shard
+from cache.writer import create_cache, pending, write_shard
 
 SETTINGS = {"teacher": {"name": "ViT-B/16", "dense": "clearclip"}, "pseudo_labels": {"lambda": 0.8, "windows": [7, 3]}}
 VIEWS, WIDTH, GRID, CLASSES = 2, 4, 3, 5
+MOST_VIEWS = 4  # drawn, so that more views leave the first as they are
 
 
 class StageOne:
@@ -28,44 +31,55 @@ class StageOne:
         settings: dict[str, Any] = SETTINGS,
         dense: bool = True,
         versions: dict[str, str] | None = None,
+        views: int = VIEWS,
+        dense_views: int | None = None,
+        location: str | None = None,
     ) -> None:
         random = np.random.default_rng(0)
-        self.path = path
+        self.path, self.location = path, location or str(path)
         self.image_ids = [f"image {i}" for i in range(images)]
         self.text_features = random.normal(size=(CLASSES, WIDTH)).astype("float32")
-        self.specs = array_specs(WIDTH, GRID, shard_images, dense)
+        self.specs = array_specs(WIDTH, GRID, shard_images, dense, dense_views)
         self.arrays = {
-            name: random.integers(0, 256, (images, VIEWS, *spec.tail)).astype(spec.dtype)
+            name: random.integers(0, 256, (images, MOST_VIEWS, *spec.tail)).astype(spec.dtype)
             for name, spec in self.specs.items()
         }
+        self.arrays = {name: array[:, : self.specs[name].stored_views(views)] for name, array in self.arrays.items()}
         self.arrays["kmeans_labels"][:] = 0  # equal to Zarr's fill value, which must be stored like any other
         self.manifest = Manifest.describe(
-            settings, versions or {"zarr": "3"}, self.image_ids, VIEWS, shard_images, self.specs, self.text_features
+            settings, versions or {"zarr": "3"}, self.image_ids, views, shard_images, self.specs
         )
 
     def create(self) -> Manifest:
-        return create_cache(self.path, self.manifest, self.image_ids, self.text_features)
+        return create_cache(self.location, self.manifest, self.image_ids, self.text_features)
 
-    def block(self, index: int) -> dict[str, np.ndarray]:
+    def block(self, index: int, first_view: int = 0) -> dict[str, np.ndarray]:
         start, stop = self.manifest.shard_rows(index)
-        return {name: array[start:stop] for name, array in self.arrays.items()}
+        return {name: array[start:stop, first_view:] for name, array in self.arrays.items()}
 
-    def write(self, index: int) -> None:
-        write_shard(self.path, index, self.block(index))
+    def write(self, index: int, first_view: int = 0) -> None:
+        write_shard(self.location, index, first_view, self.block(index, first_view))
 
     def run(self) -> Path:
         """All of stage one, or what is left of it."""
         self.create()
-        for index in pending_shards(self.path):
-            self.write(index)
+        for index, first_view in pending(self.location):
+            self.write(index, first_view)
         return self.path
 
-    def tree(self) -> dict[str, bytes | None]:
-        """Every file below the cache with its bytes, every directory with None."""
+    def tree(self) -> dict[str, bytes]:
+        """Every file of the cache with its bytes."""
         return {
-            str(path.relative_to(self.path)): path.read_bytes() if path.is_file() else None
-            for path in self.path.rglob("*")
+            path.relative_to(self.path).as_posix(): path.read_bytes()
+            for path in sorted(self.path.rglob("*"))
+            if path.is_file()
         }
+
+    def file(self, name: str, index: int, view: int = 0) -> Path:
+        return self.path / shard_key(name, index, view, self.specs[name])
+
+    def record(self, index: int) -> Path:
+        return self.path / record_key(index)
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +108,23 @@ def in_processes() -> Callable[..., list[int]]:
         return [process.exitcode for process in processes if process.exitcode is not None]
 
     return run
+
+
+@pytest.fixture
+def killed_after() -> Callable[..., Callable[[], None]]:
+    """killed_after(flushes, task): `task`, but its process kills itself in place of the fsync with this number."""
+
+    def killed(flushes: int, task: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            calls = itertools.count()
+
+            def fsync(_: int) -> None:
+                if next(calls) == flushes:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            os.fsync = fsync
+            task()
+
+        return run
+
+    return killed

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from cache.layout import manifest_path
+from cache.layout import MANIFEST
 from cache.manifest import Manifest, check_settings, different_settings, fingerprint
+from cache.sealed import seal, unseal
+from cache.store import open_store
 from configs.errors import UserError
 
 
@@ -22,8 +24,9 @@ def test_fingerprint_is_fixed():
 
 def test_fingerprint_survives_the_disk(stage_one):
     stage = stage_one(settings={"classes": {2: "cat", 10: "dog"}, "windows": (7, 3)})
-    stage.create()
-    assert Manifest.load(stage.path) == stage.manifest
+    made = stage.create()
+    assert Manifest.load(open_store(stage.path)) == made
+    assert made.model_copy(update={"files": {}}) == stage.manifest
 
 
 def test_different_settings_names_each():
@@ -54,26 +57,50 @@ def test_check_settings(stage_one):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("format", 1, r"manifest.json has format 1, this version of CLIP-ZSS reads format 2: delete"),
-        ("images", None, r"manifest.json is damaged \(images: .*\): delete"),
-        ("shard_images", 0, r"manifest.json is damaged \(shard_images: .*\): delete"),
+        ("format", 4, r"manifest.json has format 4, this version of CLIP-ZSS reads format 3: delete"),
+        ("images", None, r"manifest.json is damaged \(images: .*\): run cache repair"),
+        ("shard_images", 0, r"manifest.json is damaged \(shard_images: .*\): run cache repair"),
         ("settings", {"lambda": 0.7}, r"manifest.json was edited, its fingerprint does not fit its settings"),
-        ("unknown", 1, r"manifest.json is damaged \(unknown: .*\): delete"),
+        ("unknown", 1, r"manifest.json is damaged \(unknown: .*\): run cache repair"),
     ],
 )
 def test_refused_manifests(stage_one, key, value, message):
     stage = stage_one()
     stage.create()
-    content = json.loads(manifest_path(stage.path).read_text())
-    manifest_path(stage.path).write_text(json.dumps({**content, key: value}))
+    content = unseal((stage.path / MANIFEST).read_bytes())
+    (stage.path / MANIFEST).write_bytes(seal({**content, key: value}))
     with pytest.raises(UserError, match=message):
-        Manifest.load(stage.path)
+        Manifest.load(open_store(stage.path))
 
 
-@pytest.mark.parametrize("garbled", [b"", b'{"format": 1, "fing', b"\xff\x00", b"[]"])
+def test_caches_of_older_versions(stage_one):
+    """Their manifests had no checksum."""
+    stage = stage_one()
+    stage.create()
+    content = unseal((stage.path / MANIFEST).read_bytes())
+    (stage.path / MANIFEST).write_text(json.dumps({**content, "format": 2}))
+    with pytest.raises(UserError, match=r"has format 2, this version .* reads format 3: delete .* and run precompute"):
+        Manifest.load(open_store(stage.path))
+
+
+@pytest.mark.parametrize("garbled", [b"", b'{"format": 1, "fing', b"\xff\x00", b"[]", b'{"checksum": 1, "format": 2}'])
 def test_garbled_manifest(stage_one, garbled):
     stage = stage_one()
     stage.create()
-    manifest_path(stage.path).write_bytes(garbled)
-    with pytest.raises(UserError, match=r"manifest.json .*: delete .* and run precompute again$"):
-        Manifest.load(stage.path)
+    (stage.path / MANIFEST).write_bytes(garbled)
+    with pytest.raises(UserError, match=r"manifest.json is damaged \(.*\): run cache repair, it restores"):
+        Manifest.load(open_store(stage.path))
+
+
+def test_every_bit_of_a_sealed_file_counts():
+    content = {"a": [1, 2.5, None, True], "b": {"c": "d\u00e9"}, "checksum of something": "x"}
+    data = seal(content)
+    assert unseal(data) == content
+    for place in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        with pytest.raises(ValueError):
+            unseal(bytes(flipped))
+    for other in (data[:-1], data + b"\n", b"", b"null", b"[]"):
+        with pytest.raises(ValueError):
+            unseal(other)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from cache.files import temporary
-from cache.layout import arrays_path, image_ids_path, manifest_path, record_path, shard_path
-from cache.manifest import ArrayDigest, Manifest
+from cache.layout import IMAGE_IDS, MANIFEST
+from cache.manifest import Manifest
 from cache.reader import open_cache
-from cache.writer import pending_shards, write_shard
+from cache.store import open_store
+from cache.writer import pending, write_shard
 from configs.errors import UserError
 
 
@@ -25,18 +25,18 @@ def test_creating_again_changes_nothing(stage_one):
     stage = stage_one()
     stage.run()
     before = stage.tree()
-    assert stage.create() == stage.manifest
+    stage.create()
     assert stage.tree() == before
-    assert pending_shards(stage.path) == []
+    assert pending(stage.path) == []
 
 
 def test_lost_records_are_pending_and_their_shards_recomputed(stage_one):
     stage = stage_one()
     stage.run()
     before = stage.tree()
-    record_path(stage.path, 0).unlink()
-    record_path(stage.path, 2).write_text("{")
-    assert pending_shards(stage.path) == [0, 2]
+    stage.record(0).unlink()
+    stage.record(2).write_text("{")
+    assert pending(stage.path) == [(0, 0), (2, 0)]
     stage.run()
     assert stage.tree() == before
 
@@ -45,10 +45,9 @@ def test_data_without_a_record_is_pending(stage_one):
     stage, done = stage_one("killed"), stage_one("done")
     stage.create()
     done.run()
-    for name, spec in stage.specs.items():
-        written = shard_path(done.path, name, 1, spec).read_bytes()
-        shard_path(stage.path, name, 1, spec).write_bytes(written[:-9])
-    assert pending_shards(stage.path) == [0, 1, 2]
+    for name in stage.specs:
+        stage.file(name, 1).write_bytes(done.file(name, 1).read_bytes()[:-9])
+    assert pending(stage.path) == [(0, 0), (1, 0), (2, 0)]
     stage.run()
     assert stage.tree() == done.tree()
 
@@ -57,8 +56,8 @@ def test_a_damaged_shard_can_be_written_over(stage_one):
     stage = stage_one()
     stage.run()
     before = stage.tree()
-    for name, spec in stage.specs.items():
-        shard_path(stage.path, name, 2, spec).write_bytes(b"not a shard")
+    for name in stage.specs:
+        stage.file(name, 2).write_bytes(b"not a shard")
     stage.write(2)
     assert stage.tree() == before
 
@@ -70,10 +69,10 @@ def test_a_shard_written_anew_is_not_done_meanwhile(stage_one, monkeypatch):
     def disk_full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("cache.writer.encode_shard", disk_full)
+    monkeypatch.setattr("cache.writer.ShardCodec.encode", disk_full)
     with pytest.raises(OSError, match="no space"):
         stage.write(1)
-    assert pending_shards(stage.path) == [1]
+    assert pending(stage.path) == [(1, 0)]
 
 
 def test_other_settings_are_refused(stage_one):
@@ -97,7 +96,6 @@ def test_other_library_versions_continue_the_cache(stage_one):
     stage_one().create()
     later = stage_one(versions={"zarr": "4"})
     later.text_features = later.text_features + 1e-7  # another machine's last bits
-    later.manifest = later.manifest.model_copy(update={"text_features": ArrayDigest.of(later.text_features)})
     assert later.create().versions == {"zarr": "3"}
     later.run()
     assert (open_cache(later.path).text_features == stage_one("other").text_features).all()
@@ -109,7 +107,7 @@ def test_somebody_elses_files_are_left_alone(stage_one, occupied):
     mine = stage.path / "arrays" / "thesis.txt" if occupied == "directory" else stage.path
     mine.parent.mkdir(parents=True, exist_ok=True)
     mine.write_text("years of work")
-    with pytest.raises(UserError, match=r"cache exists and is not a cache .*: choose another --cache, or empty it"):
+    with pytest.raises(UserError, match=r"cache exists and is not a cache.*: choose another --cache"):
         stage.create()
     assert mine.read_text() == "years of work"
 
@@ -118,15 +116,15 @@ def test_an_empty_directory_is_taken(stage_one):
     stage = stage_one()
     stage.path.mkdir()
     stage.run()
-    assert open_cache(stage.path).manifest == stage.manifest
+    assert open_cache(stage.path).image_ids == stage.image_ids
 
 
 def test_a_killed_creation_is_begun_anew(stage_one):
     stage, other = stage_one("cache", dense=False), stage_one("other", dense=False)
     stage_one("cache", dense=True).create()
-    manifest_path(stage.path).replace(temporary(manifest_path(stage.path)))  # the last step had not come yet
-    with pytest.raises(UserError, match=r"no manifest.json"):
-        Manifest.load(stage.path)
+    (stage.path / MANIFEST).unlink()  # the last step had not come yet
+    with pytest.raises(UserError, match=r"manifest.json is missing: run cache repair, or precompute with the same"):
+        Manifest.load(open_store(stage.path))
     stage.run()
     other.run()
     assert stage.tree() == other.tree()
@@ -136,12 +134,36 @@ def test_precompute_mends_the_small_files(stage_one):
     stage = stage_one()
     stage.run()
     before = stage.tree()
-    image_ids_path(stage.path).write_text("[")
-    (arrays_path(stage.path) / "zarr.json").write_text("")
-    (arrays_path(stage.path) / "cls_tokens" / "zarr.json").unlink()
-    (arrays_path(stage.path) / "text_features" / "c.0.0").write_bytes(b"")
+    (stage.path / MANIFEST).write_text("{")
+    for folder in (stage.path, stage.path / "copies"):  # both places: this machine makes them anew
+        (folder / IMAGE_IDS).write_text("[")
+        (folder / "arrays" / "zarr.json").write_text("")
+        (folder / "arrays" / "cls_tokens" / "zarr.json").unlink()
+        (folder / "arrays" / "text_features" / "c.0.0").write_bytes(b"")
     stage.create()
     assert stage.tree() == before
+
+
+def test_a_lost_manifest_is_no_killed_creation(stage_one):
+    """There are shards: nothing of them is cleared away, and other settings are still refused."""
+    stage = stage_one()
+    stage.run()
+    before = stage.tree()
+    (stage.path / MANIFEST).unlink()
+    with pytest.raises(UserError, match="made from other settings"):
+        stage_one(settings={"teacher": 1}).create()
+    stage.create()
+    assert stage.tree() == before
+
+
+def test_text_features_that_this_machine_cannot_make(stage_one):
+    stage = stage_one()
+    stage.run()
+    for folder in (stage.path, stage.path / "copies"):
+        (folder / "arrays" / "text_features" / "c.0.0").write_bytes(b"")
+    stage.text_features = stage.text_features + 1
+    with pytest.raises(UserError, match=r"c.0.0 and its copy are damaged, and this machine makes other bytes: delete"):
+        stage.create()
 
 
 def test_wrong_blocks_are_refused(stage_one):
@@ -157,7 +179,7 @@ def test_wrong_blocks_are_refused(stage_one):
     ]
     for arrays in wrong:
         with pytest.raises(ValueError, match="shard 2 of"):
-            write_shard(stage.path, 2, arrays)
+            write_shard(stage.path, 2, 0, arrays)
     with pytest.raises(IndexError):
-        write_shard(stage.path, 3, good)
-    assert pending_shards(stage.path) == [0, 1, 2]
+        write_shard(stage.path, 3, 0, good)
+    assert pending(stage.path) == [(0, 0), (1, 0), (2, 0)]

@@ -101,7 +101,8 @@ def test_a_cache_outlives_another_split(own: World) -> None:
     more = ("--dataset", "more.yaml", "--data-root", "data/my-photos")
     assert "nothing to do" in own.run("precompute", *more, "--cache", "caches/own", *SHORT).stderr
     own.run("train", *more, "--cache", "caches/own", "--run", "runs/more", *TRAIN)
-    assert "views.count" in own.fails("precompute", *more, "--cache", "caches/own", *SHORT, "--set", "views.count=3")
+    lacking = ("train", *more, "--cache", "caches/own", "--run", "runs/lacking", *TRAIN, "--set", "views.count=3")
+    assert "views.count: cache 2, asked 3" in own.fails(*lacking)
     (own.folder / "bank.yaml").write_text("loss: {bank: 1}\n")  # names no dataset: that of the cache
     own.run("train", "--config", "bank.yaml", "--run", "runs/bank", *TRAIN)
     assert "bank: 1" in (own.folder / "runs" / "bank" / "config.yaml").read_text()

@@ -76,10 +76,19 @@ def test_contents_equal_teacher_and_reference(world: World, config: Config) -> N
 
 
 def test_random_views_are_recorded_and_seen_by_the_teacher(copy: World, config: Config) -> None:
-    """Three crops of each image: the cache holds what the teacher says of each replayed view, padded or not."""
-    crops = ("--set=views.count=3", "--set=views.crop=random")
-    copy.run("precompute", "--config", copy.config, "--cache", "caches/crops", *crops)
+    """Three crops of each image: the cache holds what the teacher says of each replayed view, padded or not.
+
+    The third is added to a cache of two, whose files are not written again; asking for fewer changes nothing.
+    """
+    settings = ("--set=views.crop=random", "--set=storage.dense_views=2")
+    crops = ("precompute", "--config", copy.config, "--cache", "caches/crops", *settings)
+    copy.run(*crops, "--set=views.count=2")
+    first = {path: path.stat().st_ino for path in (copy.folder / "caches" / "crops").glob("arrays/*/c.?.?.*")}
+    copy.run(*crops, "--set=views.count=3")
+    assert len(first) == 5 * 3 * 2 and first == {path: path.stat().st_ino for path in first}
+    assert "nothing to do" in copy.run(*crops, "--set=views.count=1").stderr
     cache = open_cache(copy.folder / "caches" / "crops")
+    assert cache.load("dense_tokens").shape[:2] == (10, 2)
     views = cache.load("views")
     assert views.shape == (10, 3, 5)
     assert len(np.unique(views.reshape(30, 5), axis=0)) > 25

@@ -287,8 +287,16 @@ def test_views_depend_on_settings_id_and_mask_only() -> None:
     np.testing.assert_array_equal(draw_views(Views(count=4, size=16, seed=1), "a", mask), views)
     assert len(np.unique(views[:, 2] - views[:, 0])) == 4
     for changed in (draw_views(Views(count=4, size=16, seed=2), "a", mask), draw_views(settings, "b", mask)):
-        assert not np.isin(changed[:, 2] - changed[:, 0], views[:, 2] - views[:, 0]).any()
+        assert not (changed[:, None] == views).all(axis=2).any()
     assert mask.flags.writeable and (mask == draw_classes(np.random.default_rng(0), (40, 60), 0.2, 2)).all()
+
+
+def test_more_views_leave_the_first_as_they_were() -> None:
+    mask = draw_classes(np.random.default_rng(0), (40, 60), 0.2, 3)
+    many = draws(mask, 7, 16, seed=2)
+    assert len(np.unique(many, axis=0)) == 7
+    for count in (1, 2, 6):
+        np.testing.assert_array_equal(draws(mask, count, 16, seed=2), many[:count], strict=True)
 
 
 def test_views_are_the_same_in_every_process() -> None:
@@ -299,8 +307,8 @@ def test_views_are_the_same_in_every_process() -> None:
         views,
         [
             [0.382979, 0.419355, 0.723404, 0.935484, 1.0],
-            [0.357143, 0.25, 0.738095, 0.821429, 0.0],
-            [0.319149, 0.1875, 0.659574, 0.6875, 0.0],
+            [0.0, 0.0, 1.142857, 1.6, 1.0],
+            [0.238095, 0.0, 1.0, 1.142857, 1.0],
         ],
         atol=2e-6,
     )

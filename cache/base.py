@@ -1,0 +1,73 @@
+"""What a store of files is, be it a folder (cache/folder.py) or an object store (cache/url.py).
+
+It maps keys, such as "shards/00000.json", to bytes. What is written is whole or absent, even after a kill or a power
+cut, and lasts when `write` returns.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+from zarr.abc.store import Store as ZarrStore
+
+_T = TypeVar("_T")
+TEMPORARY = ".tmp"  # ends the names of local files that are being written: all that a kill can leave behind
+
+
+class Store(ABC):
+    """From `open_store`. Small, and cheap to open again in another process from its `location`."""
+
+    location: str
+
+    @abstractmethod
+    def read(self, key: str) -> bytes:
+        """FileNotFoundError if there is no such file; UserError if it cannot be read."""
+
+    @abstractmethod
+    def read_many(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """Those of the files that exist."""
+
+    @abstractmethod
+    def write(self, key: str, data: bytes | memoryview) -> None:
+        """Puts `data` at `key`, to last when this returns; a reader sees the old file or the new one, never a part.
+
+        UserError if it cannot be written.
+        """
+
+    @abstractmethod
+    def exists(self, key: str) -> bool:
+        pass
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """It is no error if there is no such file."""
+
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file, by key, sorted; without the lock."""
+
+    @abstractmethod
+    def lock(self) -> AbstractContextManager[Callable[[], None]]:
+        """Held by one process at a time, until the block ends or the process dies; not re-entrant.
+
+        Yields a function that raises UserError if the lock was lost, which only a store behind a network can do.
+
+        Raises:
+            UserError: another process holds it.
+        """
+
+    @abstractmethod
+    def as_zarr(self, prefix: str) -> ZarrStore:
+        """What is below `prefix`, for Zarr to read parts of files, within `attempt`."""
+
+    @abstractmethod
+    def attempt(self, verb: str, key: str, action: Callable[[], _T]) -> _T:
+        """What `action` returns, which does "read", say, to `key`; the store's errors become UserError.
+
+        Behind a network it is tried again for half a minute.
+        """
+
+    def show(self, key: str) -> str:
+        """The file's path or URL, for messages."""
+        return f"{self.location}/{key}"

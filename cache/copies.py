@@ -1,0 +1,71 @@
+"""Small files, each kept twice: any one that is damaged is restored from the other.
+
+`copies/<key>` holds the bytes of `<key>`, for the manifest and for every file whose digest the manifest holds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cache.base import Store
+from cache.layout import MANIFEST, copy_key
+from cache.manifest import Manifest
+from cache.sealed import FileDigest
+from configs.errors import UserError
+
+
+def trusted_manifest(store: Store) -> Manifest:
+    """The manifest, or its copy where the manifest itself is missing or damaged; UserError if both are."""
+    try:
+        return Manifest.load(store)
+    except UserError as error:
+        try:
+            return Manifest.parse(store.read(copy_key(MANIFEST)), store.show(copy_key(MANIFEST)), "")
+        except (FileNotFoundError, UserError):
+            raise error from None
+
+
+@dataclass(frozen=True)
+class SmallFile:
+    """One of the two places of a small file; `data` is what is there."""
+
+    key: str
+    digest: FileDigest
+    data: bytes | None
+
+    @property
+    def is_good(self) -> bool:
+        return self.data is not None and FileDigest.of(self.data) == self.digest
+
+
+def small_files(store: Store, manifest: Manifest) -> list[tuple[SmallFile, SmallFile]]:
+    """Every small file and its copy, the manifest's last."""
+    digests = {**manifest.files, MANIFEST: FileDigest.of(manifest.to_bytes())}
+    found = store.read_many([*digests, *map(copy_key, digests)])
+    return [
+        (SmallFile(key, digest, found.get(key)), SmallFile(copy_key(key), digest, found.get(copy_key(key))))
+        for key, digest in digests.items()
+    ]
+
+
+def restore(store: Store, manifest: Manifest, made: Mapping[str, bytes] | None = None) -> list[str]:
+    """Rewrites every small file that is missing or damaged, from its copy or else from `made`, and copies likewise.
+
+    Args:
+        manifest: a trusted one.
+        made: key -> bytes as they would be made now; those that are not what the manifest says are left aside.
+
+    Returns:
+        Keys of which neither place held the right bytes, nor did `made`.
+    """
+    sources = {**(made or {}), MANIFEST: manifest.to_bytes()}
+    lost = []
+    for pair in small_files(store, manifest):
+        key, digest = pair[0].key, pair[0].digest
+        good = next((file.data for file in pair if file.is_good), sources.get(key))
+        if good is None or FileDigest.of(good) != digest:
+            lost.append(key)
+            continue
+        for file in pair:
+            if not file.is_good:
+                store.write(file.key, good)
+    return lost

@@ -1,0 +1,152 @@
+"""A cache in a local folder: whole or absent files, even after a kill or a power cut, and the kernel's locks."""
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from zarr.abc.store import Store as ZarrStore
+from zarr.storage import LocalStore
+
+from cache.base import TEMPORARY, Store
+from cache.lock import LOCK, being_written
+from configs.errors import UserError
+
+_T = TypeVar("_T")
+
+
+class FolderStore(Store):
+    def __init__(self, root: Path) -> None:
+        if root.exists() and not root.is_dir():
+            raise UserError(f"{root} exists and is not a cache, which is a folder: choose another --cache")
+        self.root = root
+        self.location = str(root)
+
+    def read(self, key: str) -> bytes:
+        with self._explaining("read", key):
+            return (self.root / key).read_bytes()
+
+    def read_many(self, keys: Iterable[str]) -> dict[str, bytes]:
+        found = {}
+        for key in keys:
+            with suppress(FileNotFoundError):
+                found[key] = self.read(key)
+        return found
+
+    def write(self, key: str, data: bytes | memoryview) -> None:
+        path = self.root / key
+        unplaced = path.with_name(path.name + TEMPORARY)
+        with self._explaining("write", key):
+            _make_directory(path.parent)
+            try:
+                with unplaced.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(unplaced, path)
+            except OSError:
+                with suppress(OSError):
+                    unplaced.unlink()  # on a full disk, every byte counts
+                raise
+            _sync_directory(path.parent)
+
+    def exists(self, key: str) -> bool:
+        return (self.root / key).is_file()
+
+    def delete(self, key: str) -> None:
+        path = self.root / key
+        with self._explaining("delete", key), suppress(FileNotFoundError):
+            path.unlink()
+            _sync_directory(path.parent)
+
+    def sizes(self) -> dict[str, int]:
+        files = (Path(folder, name) for folder, _, names in os.walk(self.root) for name in names)
+        found = {file.relative_to(self.root).as_posix(): file.stat().st_size for file in files}
+        found.pop(LOCK, None)
+        return dict(sorted(found.items()))
+
+    @contextmanager
+    def lock(self) -> Iterator[Callable[[], None]]:
+        """The kernel frees it when the process dies, however it does; the file goes when the block ends."""
+        path = self.root / LOCK
+        with self._explaining("lock", LOCK):
+            _make_directory(self.root)
+            descriptor = _lock_file(path)
+        try:
+            if descriptor is None:
+                holder = ""
+                with suppress(FileNotFoundError):  # it may just have finished
+                    holder = path.read_text()
+                host, _, pid = holder.partition(" ")
+                raise being_written(self.location, host or "unknown", pid or "unknown", "wait for it, or stop it")
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{socket.gethostname()} {os.getpid()}".encode())
+            yield lambda: None
+        finally:
+            if descriptor is not None:
+                with suppress(OSError):
+                    path.unlink()
+                os.close(descriptor)
+
+    def as_zarr(self, prefix: str) -> ZarrStore:
+        return LocalStore(self.root / prefix, read_only=True)
+
+    def attempt(self, verb: str, key: str, action: Callable[[], _T]) -> _T:
+        with self._explaining(verb, key):
+            return action()
+
+    @contextmanager
+    def _explaining(self, verb: str, key: str) -> Iterator[None]:
+        """Turns what the system says of a full disk or a read-only folder into a line for the user."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            cure = {
+                errno.ENOSPC: "free some space, then run the same command again, it continues",
+                errno.EDQUOT: "free some space, then run the same command again, it continues",
+                errno.ENOLCK: "keep the cache on a file system that has locks",
+                errno.ENOTSUP: "keep the cache on a file system that has locks",
+            }.get(error.errno or 0, "mend its permissions or the disk, or choose another --cache")
+            raise UserError(f"cannot {verb} {self.show(key)} ({error.strerror or error}): {cure}") from error
+
+
+def _lock_file(path: Path) -> int | None:
+    """A descriptor that holds the lock, or None if another process does. The holder deletes the file in the end."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # deleted by its holder after it was opened here: the lock is on a nameless file
+
+
+def _make_directory(path: Path) -> None:
+    """Creates `path` and its parents where they are missing, on disk when this returns."""
+    if not path.is_dir():
+        _make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    """A file's name is its directory's content: it survives a power cut only once the directory is flushed too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,107 @@
+"""One writer at a time. Local folders have the kernel's locks (cache/folder.py); object stores get a heartbeat.
+
+There, the holder keeps an object `.lock` and renews it from a thread; whoever finds it silent for a minute takes it.
+"""
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from configs.errors import UserError
+
+LOCK = ".lock"  # no part of the cache
+BEAT, STALE = 10.0, 60.0  # seconds: between renewals, and without one until the holder counts as dead
+SETTLE = 1.0  # seconds between writing and reading back: the last of two who wrote at once stays
+
+
+class LockStore(Protocol):
+    """The part of a store that a heartbeat needs; `create` writes a file unless it exists, and says whether."""
+
+    @property
+    def location(self) -> str: ...
+    def show(self, key: str) -> str: ...
+    def read(self, key: str) -> bytes: ...
+    def write(self, key: str, data: bytes) -> None: ...
+    def create(self, key: str, data: bytes) -> bool: ...
+    def delete(self, key: str) -> None: ...
+
+
+def being_written(location: str, host: str, pid: str, cure: str) -> UserError:
+    return UserError(f"{location} is being written by another precompute (host {host}, process {pid}): {cure}")
+
+
+@contextmanager
+def heartbeat(store: LockStore) -> Iterator[Callable[[], None]]:
+    """Holds the lock while the block runs; UserError if another process does. Yields as `Store.lock` does."""
+    token = secrets.token_hex(16)
+    _take(store, token)
+    renewed, lost, stop = [time.monotonic()], threading.Event(), threading.Event()
+
+    def renew() -> None:
+        while not stop.wait(BEAT) and not lost.is_set():
+            try:
+                if _holder(store).get("token") == token:
+                    store.write(LOCK, _content(token))
+                    renewed[0] = time.monotonic()
+                else:
+                    lost.set()
+            except UserError:  # the store is out of reach, for now
+                if time.monotonic() - renewed[0] > STALE:
+                    lost.set()
+
+    def check() -> None:
+        if lost.is_set():
+            raise UserError(f"the lock {store.show(LOCK)} was lost to another precompute: run the same command again")
+
+    thread = threading.Thread(target=renew, name="cache lock", daemon=True)
+    thread.start()
+    try:
+        yield check
+    finally:
+        stop.set()
+        thread.join()
+        if _holder(store).get("token") == token:
+            store.delete(LOCK)
+
+
+def _take(store: LockStore, token: str) -> None:
+    holder = _holder(store)
+    if not holder and not store.create(LOCK, _content(token)):
+        holder = _holder(store)  # another process was quicker, or an answer was lost and it is ours
+    if holder and holder.get("token") != token:
+        if time.time() - holder["time"] < STALE:
+            raise _refusal(store, holder)
+        time.sleep(2 * BEAT)  # its clock may be wrong
+        if _holder(store) != holder:
+            raise _refusal(store, holder)
+        store.write(LOCK, _content(token))
+    time.sleep(SETTLE)
+    holder = _holder(store)
+    if holder.get("token") != token:
+        raise _refusal(store, holder)
+
+
+def _refusal(store: LockStore, holder: dict[str, Any]) -> UserError:
+    cure = f"wait for it; if it died, try again in {STALE:.0f} s or delete {store.show(LOCK)}"
+    return being_written(store.location, str(holder.get("host")), str(holder.get("pid")), cure)
+
+
+def _content(token: str) -> bytes:
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": token, "time": time.time()}).encode()
+
+
+def _holder(store: LockStore) -> dict[str, Any]:
+    """What the lock says of its holder; empty if there is none. An unreadable lock is one that nobody renews."""
+    try:
+        content = json.loads(store.read(LOCK))
+        return {**content, "time": float(content["time"])}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError):
+        return {"host": "unknown", "pid": "unknown", "time": 0.0}
