@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from cache.manifest import different_settings
+from cache.manifest import Manifest, different_settings
 from cache.reader import Cache, find_caches, open_cache
 from configs.errors import UserError
 from configs.load import as_settings, merge
@@ -42,10 +42,10 @@ def split_settings(config: StageOne) -> tuple[dict[str, Any], dict[str, Any]]:
     return content, {"dataset": rest}
 
 
-def cached_settings(cache: Cache) -> dict[str, Any]:
+def cached_settings(manifest: Manifest) -> dict[str, Any]:
     """The settings that a cache was made with, for `resolve` to start from."""
-    settings = {key: value for key, value in cache.manifest.settings.items() if key != "files"}
-    return merge(merge(settings, cache.manifest.context), {"views": {"count": cache.manifest.views}})
+    settings = {key: value for key, value in manifest.settings.items() if key != "files"}
+    return merge(merge(settings, manifest.context), {"views": {"count": manifest.views}})
 
 
 def check_cache(cache: Cache, config: Config, dataset: SegmentationDataset) -> None:

@@ -124,7 +124,8 @@ def _prepare(
         views=config.views.count,
         shard_images=config.storage.shard_images,
         arrays=_array_specs(config, teacher),
-        context=split_settings(config)[1],
+        # Another batch size may round otherwise: a repair takes this one.
+        context={**split_settings(config)[1], "precompute": {"batch_size": config.precompute.batch_size}},
     )
     return create_cache(path, manifest, dataset.ids, text_features)
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from cache.verify import Damage, Info
 from configs.dataset import Dataset
 from configs.load import known_datasets, resolve
 from configs.schema import Config
@@ -119,3 +120,33 @@ def bench_table(rows: Sequence[Row]) -> None:
     for row in rows:
         table.add_row(*(escape(cell) for cell in row.cells()))
     output.print(table)
+
+
+def cache_table(found: Info) -> None:
+    """Progress, sizes, and the settings that a cache was made from."""
+    manifest = found.manifest
+    _print(f"{found.location}: {manifest.settings['dataset']['name']}, format {manifest.format}")
+    _print(f"fingerprint: {manifest.fingerprint}")
+    _print(
+        f"{manifest.images:,} images with {manifest.views} views: {found.shards_done:,} of {manifest.shards:,} shards "
+        f"done, {found.views_done:,} views, {found.skipped:,} images left out"
+    )
+    sizes = Table("array", "shape", "type", "bytes", "bytes a view")
+    for name, spec in manifest.arrays.items():
+        shape = (manifest.images, manifest.array_views(name), *spec.tail)
+        size = found.array_bytes[name]
+        each = size / max(found.views_done, 1)
+        sizes.add_row(name, " x ".join(map(str, shape)), spec.dtype, f"{size:,}", f"{each:,.0f}")
+    sizes.add_row("the rest", "", "", f"{found.other_bytes:,}", "")
+    output.print(sizes)
+    for section, values in manifest.settings.items():
+        if section not in ("dataset", "files"):
+            _print(f"{section}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
+
+
+def damage_list(found: Sequence[Damage]) -> None:
+    """One line for each file."""
+    for damage in found:
+        _print(f"{damage.kind}: {damage.path}")
+    if not found:
+        _print("every byte is as it was written")
