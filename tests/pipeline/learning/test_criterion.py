@@ -236,3 +236,24 @@ def test_prototypes_of_the_batch_come_from_its_cls_tokens() -> None:
     one = values(criterion(*batch.tensors()))
     other = values(criterion(*batch._replace(cls_token=-batch.cls_token).tensors()))
     assert all(one[name] != other[name] for name in ("nel", "ce", "bce"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("label_stride", [1, 4])
+@pytest.mark.parametrize("ce", [True, False])
+def test_auxiliary_head(kind: str, label_stride: int, ce: bool) -> None:
+    """0.4 x the cross-entropy of alpha R' . T on the seen classes alone; the other losses do not notice it."""
+    rng = np.random.default_rng(9)
+    batch, text_seen = draw_batch(rng, kind)
+    height, width = batch.seen.shape[1:]
+    coarse = draw(rng, len(batch.seen), WIDTH, -(-height // 16), -(-width // 16))
+    criterion = make_criterion(text_seen, {"label_stride": label_stride, "ce": ce})
+    expected = objective(criterion.config, batch, text_seen, [])
+    size = (-(-height // label_stride), -(-width // label_stride))
+    labels = reference.at_stride(np.where(batch.seen == NONE, -1, batch.seen.astype(int)), size)
+    logits = reference.bilinear(ALPHA * np.einsum("bchw,kc->bkhw", coarse, text_seen), size)
+    wanted = {name: expected[name] for name in NAMES if ce or name != "ce"}
+    if ce:
+        wanted["auxiliary"] = 0.4 * reference.cross_entropy(logits, labels)
+    losses = values(criterion(*batch.tensors(), torch.from_numpy(coarse)))
+    assert losses == pytest.approx(wanted, rel=1e-6, abs=1e-9)
