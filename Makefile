@@ -23,7 +23,7 @@ benchmark: $(DEMO_READY)  ## the demo with three seeds; writes the tables in ben
 	$(BIN)/clip-zss demo --seeds 0,1,2 --output benchmarks
 
 test: lint typecheck  ## all checks
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 lint: $(TEST_READY)  ## style, and who imports whom
 	$(BIN)/ruff check --extend-exclude $(VENV)

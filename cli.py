@@ -308,7 +308,7 @@ app.add_typer(bench, name="bench", no_args_is_help=True)
 
 @bench.command("inference")
 def bench_inference(
-    student: Annotated[list[str], typer.Option("--student", help="As student.model; repeatable.")] = [  # noqa: B006
+    student: Annotated[list[str], typer.Option("--student", help="As student.model (timm:NAME, ...); repeatable.")] = [  # noqa: B006
         "segformer-b0",
         "segformer-b4",
         "segnext-b",
@@ -335,10 +335,12 @@ def bench_inference(
         counts = [int(count) for count in classes.split(",")]
     except ValueError as error:
         raise UserError(f"--classes {classes}: write numbers separated by commas") from error
-    if min(counts) < 1:
-        raise UserError(f"--classes {classes}: at least one class")
+    if not 1 <= min(counts) <= max(counts) <= 100_000:
+        raise UserError(f"--classes {classes}: from 1 to 100000 classes")
     if size % 16:
         raise UserError(f"--size {size}: CLIP's tokens are 16 pixels wide, use {size - size % 16}")
+    if output and not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}, make it first")
     on = _device(device)
     rows = stage(student, counts, size, rounds, on, precision)
     bench_table(rows)

@@ -31,6 +31,21 @@ class DenseClip(nn.Module):
         return torch.einsum("bghc,kc->bkgh", nn.functional.normalize(dense_tokens, dim=-1), text_features)
 
 
+class CrossAttentionLayer(nn.Module):
+    """ZegCLIP's decoder layer: classes look at the tokens and not at each other, then a feed-forward net."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, HEADS, batch_first=True)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """(B, K, C), (B, N, C) -> (B, K, C)."""
+        queries = self.norm1(queries + self.attention(queries, tokens, tokens, need_weights=False)[0])
+        return self.norm2(queries + self.feed_forward(queries))
+
+
 class ClipInTheLoop(nn.Module):
     """The shape of ZegCLIP (Zhou et al. 2023): classes, told about the image by its CLS token, query the dense tokens.
 
@@ -41,10 +56,9 @@ class ClipInTheLoop(nn.Module):
         super().__init__()
         self.clip = clip
         width: int = clip.visual.output_dim
-        layer = nn.TransformerDecoderLayer(width, HEADS, 4 * width, dropout=0.0, batch_first=True)
         self.relate = nn.Linear(2 * width, width)
         self.project = nn.Linear(width, width)
-        self.decoder = nn.TransformerDecoder(layer, LAYERS)
+        self.layers = nn.ModuleList(CrossAttentionLayer(width) for _ in range(LAYERS))
 
     def forward(self, pixels: Tensor, text_features: Tensor) -> Tensor:
         """Images (B, 3, size, size), T (K, C) -> logits (B, K, g, g)."""
@@ -52,5 +66,6 @@ class ClipInTheLoop(nn.Module):
         text = text_features.expand(len(pixels), -1, -1)
         queries = self.relate(torch.cat([text * cls_token[:, None], text], dim=-1))  # (B, K, C)
         tokens = self.project(dense_tokens)
-        found = self.decoder(queries, tokens.flatten(1, 2))
-        return torch.einsum("bkc,bghc->bkgh", found, tokens) / text.shape[-1] ** 0.5
+        for layer in self.layers:
+            queries = layer(queries, tokens.flatten(1, 2))
+        return torch.einsum("bkc,bghc->bkgh", queries, tokens) / text.shape[-1] ** 0.5

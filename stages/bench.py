@@ -1,7 +1,6 @@
 """Inference timed: students alone, beside CLIP's own dense prediction and a pipeline with CLIP in the loop."""
 
 import csv
-import os
 import platform
 import statistics
 import time
@@ -47,15 +46,14 @@ def bench_inference(
     first round warms up and does not count. A ratio is the median of the rounds' ratios.
     """
     torch.manual_seed(0)
+    width = 512  # ViT-B/16's
+    alone = {name: Student(StudentConfig(model=name, weights="none"), width) for name in students}
     clip = DenseClip(CLIP, size)
-    width: int = clip.visual.output_dim
     modules: dict[str, tuple[torch.nn.Module, int]] = {
         f"CLIP {CLIP}, dense": (clip, clip.stride),
         f"CLIP {CLIP} in the loop": (ClipInTheLoop(clip), clip.stride),
+        **{name: (student, student.stride) for name, student in alone.items()},
     }
-    for name in students:
-        student = Student(StudentConfig(model=name, weights="none"), width)
-        modules[name] = (student, student.stride)
     rows = []
     for count in classes:
         text_features = torch.nn.functional.normalize(torch.randn(count, width), dim=1).to(device)
@@ -93,7 +91,7 @@ def _time(model: torch.nn.Module, pixels: Tensor, text_features: Tensor, stride:
 
 def write_table(rows: Sequence[Row], file: Path, command: str, device: str) -> None:
     """FILE.md with the command and the machine, and the same rows in FILE.csv."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     lines = [
         "# Inference: the student alone, and with CLIP in the loop",
         "",

@@ -68,6 +68,6 @@ def family_of(model: str) -> Family:
         return _timm(model.removeprefix("timm:"))
     if model not in FAMILIES:
         close = difflib.get_close_matches(model, FAMILIES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise UserError(f"unknown student.model {model!r}{hint} Known: {', '.join(FAMILIES)}, or timm:NAME")
     return FAMILIES[model]

@@ -1,6 +1,7 @@
 """Pretrained weights from local files. Nothing here unpickles code."""
 
 import importlib.util
+import re
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ def load_encoder(encoder: nn.Module, source: str) -> None:
     """
     if source == EFFICIENTNET_LITE0:
         if not isinstance(encoder, TimmEncoder):
-            raise UserError(f"student.weights {source} are another model's: those of timm:tf_efficientnet_lite0")
+            raise UserError(
+                f"student.weights {source} are another model's, timm:tf_efficientnet_lite0's: give a file, or none"
+            )
         model: Any = encoder.model
         _fill(model, _by_position(model, _read(_packaged_file())), source)
         return
@@ -96,7 +99,7 @@ def _refuse(source: str, count: int, missing: list[str], unexpected: list[str], 
         raise UserError(
             f"student.weights {source} are another model's: {count} tensors are needed, {len(missing)} are missing "
             f"({', '.join(missing[:3])}), {len(unfit)} have another shape ({', '.join(unfit[:3])}), "
-            f"{len(unexpected)} are left over ({', '.join(unexpected[:3])})"
+            f"{len(unexpected)} are left over ({', '.join(unexpected[:3])}): give its own, or none"
         )
     wrong = (("missing", missing), ("left over", unexpected), ("of another shape", unfit))
     found = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong if names)
@@ -130,13 +133,14 @@ def _packaged_file() -> Path:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"student.weights: no file {path}; write timm, none or a weights file")
+        raise UserError(f"student.weights: no file {path}; give a weights file that exists, or none")
     try:
         safe = path.suffix == ".safetensors"
         state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, zip and unpickling errors differ by version
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"student.weights {path} cannot be read as safetensors or plain tensors: {reason}") from error
+        code = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        found = f"it holds {code[1]}: save its state_dict alone" if code else f"{type(error).__name__}: get it again"
+        raise UserError(f"student.weights {path} cannot be read as safetensors or plain tensors, {found}") from error
     for nest in NESTS:
         if isinstance(state, dict) and isinstance(state.get(nest), dict):
             state = state[nest]

@@ -285,7 +285,7 @@ def test_heads_name_their_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["nowhere.pth", "nowhere.safetensors", "folder.pth", "imagenet"])
 def test_no_file(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder.pth").mkdir()
-    expected = f"student.weights: no file {tmp_path / name}; write timm, none or a weights file"
+    expected = f"student.weights: no file {tmp_path / name}; give a weights file that exists, or none"
     assert refusal(tmp_path / name) == expected
 
 
@@ -295,7 +295,7 @@ def test_corrupt_file(suffix: str, tmp_path: Path) -> None:
     data = file.read_bytes()
     for broken in (data[: len(data) // 2], data[:-1], data[:4], b"", b"\x00" * 64, b"{}" + data, b"no weights"):
         file.write_bytes(broken)
-        expected = f"student.weights {file} cannot be read as safetensors or plain tensors: "
+        expected = f"student.weights {file} cannot be read as safetensors or plain tensors, "
         assert refusal(file).startswith(expected)
 
 
