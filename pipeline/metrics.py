@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pipeline.data.dataset import IGNORE
 from pipeline.inference import ClassLogits
 
-CHUNK_VALUES = 2**22  # logits that are held at full size at once: 16 MB
+CHUNK_VALUES = 2**20  # logits that are held at full size at once: 4 MB, which a CPU's caches hold
 FEWEST = 4  # classes upsampled at once: for fewer torch takes another kernel, whose last bit differs
 
 
@@ -70,7 +70,7 @@ def best_of(logits: ClassLogits, classes: list[int], size: tuple[int, int]) -> t
     height, width = logits.size
     step = max(FEWEST, CHUNK_VALUES // max(size[0] * size[1], height * width))
     best = torch.full(size, -torch.inf, device=logits.windows[0].logits.device)
-    which = torch.full(size, classes[0], device=best.device)
+    which = torch.full(size, classes[0], dtype=torch.int32, device=best.device)
     higher = torch.empty(size, dtype=torch.bool, device=best.device)
     for start in range(0, len(classes), step):
         chunk = classes[start : start + step]
