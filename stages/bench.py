@@ -105,6 +105,6 @@ def write_table(rows: Sequence[Row], file: Path, command: str, device: str) -> N
     ]
     file.with_suffix(".md").write_text("\n".join(lines) + "\n")
     with file.with_suffix(".csv").open("w", newline="") as stream:
-        writer = csv.writer(stream)
+        writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(HEADER)
         writer.writerows(row.cells() for row in rows)
