@@ -1,38 +1,124 @@
-"""Spherical K-means from given seeds, by FAISS."""
+"""Spherical K-means of one view, from given seeds, on a CPU.
+
+What both this path and the one in batched.py compute is FAISS's spherical K-means (faiss.Clustering, spherical=True):
+seeds are brought to unit length; a token belongs to the centroid with which its inner product is largest; a centroid is
+the mean of its tokens, brought to unit length; clusters that run empty are split off others by FAISS's rule
+(split.py); after the last update tokens are assigned once more. Where float32 leaves things to chance, it is exact:
+
+- Sums and centroids are float64, and so is an assignment that float32 cannot decide. Inner products that differ by no
+  more than TIE are equal, and the smallest index wins. Neither the BLAS, the device nor the views beside it matter.
+- A mean shorter than VANISHED has no direction: the centroid is zero.
+- All iterations run. (FAISS stops when the objective, a float32 sum, does not change, unless early_stop_threshold is
+  negative.) Once no token moves nothing changes any more, which is where the loop ends.
+
+It is fast by doing less than a plain loop, not other things: centroids that step by d change inner products with unit
+tokens by at most d, so that pairs which cannot come first are not computed (the bounds of Elkan, ICML 2003).
+"""
 
 import faiss
 import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.pseudo_labels.split import split_empty
+
+MARGIN = 1e-5  # no two float32 inner products of unit vectors are wrong by this much together
+TIE = 1e-12
+VANISHED = 1e-9
+PAIR_COST = 3  # of an inner product computed on its own, in those of a matrix product
 
 
-def unit_length(tokens: np.ndarray) -> np.ndarray:
-    """(..., C) float32 at length 1; a zero token stays zero."""
-    length = np.linalg.norm(tokens, axis=-1, keepdims=True)
-    return np.asarray(tokens / np.where(length == 0, 1, length), dtype=np.float32)
+def unit_length(tokens: Tensor) -> Tensor:
+    """(..., C) at length 1, of the same type; a zero token stays zero."""
+    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=torch.float64)
+    return tokens / torch.where(length == 0, 1, length).to(tokens.dtype)
 
 
 def kmeans(tokens: np.ndarray, seeds: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
     """Clusters unit-length tokens by cosine similarity, starting from the seeds.
 
-    With no more tokens than seeds there is nothing to cluster: every token is a cluster of its own. Clusters that run
-    empty are split off large ones by FAISS.
+    With no more tokens than seeds there is nothing to cluster: every token is a cluster of its own.
 
     Args:
-        tokens: (n, C) float32, unit length.
-        seeds: (k, C) float32.
+        tokens: (n, C) float32, unit length or zero.
+        seeds: (k, C), any length.
 
     Returns:
-        labels (n,) int64 and centroids (k or n, C) float32, unit length.
+        labels (n,) int64 and centroids (k or n, C) float64, unit length or zero.
     """
-    if len(tokens) <= len(seeds):
-        return np.arange(len(tokens)), tokens
-    clustering = faiss.Kmeans(
-        tokens.shape[1],
-        len(seeds),
-        niter=iterations,
-        spherical=True,
-        min_points_per_centroid=1,
-        max_points_per_centroid=len(tokens),
-    )
-    clustering.train(np.ascontiguousarray(tokens), init_centroids=np.ascontiguousarray(seeds))
-    _, labels = clustering.index.search(np.ascontiguousarray(tokens), 1)
-    return labels[:, 0], np.asarray(clustering.centroids)
+    n, k = len(tokens), len(seeds)
+    if n <= k:
+        return np.arange(n), tokens.astype(np.float64)
+    tokens, rows = np.ascontiguousarray(tokens, np.float32), np.arange(n)
+    centroids = direction(seeds.astype(np.float64))
+    upper = tokens @ centroids.astype(np.float32).T  # (n, k), never below the inner products
+    labels, before = _nearest(tokens, centroids, upper), np.full(n, -1)
+    sums, sizes = np.zeros(centroids.shape), np.zeros(k, np.int64)
+    for _ in range(iterations):
+        _move(tokens, before, labels, sums)
+        sizes = np.bincount(labels, minlength=k)
+        means = direction(sums)
+        if (sizes == 0).any():
+            source, factors = split_empty(sizes)
+            means = direction(means[source] * factors[:, np.arange(means.shape[1]) % 2])
+        upper += (np.linalg.norm(means - centroids, axis=1) + MARGIN / 10).astype(np.float32)
+        centroids = means
+        _tighten(tokens, centroids, labels, rows, upper)
+        before, labels = labels, _nearest(tokens, centroids, upper)
+        if (labels == before).all():
+            break
+    return labels, centroids
+
+
+def direction(vectors: np.ndarray) -> np.ndarray:
+    """(k, C) float64 at length 1; zero where there is no direction."""
+    length = np.sqrt(np.vecdot(vectors, vectors))[:, None]
+    return np.where(length < VANISHED, 0, vectors / np.maximum(length, VANISHED))
+
+
+def _move(tokens: np.ndarray, before: np.ndarray, labels: np.ndarray, sums: np.ndarray) -> None:
+    """Brings the clusters' sums (k, C) up to date; torch adds rows, which NumPy is slow at."""
+    moved = np.flatnonzero(before != labels)
+    into, rows = torch.from_numpy(sums), torch.from_numpy(tokens[moved]).double()
+    into.index_add_(0, torch.from_numpy(labels[moved]), rows)
+    if before[0] >= 0:
+        into.index_add_(0, torch.from_numpy(before[moved]), rows, alpha=-1)
+
+
+def _tighten(
+    tokens: np.ndarray, centroids: np.ndarray, labels: np.ndarray, rows: np.ndarray, upper: np.ndarray
+) -> None:
+    """Puts inner products for those bounds (n, k) that reach what a token has with its present centroid."""
+    narrow = centroids.astype(np.float32)
+    own = _inner_products(tokens, rows, narrow, labels)
+    upper[rows, labels] = -np.inf
+    rivals = np.flatnonzero(upper > own[:, None] - np.float32(MARGIN))
+    if PAIR_COST * len(rivals) > upper.size:
+        np.matmul(tokens, narrow.T, out=upper)
+    else:
+        upper[rows, labels] = own
+        upper.reshape(-1)[rivals] = _inner_products(tokens, *_pair(rivals, narrow))
+
+
+def _pair(flat: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    row, column = np.divmod(flat, len(centroids))
+    return row, centroids, column
+
+
+def _inner_products(tokens: np.ndarray, row: np.ndarray, centroids: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """(p,) float32 of p pairs."""
+    found = np.empty(len(row), np.float32)
+    arrays = (faiss.swig_ptr(array) for array in (tokens, row, centroids, column, found))
+    faiss.pairwise_indexed_inner_product(tokens.shape[1], len(row), *arrays)
+    return found
+
+
+def _nearest(tokens: np.ndarray, centroids: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """(n,) the centroid of the largest inner product, where the largest of `upper` and those near it are ones."""
+    labels = upper.argmax(axis=1)
+    close = upper >= upper[np.arange(len(upper)), labels][:, None] - np.float32(MARGIN)
+    if np.count_nonzero(close) > len(tokens):
+        rows = np.flatnonzero(close.sum(axis=1) > 1)
+        exact = np.where(close[rows], tokens[rows].astype(np.float64) @ centroids.T, -np.inf)
+        labels[rows] = (exact >= exact.max(axis=1, keepdims=True) - TIE).argmax(axis=1)
+    return labels
