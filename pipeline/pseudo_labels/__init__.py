@@ -31,7 +31,7 @@ def pseudo_labels(
     """
     free = torch.from_numpy(unannotated)[None]
     tokens, seeds, seed_counts = _prepare(torch.from_numpy(dense_tokens)[None], free, config)
-    labels, centroids = kmeans(tokens.numpy(), seeds[0, : int(seed_counts[0])].numpy(), config.iterations)
+    labels, centroids = kmeans(tokens[0].numpy(), seeds[0, : int(seed_counts[0])].numpy(), config.iterations)
     return _fuse_and_place(labels, centroids, unannotated, config)
 
 
