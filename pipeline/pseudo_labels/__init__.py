@@ -78,11 +78,11 @@ def label_batched(
 
 def _prepare(dense_tokens: Tensor, unannotated: Tensor, config: PseudoLabels) -> tuple[Tensor, Tensor, Tensor]:
     """Unannotated tokens (B, n, C) at length 1, then zeros; seeds (B, k, C), then zeros; counts of the seeds (B,)."""
-    free = unit_length(dense_tokens[unannotated])
-    if not free.isfinite().all():
+    flat = unannotated.flatten().nonzero()[:, 0]
+    free = unit_length(dense_tokens.flatten(0, 2).index_select(0, flat))
+    if not free.sum().isfinite():
         raise UserError("the teacher gave dense tokens that are not finite: check its weights (teacher)")
-    grid = torch.zeros_like(dense_tokens)
-    grid[unannotated] = free
+    grid = torch.zeros_like(dense_tokens).flatten(0, 2).index_copy_(0, flat, free).view_as(dense_tokens)
     seeds, seed_counts = window_seeds(grid, unannotated, config.windows)
     most = int(seed_counts.max())
     if most > ANNOTATED:
@@ -90,10 +90,16 @@ def _prepare(dense_tokens: Tensor, unannotated: Tensor, config: PseudoLabels) ->
             f"pseudo_labels.windows {list(config.windows)} give {most} seeds on a grid of {grid.shape[1]}, "
             f"and at most {ANNOTATED} fit: choose larger windows"
         )
-    counts = unannotated.flatten(1).sum(dim=1)
-    tokens = free.new_zeros(len(grid), int(counts.max()), grid.shape[-1])
-    tokens[torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]] = free
-    return tokens, seeds[:, :most], seed_counts
+    return _pad(free, unannotated.flatten(1).sum(dim=1)), seeds[:, :most], seed_counts
+
+
+def _pad(tokens: Tensor, counts: Tensor) -> Tensor:
+    """(N, C), the views' tokens one after the other, (B,) -> (B, n, C)."""
+    if len(counts) == 1:
+        return tokens[None]
+    padded = tokens.new_zeros(len(counts), int(counts.max()), tokens.shape[1])
+    padded[torch.arange(padded.shape[1], device=tokens.device) < counts[:, None]] = tokens
+    return padded
 
 
 def _fuse_and_place(

@@ -25,8 +25,8 @@ def fuse(centroids: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarr
     similarity = np.clip(unit @ unit.T, -1, 1)
     np.fill_diagonal(similarity, -np.inf)
     owner = np.arange(len(alive))  # the smallest cluster of each cluster's group
-    while len(alive) and similarity.max() > threshold:
-        row = int(similarity.argmax()) // len(alive)
+    while len(alive) and similarity.flat[first := similarity.argmax()] > threshold:
+        row = int(first) // len(alive)
         members = np.append(np.flatnonzero(similarity[row] > threshold), row)
         owner[members] = members.min()
         similarity[members] = -np.inf

@@ -30,7 +30,7 @@ PAIR_COST = 3  # of an inner product computed on its own, in those of a matrix p
 
 def unit_length(tokens: Tensor) -> Tensor:
     """(..., C) at length 1, of the same type; a zero token stays zero."""
-    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=torch.float64)
+    length = torch.linalg.vector_norm(tokens.double(), dim=-1, keepdim=True)
     return tokens / torch.where(length == 0, 1, length).to(tokens.dtype)
 
 
@@ -49,23 +49,25 @@ def kmeans(tokens: np.ndarray, seeds: np.ndarray, iterations: int) -> tuple[np.n
     n, k = len(tokens), len(seeds)
     if n <= k:
         return np.arange(n), tokens.astype(np.float64)
-    tokens, rows = np.ascontiguousarray(tokens, np.float32), np.arange(n)
+    tokens = np.ascontiguousarray(tokens, np.float32)
     centroids = direction(seeds.astype(np.float64))
     upper = tokens @ centroids.astype(np.float32).T  # (n, k), never below the inner products
-    labels, before = _nearest(tokens, centroids, upper), np.full(n, -1)
-    sums, sizes = np.zeros(centroids.shape), np.zeros(k, np.int64)
+    labels = _nearest(tokens, centroids, upper)
+    before, sums, was_split = None, np.zeros(centroids.shape), True
     for _ in range(iterations):
-        _move(tokens, before, labels, sums)
+        touched = _move(tokens, before, labels, sums)
         sizes = np.bincount(labels, minlength=k)
-        means = direction(sums)
-        if (sizes == 0).any():
+        split = bool((sizes == 0).any())
+        changed = np.arange(k) if split or was_split else touched
+        means = direction(sums[changed])
+        if split:
             source, factors = split_empty(sizes)
             means = direction(means[source] * factors[:, np.arange(means.shape[1]) % 2])
-        upper += (np.linalg.norm(means - centroids, axis=1) + MARGIN / 10).astype(np.float32)
-        centroids = means
-        _tighten(tokens, centroids, labels, rows, upper)
-        before, labels = labels, _nearest(tokens, centroids, upper)
-        if (labels == before).all():
+        steps = np.zeros(k)
+        steps[changed] = np.linalg.norm(means - centroids[changed], axis=1)
+        centroids[changed], was_split = means, split
+        before, labels = labels, _reassign(tokens, centroids, steps, labels, upper)
+        if np.array_equal(labels, before):
             break
     return labels, centroids
 
@@ -76,37 +78,45 @@ def direction(vectors: np.ndarray) -> np.ndarray:
     return np.where(length < VANISHED, 0, vectors / np.maximum(length, VANISHED))
 
 
-def _move(tokens: np.ndarray, before: np.ndarray, labels: np.ndarray, sums: np.ndarray) -> None:
-    """Brings the clusters' sums (k, C) up to date; torch adds rows, which NumPy is slow at."""
-    moved = np.flatnonzero(before != labels)
-    into, rows = torch.from_numpy(sums), torch.from_numpy(tokens[moved]).double()
+def _move(tokens: np.ndarray, before: np.ndarray | None, labels: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """Brings the clusters' sums (k, C) up to date (torch adds rows fast); the clusters that gained or lost tokens."""
+    moved = np.arange(len(labels)) if before is None else np.flatnonzero(before != labels)
+    rows, into = torch.from_numpy(tokens[moved]).double(), torch.from_numpy(sums)
     into.index_add_(0, torch.from_numpy(labels[moved]), rows)
-    if before[0] >= 0:
-        into.index_add_(0, torch.from_numpy(before[moved]), rows, alpha=-1)
+    if before is None:
+        return np.unique(labels)
+    into.index_add_(0, torch.from_numpy(before[moved]), rows, alpha=-1)
+    return np.unique(np.concatenate([labels[moved], before[moved]]))
 
 
-def _tighten(
-    tokens: np.ndarray, centroids: np.ndarray, labels: np.ndarray, rows: np.ndarray, upper: np.ndarray
-) -> None:
-    """Puts inner products for those bounds (n, k) that reach what a token has with its present centroid."""
-    narrow = centroids.astype(np.float32)
-    own = _inner_products(tokens, rows, narrow, labels)
+def _reassign(
+    tokens: np.ndarray, centroids: np.ndarray, steps: np.ndarray, labels: np.ndarray, upper: np.ndarray
+) -> np.ndarray:
+    """Labels (n,) after the centroids (k, C) made steps (k,), from those before and the bounds (n, k), now raised.
+
+    Bounds are tightened to inner products wherever they reach what a token has with its present centroid.
+    """
+    rows, narrow = np.arange(len(labels)), centroids.astype(np.float32)
+    upper += np.where(steps > 0, steps + MARGIN / 10, 0).astype(np.float32)
+    own = upper[rows, labels]
+    left = np.flatnonzero(steps[labels] > 0)  # tokens whose present centroid made a step
+    own[left] = _inner_products(tokens, left, narrow, labels[left])
     upper[rows, labels] = -np.inf
     rivals = np.flatnonzero(upper > own[:, None] - np.float32(MARGIN))
+    upper[rows, labels] = own
     if PAIR_COST * len(rivals) > upper.size:
         np.matmul(tokens, narrow.T, out=upper)
-    else:
-        upper[rows, labels] = own
-        upper.reshape(-1)[rivals] = _inner_products(tokens, *_pair(rivals, narrow))
-
-
-def _pair(flat: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    row, column = np.divmod(flat, len(centroids))
-    return row, centroids, column
+        return _nearest(tokens, centroids, upper)
+    row, column = np.divmod(rivals, len(centroids))
+    upper.reshape(-1)[rivals] = _inner_products(tokens, row, narrow, column)
+    contested = row[np.flatnonzero(np.diff(row, prepend=-1))]
+    labels = labels.copy()
+    labels[contested] = _nearest(tokens[contested], centroids, upper[contested])
+    return labels
 
 
 def _inner_products(tokens: np.ndarray, row: np.ndarray, centroids: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """(p,) float32 of p pairs."""
+    """(p,) float32, of tokens and centroids of these indices."""
     found = np.empty(len(row), np.float32)
     arrays = (faiss.swig_ptr(array) for array in (tokens, row, centroids, column, found))
     faiss.pairwise_indexed_inner_product(tokens.shape[1], len(row), *arrays)
