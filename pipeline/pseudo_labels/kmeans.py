@@ -52,7 +52,7 @@ def kmeans(tokens: np.ndarray, seeds: np.ndarray, iterations: int) -> tuple[np.n
     tokens = np.ascontiguousarray(tokens, np.float32)
     centroids = direction(seeds.astype(np.float64))
     upper = tokens @ centroids.astype(np.float32).T  # (n, k), never below the inner products
-    labels = _nearest(tokens, centroids, upper)
+    labels = _nearest(tokens, centroids, upper, np.arange(n))
     before, sums, was_split = None, np.zeros(centroids.shape), True
     for _ in range(iterations):
         touched = _move(tokens, before, labels, sums)
@@ -64,7 +64,8 @@ def kmeans(tokens: np.ndarray, seeds: np.ndarray, iterations: int) -> tuple[np.n
             source, factors = split_empty(sizes)
             means = direction(means[source] * factors[:, np.arange(means.shape[1]) % 2])
         steps = np.zeros(k)
-        steps[changed] = np.linalg.norm(means - centroids[changed], axis=1)
+        difference = means - centroids[changed]
+        steps[changed] = np.sqrt(np.vecdot(difference, difference))
         centroids[changed], was_split = means, split
         before, labels = labels, _reassign(tokens, centroids, steps, labels, upper)
         if np.array_equal(labels, before):
@@ -75,16 +76,18 @@ def kmeans(tokens: np.ndarray, seeds: np.ndarray, iterations: int) -> tuple[np.n
 def direction(vectors: np.ndarray) -> np.ndarray:
     """(k, C) float64 at length 1; zero where there is no direction."""
     length = np.sqrt(np.vecdot(vectors, vectors))[:, None]
-    return np.where(length < VANISHED, 0, vectors / np.maximum(length, VANISHED))
+    return vectors * np.where(length < VANISHED, 0, 1 / np.maximum(length, VANISHED))
 
 
 def _move(tokens: np.ndarray, before: np.ndarray | None, labels: np.ndarray, sums: np.ndarray) -> np.ndarray:
     """Brings the clusters' sums (k, C) up to date (torch adds rows fast); the clusters that gained or lost tokens."""
-    moved = np.arange(len(labels)) if before is None else np.flatnonzero(before != labels)
-    rows, into = torch.from_numpy(tokens[moved]).double(), torch.from_numpy(sums)
-    into.index_add_(0, torch.from_numpy(labels[moved]), rows)
+    into = torch.from_numpy(sums)
     if before is None:
+        into.index_add_(0, torch.from_numpy(labels), torch.from_numpy(tokens).double())
         return np.unique(labels)
+    moved = np.flatnonzero(before != labels)
+    rows = torch.from_numpy(tokens[moved]).double()
+    into.index_add_(0, torch.from_numpy(labels[moved]), rows)
     into.index_add_(0, torch.from_numpy(before[moved]), rows, alpha=-1)
     return np.unique(np.concatenate([labels[moved], before[moved]]))
 
@@ -106,12 +109,12 @@ def _reassign(
     upper[rows, labels] = own
     if PAIR_COST * len(rivals) > upper.size:
         np.matmul(tokens, narrow.T, out=upper)
-        return _nearest(tokens, centroids, upper)
+        return _nearest(tokens, centroids, upper, rows)
     row, column = np.divmod(rivals, len(centroids))
     upper.reshape(-1)[rivals] = _inner_products(tokens, row, narrow, column)
     contested = row[np.flatnonzero(np.diff(row, prepend=-1))]
     labels = labels.copy()
-    labels[contested] = _nearest(tokens[contested], centroids, upper[contested])
+    labels[contested] = _nearest(tokens, centroids, upper, contested)
     return labels
 
 
@@ -123,12 +126,13 @@ def _inner_products(tokens: np.ndarray, row: np.ndarray, centroids: np.ndarray, 
     return found
 
 
-def _nearest(tokens: np.ndarray, centroids: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """(n,) the centroid of the largest inner product, where the largest of `upper` and those near it are ones."""
-    labels = upper.argmax(axis=1)
-    close = upper >= upper[np.arange(len(upper)), labels][:, None] - np.float32(MARGIN)
-    if np.count_nonzero(close) > len(tokens):
-        rows = np.flatnonzero(close.sum(axis=1) > 1)
-        exact = np.where(close[rows], tokens[rows].astype(np.float64) @ centroids.T, -np.inf)
-        labels[rows] = (exact >= exact.max(axis=1, keepdims=True) - TIE).argmax(axis=1)
+def _nearest(tokens: np.ndarray, centroids: np.ndarray, upper: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Labels of these tokens; the largest of their bounds, and what is within MARGIN of it, are inner products."""
+    bounds = upper[rows] if len(rows) < len(upper) else upper
+    labels = bounds.argmax(axis=1)
+    close = bounds >= bounds[np.arange(len(rows)), labels][:, None] - np.float32(MARGIN)
+    if np.count_nonzero(close) > len(rows):
+        tied = np.flatnonzero(close.sum(axis=1) > 1)
+        exact = np.where(close[tied], tokens[rows[tied]].astype(np.float64) @ centroids.T, -np.inf)
+        labels[tied] = (exact >= exact.max(axis=1, keepdims=True) - TIE).argmax(axis=1)
     return labels

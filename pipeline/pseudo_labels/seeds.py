@@ -12,7 +12,7 @@ def window_seeds(tokens: Tensor, unannotated: Tensor, windows: tuple[int, ...]) 
     leaves none (the strips between windows hold the only unannotated tokens), their overall mean is the one seed.
 
     Args:
-        tokens: (B, G, G, C); annotated tokens must be zero.
+        tokens: (B, G, G, C) float32; annotated tokens must be zero.
         unannotated: (B, G, G) bool.
 
     Returns:
