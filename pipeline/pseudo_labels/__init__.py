@@ -78,14 +78,11 @@ def label_batched(
 
 def _prepare(dense_tokens: Tensor, unannotated: Tensor, config: PseudoLabels) -> tuple[Tensor, Tensor, Tensor]:
     """Unannotated tokens (B, n, C) at length 1, then zeros; seeds (B, k, C), then zeros; counts of the seeds (B,)."""
-    grid = unit_length(dense_tokens)
-    if unannotated.all():
-        free = grid.flatten(0, 2)
-    else:
-        grid.masked_fill_(~unannotated[..., None], 0)
-        free = grid.flatten(0, 2).index_select(0, unannotated.flatten().nonzero()[:, 0])
+    flat = unannotated.flatten().nonzero()[:, 0]
+    free = unit_length(dense_tokens.flatten(0, 2).index_select(0, flat))
     if not free.sum().isfinite():
         raise UserError("the teacher gave dense tokens that are not finite: check its weights (teacher)")
+    grid = torch.zeros_like(dense_tokens).flatten(0, 2).index_add_(0, flat, free).view_as(dense_tokens)
     seeds, seed_counts = window_seeds(grid, unannotated, config.windows)
     most = int(seed_counts.max())
     if most > ANNOTATED:
