@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 
 def window_seeds(tokens: Tensor, unannotated: Tensor, windows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -19,13 +20,16 @@ def window_seeds(tokens: Tensor, unannotated: Tensor, windows: tuple[int, ...]) 
         Seeds (B, k, C) float64, of each view in the order of `windows`, then row by row, then zeros; and how many they
         are, (B,) int64, 0 only without an unannotated token. k is the number of windows.
     """
+    grid = tokens.double().permute(0, 3, 1, 2)  # in float64 no order of adding shows in the result's float32
+    free = unannotated[:, None].double()
     means, found = [], []
     for window in windows:
         size, stride = min(window, tokens.shape[1]), window + 1
-        sums = _slide(_slide(tokens, 1, size, stride), 2, size, stride).flatten(1, 2)  # (B, windows, C)
-        sizes = _slide(_slide(unannotated, 1, size, stride), 2, size, stride).flatten(1, 2)
-        means.append(sums / sizes.clamp(min=1)[..., None])
-        found.append(sizes > 0)
+        sums, sizes = (
+            avg_pool2d(values, size, stride, divisor_override=1).flatten(2).transpose(1, 2) for values in (grid, free)
+        )  # (B, windows, C), (B, windows, 1)
+        means.append(sums / sizes.clamp(min=1))
+        found.append(sizes[..., 0] > 0)
     seeds, filled = torch.cat(means, dim=1), torch.cat(found, dim=1)
     counts = filled.sum(dim=1)
     if not filled.all():
@@ -33,19 +37,6 @@ def window_seeds(tokens: Tensor, unannotated: Tensor, windows: tuple[int, ...]) 
         seeds = seeds.gather(1, order[..., None].expand_as(seeds))
         missed = (counts == 0) & unannotated.flatten(1).any(dim=1)
         if missed.any():
-            free = unannotated[missed].sum(dim=(1, 2))[:, None]
-            seeds[missed, 0] = tokens[missed].sum(dim=(1, 2), dtype=torch.float64) / free
+            seeds[missed, 0] = grid[missed].sum(dim=(2, 3)) / free[missed].sum(dim=(2, 3))
             counts = counts + missed
     return seeds, counts
-
-
-def _slide(values: Tensor, axis: int, size: int, stride: int) -> Tensor:
-    """Sums of `size` neighbours along an axis, every `stride`, in float64 (no order of adding shows in float32)."""
-    last = (values.shape[axis] - size) // stride * stride
-    index: list[slice] = [slice(None)] * values.ndim
-    index[axis] = slice(0, last + 1, stride)
-    sums = values[tuple(index)].to(torch.float64, copy=True)
-    for offset in range(1, size):
-        index[axis] = slice(offset, offset + last + 1, stride)
-        sums += values[tuple(index)]
-    return sums
