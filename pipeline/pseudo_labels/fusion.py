@@ -22,7 +22,7 @@ def fuse(centroids: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarr
     # In float64: near-duplicates differ by less than float32's rounding, and the order of merging depends on them.
     exact = centroids[alive].astype(np.float64)
     unit = exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-12)
-    similarity = np.clip(unit @ unit.T, -1, 1)
+    similarity = np.clip(unit @ unit.T, -1, 1).round(12)  # whose last digits are the BLAS's: equals must tie
     np.fill_diagonal(similarity, -np.inf)
     owner = np.arange(len(alive))  # the smallest cluster of each cluster's group
     while len(alive) and similarity.flat[first := similarity.argmax()] > threshold:
