@@ -30,9 +30,9 @@ def pseudo_labels(
         UserError: the windows give more seeds than labels fit, or a token is not finite.
     """
     free = torch.from_numpy(unannotated)[None]
-    tokens, seeds, seed_counts = _prepare(torch.from_numpy(dense_tokens)[None], free, config)
+    tokens, seeds, seed_counts = prepare(torch.from_numpy(dense_tokens)[None], free, config)
     labels, centroids = kmeans(tokens[0].numpy(), seeds[0, : int(seed_counts[0])].numpy(), config.iterations)
-    return _fuse_and_place(labels, centroids, unannotated, config)
+    return fuse_and_place(labels, centroids, unannotated, config)
 
 
 def pseudo_labels_of(
@@ -65,18 +65,18 @@ def label_batched(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The way of pseudo_labels_of on a GPU, one pair of maps per view; runs on a CPU too."""
     free = torch.from_numpy(unannotated).to(dense_tokens.device)
-    tokens, seeds, seed_counts = _prepare(dense_tokens, free, config)
+    tokens, seeds, seed_counts = prepare(dense_tokens, free, config)
     token_counts = free.flatten(1).sum(dim=1)
     found = kmeans_batched(tokens, token_counts, seeds, seed_counts, config.iterations)
     labels, centroids = (part.cpu().numpy() for part in found)
     counts = np.minimum(seed_counts.cpu().numpy(), token_counts.cpu().numpy())
     return [
-        _fuse_and_place(labels[view][labels[view] >= 0], centroids[view, : counts[view]], mask, config)
+        fuse_and_place(labels[view][labels[view] >= 0], centroids[view, : counts[view]], mask, config)
         for view, mask in enumerate(unannotated)
     ]
 
 
-def _prepare(dense_tokens: Tensor, unannotated: Tensor, config: PseudoLabels) -> tuple[Tensor, Tensor, Tensor]:
+def prepare(dense_tokens: Tensor, unannotated: Tensor, config: PseudoLabels) -> tuple[Tensor, Tensor, Tensor]:
     """Unannotated tokens (B, n, C) at length 1, then zeros; seeds (B, k, C), then zeros; counts of the seeds (B,)."""
     flat = unannotated.flatten().nonzero()[:, 0]
     free = unit_length(dense_tokens.flatten(0, 2).index_select(0, flat))
@@ -102,7 +102,7 @@ def _pad(tokens: Tensor, counts: Tensor) -> Tensor:
     return padded
 
 
-def _fuse_and_place(
+def fuse_and_place(
     labels: np.ndarray, centroids: np.ndarray, unannotated: np.ndarray, config: PseudoLabels
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels (n,) of a view's unannotated tokens, centroids (k, C) -> maps of clusters and of fused groups (G, G)."""

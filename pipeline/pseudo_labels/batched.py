@@ -1,5 +1,8 @@
 """The K-means of kmeans.py for many views at once, in torch: for GPUs, which one view leaves idle."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -42,15 +45,15 @@ def kmeans_batched(
     return labels, centroids
 
 
-class _full_float32:  # noqa: N801 - used as torch's own contexts are
+@contextmanager
+def _full_float32() -> Iterator[None]:
     """Matrix products without TF32 or bfloat16 inside, which MARGIN does not cover."""
-
-    def __enter__(self) -> None:
-        self.before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_float32_matmul_precision(self.before)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _iterate(
@@ -59,17 +62,17 @@ def _iterate(
     batch, k, channels = seeds.shape
     real = torch.arange(k, device=seeds.device) < seed_counts[:, None]
     offset = k * torch.arange(batch, device=seeds.device)[:, None]
-    centroids, sums = _direction(seeds), torch.zeros_like(seeds)
+    centroids, sums = direction(seeds), torch.zeros_like(seeds)
     labels, before = _nearest(tokens, centroids, inside, real), torch.full_like(inside, -1, dtype=torch.int64)
-    for _ in range(iterations):
+    for step in range(iterations):
         moved = before != labels
         rows = tokens[moved].double()
         sums.view(-1, channels).index_add_(0, (labels + offset)[moved], rows)
-        if before.max() >= 0:
+        if step:
             sums.view(-1, channels).index_add_(0, (before + offset)[moved], rows, alpha=-1)
         sizes = torch.zeros(batch * k, dtype=torch.int64, device=seeds.device)
         sizes = sizes.index_add_(0, (labels + offset)[inside], inside[inside].long()).view(batch, k)
-        centroids = _direction(sums)
+        centroids = direction(sums)
         empty = ((sizes == 0) & real).any(dim=1)
         if empty.any():
             centroids[empty] = _split(centroids[empty], sizes[empty], seed_counts[empty])
@@ -79,7 +82,7 @@ def _iterate(
     return labels, centroids
 
 
-def _direction(vectors: Tensor) -> Tensor:
+def direction(vectors: Tensor) -> Tensor:
     """(..., C) float64 at length 1; zero where there is no direction."""
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return torch.where(length < VANISHED, 0, vectors / length.clamp(min=VANISHED))
@@ -93,7 +96,7 @@ def _split(centroids: Tensor, sizes: Tensor, counts: Tensor) -> Tensor:
         source[view, :count], factors[view, :count] = split_empty(view_sizes[:count])
     index = torch.from_numpy(source).to(centroids.device)[..., None].expand_as(centroids)
     parity = torch.arange(channels, device=centroids.device) % 2
-    return _direction(centroids.gather(1, index) * torch.from_numpy(factors).to(centroids.device)[..., parity])
+    return direction(centroids.gather(1, index) * torch.from_numpy(factors).to(centroids.device)[..., parity])
 
 
 def _nearest(tokens: Tensor, centroids: Tensor, inside: Tensor, real: Tensor) -> Tensor:

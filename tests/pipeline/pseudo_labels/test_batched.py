@@ -1,5 +1,7 @@
 """Many views at once, in torch: the labels of the path for one view, whatever is in the batch."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from configs.errors import UserError
 from configs.schema import PseudoLabels
 from pipeline.pseudo_labels import ANNOTATED, batched, label_batched, pseudo_labels, pseudo_labels_of
 from pipeline.pseudo_labels.batched import kmeans_batched
-from pipeline.pseudo_labels.kmeans import kmeans
+from pipeline.pseudo_labels.kmeans import direction, kmeans
 from tests import reference
 from tests.pipeline.draws import MASKS, draw_mask, draw_scene, draw_unit
 from tests.reference import Array
@@ -22,8 +24,11 @@ def draw_problems(rng: np.random.Generator, width: int = 8) -> list[Problem]:
     tokens, seeds = draw_unit(rng, 150, width, dtype=np.float32), draw_unit(rng, 20, width, dtype=np.float32)
     few = np.concatenate([tokens[:4], -tokens[:4], 0 * tokens[:1]])
     positive = reference.unit(rng.uniform(0.1, 1, (60, width))).astype(np.float32)
+    alike = seeds.astype(float)
+    alike[1:] = seeds[0] + 1e-15 * rng.normal(size=(19, width))  # as means of the same tokens in another order are
     return [
         (tokens, seeds),
+        (tokens, alike),
         (tokens[:1], seeds[:1]),  # one token
         (tokens[:7], seeds),  # fewer than seeds
         (tokens[:20], seeds),  # as many
@@ -40,12 +45,13 @@ def draw_problems(rng: np.random.Generator, width: int = 8) -> list[Problem]:
 def solve(problems: list[Problem], iterations: int) -> list[Problem]:
     """Labels and centroids of each problem, in one batch."""
 
-    def padded(rows: list[Array]) -> Tensor:
+    def padded(rows: Sequence[Array]) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(part) for part in rows], batch_first=True)
 
     tokens, seeds = zip(*problems, strict=True)
+    seeds = [part.astype(float) for part in seeds]
     counts = [torch.tensor([len(part) for part in rows]) for rows in (tokens, seeds)]
-    labels, centroids = kmeans_batched(padded(list(tokens)), counts[0], padded(list(seeds)), counts[1], iterations)
+    labels, centroids = kmeans_batched(padded(tokens), counts[0], padded(seeds), counts[1], iterations)
     found = []
     for view, (n, k) in enumerate(zip(*(count.tolist() for count in counts), strict=True)):
         assert (labels[view, n:] == -1).all()
@@ -73,6 +79,14 @@ def test_a_view_does_not_depend_on_the_batch(seed: int) -> None:
         order = rng.permutation(len(problems))[: rng.integers(2, len(problems) + 1)]
         for index, (labels, _) in zip(order, solve([problems[i] for i in order], 10), strict=True):
             np.testing.assert_array_equal(labels, alone[index])
+
+
+@pytest.mark.parametrize("length", [0, 1e-12, 1e-8, 3])
+def test_what_cancels_out_has_no_direction(length: float) -> None:
+    vectors = length * np.array([[0.6, 0.8], [-1, 0]])
+    expected = np.sign(max(length - 1e-9, 0)) * np.array([[0.6, 0.8], [-1, 0]])
+    np.testing.assert_allclose(direction(vectors), expected, atol=1e-15)
+    np.testing.assert_allclose(batched.direction(torch.from_numpy(vectors)), expected, atol=1e-15)
 
 
 def test_pairs_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,19 @@ def test_empty_clusters_are_split_off(empty: int, seed: int, empty_clusters: Emp
     assert empty_clusters() >= 3 * empty
 
 
+def test_clusters_that_run_empty_later(empty_clusters: EmptyClusters) -> None:
+    at_first = 0
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        tokens = draw_unit(rng, 60, 3, dtype=np.float32)
+        seeds = (tokens[:30] + 0.5 * rng.normal(size=(30, 3))).astype(np.float32)
+        assert_reference(tokens, seeds, 6)
+        before = empty_clusters()
+        reference.kmeans(tokens, seeds, 1)
+        at_first += empty_clusters() - before
+    assert empty_clusters() > 2 * at_first
+
+
 @pytest.mark.parametrize("identical", [False, True])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 80), (5, 6), (6, 6)])
 def test_no_more_tokens_than_seeds(n: int, k: int, identical: bool) -> None:
