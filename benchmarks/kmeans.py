@@ -6,6 +6,7 @@ The ways take turns within each round, on one thread, and medians are reported. 
 smooth borders on a common ground, smooth drift inside them, and noise of two strengths.
 """
 
+import os
 import platform
 import statistics
 import time
@@ -137,12 +138,13 @@ def main() -> None:
     lines = [
         "# K-means of the pseudo labels",
         "",
-        f"`OMP_NUM_THREADS=1 python benchmarks/kmeans.py`, on: {machine()}.",
+        f"`OMP_NUM_THREADS=1 python benchmarks/kmeans.py`, on: {machine()};",
+        f"{os.getloadavg()[0]:.1f} processes wanted the cores meanwhile, this one included.",
         "",
         f"Milliseconds per view of {GRID} x {GRID} tokens, {CHANNELS} channels, windows {list(CONFIG.windows)},",
         f"{CONFIG.iterations} iterations; {VIEWS} views, medians of {ROUNDS} interleaved rounds. `faiss` is a loop of",
-        "faiss.Kmeans and a last search, `ours` what a CPU runs; `whole` is all of pseudo_labels with either. `batched`",
-        "is the torch path of GPUs, here on one core. In brackets: ours over faiss, batched over ours.",
+        "faiss.Kmeans and a last search, `ours` what a CPU runs; `whole` is all of pseudo_labels with either.",
+        "`batched` is the torch path of GPUs, here on one core. In brackets: ours over faiss, batched over ours.",
         "",
         f"| unannotated, noise | tokens / seeds | K-means: faiss | ours | whole: faiss | ours | batched, CPU | "
         f"batched, GPU, {GPU_VIEWS} views |",
@@ -155,8 +157,9 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
         *("| " + " | ".join(row) + " |" for row in parts),
         "",
-        "On a CPU the path for one view wins throughout: it multiplies only centroids that changed, which a batch of",
-        "views cannot. The batched path is for tokens that lie on a GPU already (pseudo_labels_of chooses by device).",
+        "On a CPU the path for one view beats both where its columns say so: it multiplies only centroids that changed,",
+        "which a batch of views cannot. The batched path is for tokens that lie on a GPU (pseudo_labels_of chooses by",
+        "the tokens' device); where its GPU column is empty, it has not been timed there.",
     ]
     print("\n".join(lines))
     (Path(__file__).parent / "kmeans.md").write_text("\n".join(lines) + "\n")
