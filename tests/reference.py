@@ -100,7 +100,7 @@ def window_seeds(tokens: Array, unannotated: Array, windows: Sequence[int] = (7,
 def nearest(tokens: Array, centroids: Array) -> Array:
     """(n, C), (k, C) -> index (n,) of the largest inner product; those within 1e-12 are equal: the smallest index."""
     similarity = np.array([(centroids * token).sum(axis=1) for token in tokens])
-    return np.array([min(j for j in range(len(row)) if row[j] >= row.max() - 1e-12) for row in similarity])
+    return np.array([np.flatnonzero(row >= row.max() - 1e-12)[0] for row in similarity])
 
 
 def split_empty(centroids: Array, sizes: Array, n: int) -> None:
