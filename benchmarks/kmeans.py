@@ -142,7 +142,7 @@ def main() -> None:
         f"`OMP_NUM_THREADS=1 python benchmarks/kmeans.py`, on: {machine()};",
         f"{os.getloadavg()[0]:.1f} processes wanted the cores meanwhile, this one included.",
         "",
-        f"Milliseconds of CPU time per view of {GRID} x {GRID} tokens, {CHANNELS} channels; {list(CONFIG.windows)} windows,",
+        f"Milliseconds of CPU time per view of {GRID} x {GRID} tokens, {CHANNELS} channels; windows 7 and 3,",
         f"{CONFIG.iterations} iterations; {VIEWS} views, medians of {ROUNDS} interleaved rounds. `faiss` is a loop of",
         "faiss.Kmeans and a last search, `ours` what a CPU runs; `whole` is all of pseudo_labels with either.",
         "`batched` is the torch path of GPUs, here on one core. In brackets: ours over faiss, batched over ours.",
