@@ -159,8 +159,8 @@ def main() -> None:
         *("| " + " | ".join(row) + " |" for row in parts),
         "",
         "Ours multiplies only centroids that changed, which a batch of views cannot: on a CPU the batched path is the",
-        "slower one, and pseudo_labels_of leaves it to tokens that lie on a GPU. Where the GPU's column is empty, nobody",
-        "has timed it there. `whole: faiss` shares our unit length, seeds and fusion; only K-means differs.",
+        "slower one, and pseudo_labels_of leaves it to tokens that lie on a GPU. An empty GPU column: not timed.",
+        "`whole: faiss` shares our unit length, seeds and fusion; only K-means differs.",
     ]
     print("\n".join(lines))
     (Path(__file__).parent / "kmeans.md").write_text("\n".join(lines) + "\n")
