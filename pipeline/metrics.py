@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pipeline.data.dataset import IGNORE
 from pipeline.inference import ClassLogits
 
-CHUNK_VALUES = 2**20  # logits that are held at full size at once: 4 MB, which a CPU's caches hold
+CHUNK_VALUES = 2**20  # logits that are held at full size at once: 4 MB
 FEWEST = 4  # classes upsampled at once: for fewer torch takes another kernel, whose last bit differs
 
 
