@@ -92,16 +92,22 @@ def precompute(
     on_error: OnErrorOption = None,
     runlocal: RunlocalOption = False,
     device: DeviceOption = "auto",
+    scheduler: Annotated[
+        str | None,
+        typer.Option("--scheduler", metavar="tcp://HOST:PORT", help="A running Dask scheduler; default: start one."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan (views, bytes, time) and stop.")] = False,
 ) -> None:
     """Stage one: run the frozen teacher once over the training images and cache what it says.
 
-    Example: clip-zss precompute --dataset scenes --set pseudo_labels.lambda=0.9
+    Killed at any moment, it is continued by the same command. Example: clip-zss precompute --dataset scenes --dry-run
     """
     from stages.precompute import precompute as stage
 
     flags = {"views.seed": seed, "precompute.on_error": on_error}
     settings = resolve(dataset, config, _with_flags(set_, flags), runlocal=runlocal)
-    stage(settings, data_root, cache, _device(device))
+    # A cluster's workers choose their own device: this machine may have another.
+    stage(settings, data_root, cache, device if scheduler else _device(device), scheduler, dry_run)
 
 
 @app.command()

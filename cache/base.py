@@ -58,6 +58,14 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def holder(self) -> str:
+        """Tells who has the lock, or had it last, from anybody else; empty if nobody did."""
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """How much more can be written; None where there is no telling."""
+
+    @abstractmethod
     def as_zarr(self, prefix: str) -> ZarrStore:
         """What is below `prefix`, for Zarr to read parts of files, within `attempt`."""
 

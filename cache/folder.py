@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -78,10 +79,7 @@ class FolderStore(Store):
             descriptor = _lock_file(path)
         try:
             if descriptor is None:
-                holder = ""
-                with suppress(FileNotFoundError):  # it may just have finished
-                    holder = path.read_text()
-                host, _, pid = holder.partition(" ")
+                host, _, pid = self.holder().partition(" ")
                 raise being_written(self.location, host or "unknown", pid or "unknown", "wait for it, or stop it")
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{socket.gethostname()} {os.getpid()}".encode())
@@ -91,6 +89,18 @@ class FolderStore(Store):
                 with suppress(OSError):
                     path.unlink()
                 os.close(descriptor)
+                with suppress(OSError):
+                    self.root.rmdir()  # nothing was written
+
+    def holder(self) -> str:
+        try:
+            return (self.root / LOCK).read_text()
+        except FileNotFoundError:  # it may just have finished
+            return ""
+
+    def free_bytes(self) -> int:
+        existing = next(path for path in (self.root, *self.root.absolute().parents) if path.is_dir())
+        return shutil.disk_usage(existing).free
 
     def as_zarr(self, prefix: str) -> ZarrStore:
         return LocalStore(self.root / prefix, read_only=True)

@@ -46,7 +46,7 @@ def heartbeat(store: LockStore) -> Iterator[Callable[[], None]]:
     def renew() -> None:
         while not stop.wait(BEAT) and not lost.is_set():
             try:
-                if _holder(store).get("token") == token:
+                if holder_of(store).get("token") == token:
                     store.write(LOCK, _content(token))
                     renewed[0] = time.monotonic()
                 else:
@@ -66,23 +66,23 @@ def heartbeat(store: LockStore) -> Iterator[Callable[[], None]]:
     finally:
         stop.set()
         thread.join()
-        if _holder(store).get("token") == token:
+        if holder_of(store).get("token") == token:
             store.delete(LOCK)
 
 
 def _take(store: LockStore, token: str) -> None:
-    holder = _holder(store)
+    holder = holder_of(store)
     if not holder and not store.create(LOCK, _content(token)):
-        holder = _holder(store)  # another process was quicker, or an answer was lost and it is ours
+        holder = holder_of(store)  # another process was quicker, or an answer was lost and it is ours
     if holder and holder.get("token") != token:
         if time.time() - holder["time"] < STALE:
             raise _refusal(store, holder)
         time.sleep(2 * BEAT)  # its clock may be wrong
-        if _holder(store) != holder:
+        if holder_of(store) != holder:
             raise _refusal(store, holder)
         store.write(LOCK, _content(token))
     time.sleep(SETTLE)
-    holder = _holder(store)
+    holder = holder_of(store)
     if holder.get("token") != token:
         raise _refusal(store, holder)
 
@@ -96,7 +96,7 @@ def _content(token: str) -> bytes:
     return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": token, "time": time.time()}).encode()
 
 
-def _holder(store: LockStore) -> dict[str, Any]:
+def holder_of(store: LockStore) -> dict[str, Any]:
     """What the lock says of its holder; empty if there is none. An unreadable lock is one that nobody renews."""
     try:
         content = json.loads(store.read(LOCK))

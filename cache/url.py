@@ -10,7 +10,7 @@ from zarr.abc.store import Store as ZarrStore
 from zarr.storage import FsspecStore
 
 from cache.base import Store
-from cache.lock import LOCK, heartbeat
+from cache.lock import LOCK, heartbeat, holder_of
 from configs.errors import UserError
 
 _T = TypeVar("_T")
@@ -97,6 +97,12 @@ class UrlStore(Store):
 
     def lock(self) -> AbstractContextManager[Callable[[], None]]:
         return heartbeat(self)
+
+    def holder(self) -> str:
+        return str(holder_of(self).get("token", ""))
+
+    def free_bytes(self) -> None:
+        return None
 
     def as_zarr(self, prefix: str) -> ZarrStore:
         return FsspecStore.from_url(f"{self.location}/{prefix}", read_only=True)

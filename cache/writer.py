@@ -99,14 +99,16 @@ def _extend(store: Store, stored: Manifest, views: int, small: Mapping[str, byte
     return grown
 
 
-def pending(location: str | Path) -> list[tuple[int, int]]:
+def pending(location: str | Path, manifest: Manifest | None = None) -> list[tuple[int, int]]:
     """(index of the shard, first view to make) of all that is still to be computed, ascending.
+
+    By the manifest that is stored, or by one that `create_cache` will be given.
 
     A shard without a record that fits the manifest is made from view 0; one whose record covers fewer views than the
     manifest's V, from the first that it lacks.
     """
     store = open_store(location)
-    manifest = Manifest.load(store)
+    manifest = manifest or Manifest.load(store)
     records = load_records(store, manifest)
     done = {index: record.views for index, record in records.items() if isinstance(record, ShardRecord)}
     first_views = [(index, done.get(index, 0)) for index in range(manifest.shards)]

@@ -25,6 +25,7 @@ class Teacher(Section):
     dense: Literal["plain", "maskclip", "sclip", "clearclip", "naclip"] = Field(
         "clearclip", description="how a ViT's last block makes dense tokens; convolutional towers have plain"
     )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast of the image tower")
 
     @model_validator(mode="before")
     @classmethod
@@ -83,9 +84,11 @@ class StageOne(Section):
 
 
 class Precompute(Section):
-    """How stage one runs; none of it changes what is stored of an image that can be read."""
+    """How stage one runs; what is stored of an image that can be read differs in rounding at most."""
 
     batch_size: PositiveInt = Field(16, description="views per teacher pass")
+    channels_last: bool = Field(False, description="memory format of the teacher; for convolutional ones on a GPU")
+    compile: bool = Field(False, description="the teacher's blocks by torch.compile")
     on_error: Literal["stop", "skip"] = Field("stop", description="skip: leave out images that cannot be read")
 
 

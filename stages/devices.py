@@ -1,9 +1,12 @@
 """What a process computes on."""
 
 import ctypes
+import os
 import platform
+from typing import NamedTuple
 
 import torch
+from distributed import get_worker
 
 from configs.errors import UserError
 
@@ -31,3 +34,43 @@ def keep_freed_memory() -> None:
         allocator = ctypes.CDLL(None)
         allocator.mallopt(_M_MMAP_THRESHOLD, 2**30)
         allocator.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class Lanes(NamedTuple):
+    """How many threads a stage-one worker computes and reads with."""
+
+    threads: int
+    readers: int
+
+
+def lanes(device: str) -> Lanes:
+    """By the kind of device and the machine's cores alone: how a sum is split among threads shows in its last bits."""
+    cores = os.cpu_count() or 1
+    threads = 1 if cores <= 4 else 4
+    if device.startswith("cuda"):
+        return Lanes(threads, max(2, cores // torch.cuda.device_count() - 1))
+    return Lanes(threads, threads)
+
+
+def local_workers(device: str) -> int:
+    """Worker processes for this machine: one per GPU, or one per group of cores."""
+    if device.startswith("cuda"):
+        return torch.cuda.device_count() if device == "cuda" else 1
+    return max(1, (os.cpu_count() or 1) // lanes(device).threads)
+
+
+def worker_device(asked: str) -> str:
+    """The device of this Dask worker: those that `precompute` starts itself are numbered, and share out the GPUs.
+
+    Workers of a cluster see their own GPU first, as dask-cuda sees to.
+    """
+    device = choose_device(asked)
+    if device == "cuda" and isinstance(number := get_worker().name, int):
+        return f"cuda:{number % torch.cuda.device_count()}"
+    return device
+
+
+def synchronize(device: str) -> None:
+    """Waits until the device has done what it was told to; CPUs do it at once."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import logging
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import islice
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +14,30 @@ import numpy as np
 import open_clip
 import torch
 import zarr
-from dask.distributed import Client, LocalCluster, as_completed
+from dask.distributed import Client
+from torch import Tensor
 
-from cache.layout import MANIFEST, SHARDS, ArraySpec, array_specs
-from cache.manifest import Manifest, fingerprint
+from cache.base import Store
+from cache.copies import trusted_manifest
+from cache.layout import MANIFEST, SHARDS
+from cache.manifest import Manifest, check_settings, fingerprint
 from cache.reader import open_cache
 from cache.store import absolute, open_store
-from cache.writer import create_cache, list_skipped, pending, write_shard
+from cache.writer import create_cache, list_skipped, pending
 from configs.errors import UserError
 from configs.load import as_settings, merge
 from configs.schema import Config, StageOne
-from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
-from pipeline.data.views import draw_views, inside, normalise, padding_colour, replay, unannotated_tokens
-from pipeline.pseudo_labels import pseudo_labels
-from pipeline.teacher.clip import FrozenClip
+from pipeline.data.dataset import SegmentationDataset
 from pipeline.teacher.load import weights_fingerprint
 from pipeline.teacher.text import read_text_features
 from stages.caches import CACHES, split_settings
 from stages.datasets import open_split
-from stages.devices import keep_freed_memory
+from stages.devices import lanes
+from stages.plan import Timing, plan
 from stages.progress import progress_bar, say
+from stages.shards import PARTS, ShardJob, calibrate, describe, make_shard, text_features
 from stages.text import class_features
-
-
-@dataclass(frozen=True)
-class ShardJob:
-    """All that a worker needs to make one whole shard; small, because Dask serialises it for every task."""
-
-    settings: str  # the resolved stage-one settings as JSON, with the cache's number of views
-    data_root: Path
-    cache: str
-    index: int
-    first_view: int
-    start: int
-    stop: int
-    batch_size: int
-    skip_broken: bool
-    device: str
-    threads: int
+from stages.workers import for_all, on_a_worker, on_every_worker, worker_addresses, workers
 
 
 def cache_settings(config: StageOne, dataset: SegmentationDataset) -> dict[str, Any]:
@@ -65,11 +49,21 @@ def cache_settings(config: StageOne, dataset: SegmentationDataset) -> dict[str, 
     return {**split_settings(config)[0], "files": files}
 
 
-def precompute(config: Config, data_root: Path, cache: str | None, device: str) -> str:
+def precompute(
+    config: Config,
+    data_root: Path,
+    cache: str | None,
+    device: str,
+    scheduler: str | None = None,
+    dry_run: bool = False,
+) -> str:
     """Makes the cache that `config` describes, or completes it, or adds views to it, or finds it complete.
 
     Args:
         cache: its folder or URL; by default a folder below `caches/`, named after the settings' fingerprint.
+        device: of this machine's workers, or `auto` for a scheduler's, each of which then chooses.
+        scheduler: address of a running Dask scheduler, tcp://...; by default one is started here.
+        dry_run: stop after the plan; no cache is written.
 
     Returns:
         The cache's folder or URL.
@@ -82,16 +76,12 @@ def precompute(config: Config, data_root: Path, cache: str | None, device: str) 
     store = open_store(path)
     if _is_complete(path, name, config.views.count):
         say(f"{path} is complete for these settings: nothing to do")
-        skipped = list_skipped(path)
     else:
-        with store.lock() as check_lock:
-            manifest = _prepare(config, dataset, settings, path, device)
-            shards = pending(path)
-            if len(shards) < manifest.shards:
-                say(f"{path} holds {manifest.shards - len(shards)} of {manifest.shards} shards: continuing")
-            _run(config, data_root, path, manifest, shards, device, check_lock)
-            skipped = list_skipped(path)
+        with nullcontext(lambda: None) if dry_run else store.lock() as check_lock:
+            if not _make(config, data_root, dataset, settings, path, device, scheduler, dry_run, check_lock):
+                return path
         say(f"cache: {path}")
+    skipped = list_skipped(path)
     if skipped:
         first = next(iter(skipped.values()))
         say(
@@ -110,123 +100,96 @@ def _is_complete(path: str, name: str, views: int) -> bool:
     return manifest.fingerprint == name and manifest.views >= views
 
 
-def _prepare(
-    config: Config, dataset: SegmentationDataset, settings: dict[str, Any], path: str, device: str
-) -> Manifest:
-    """Creates the cache, or opens it to go on with."""
-    teacher = FrozenClip(config.teacher, device)
-    text_features = class_features(config, lambda: teacher, teacher.width)
+def _make(
+    config: Config, data_root: Path, dataset: SegmentationDataset, settings: dict[str, Any], path: str, device: str,
+    scheduler: str | None, dry_run: bool, check_lock: Callable[[], None],
+) -> bool:  # fmt: skip
+    """Makes what is missing; whether it is not a dry run."""
+    store = open_store(path)
+    views = _views(store, path, settings, config.views.count)
+    base = ShardJob(
+        settings=json.dumps(merge(as_settings(config.stage_one), {"views": {"count": views}})),
+        precompute=config.precompute,
+        data_root=data_root.absolute(),
+        device=device,
+        cache=absolute(path),
+        holder=store.holder(),
+        index=0, first_view=0, start=0, stop=len(dataset),
+    )  # fmt: skip
+    most = -(-len(dataset) // config.storage.shard_images)
+    with workers(scheduler, device, most) as client:
+        manifest, features = _describe(client, base, config, dataset, settings, views)
+        shards = pending(path, manifest)
+        jobs = [
+            replace(base, index=index, first_view=first_view, start=start, stop=stop)
+            for index, first_view in shards
+            for start, stop in [manifest.shard_rows(index)]
+        ]
+        if jobs:
+            with progress_bar("calibrating"):
+                speeds = on_every_worker(client, calibrate, jobs[0])
+            todo = plan(manifest, shards, speeds, store.free_bytes())
+            say(str(todo))
+            todo.check_room(store)
+        if dry_run:
+            return False
+        create_cache(path, manifest, dataset.ids, features)
+        if len(shards) < manifest.shards:
+            say(f"{path} holds {manifest.shards - len(shards)} of {manifest.shards} shards: continuing")
+        _run(client, jobs, store, check_lock)
+    return True
+
+
+def _views(store: Store, path: str, settings: dict[str, Any], asked: int) -> int:
+    """How many views the cache is to have: never fewer than it has. UserError if it was made from other settings."""
+    try:
+        stored = trusted_manifest(store)
+    except UserError:  # there is none; or it is lost, which `create_cache` says
+        return asked
+    check_settings(path, stored, settings)
+    return max(stored.views, asked)
+
+
+class _TextTower:
+    """The teacher's text side, on a worker: the process that asks loads no model."""
+
+    def __init__(self, client: Client, job: ShardJob) -> None:
+        self._client, self._job = client, job
+
+    def text_features(self, names: Sequence[Sequence[str]], templates: str | Sequence[str]) -> Tensor:
+        return torch.from_numpy(on_a_worker(self._client, text_features, self._job, names, templates))
+
+
+def _describe(
+    client: Client, job: ShardJob, config: Config, dataset: SegmentationDataset, settings: dict[str, Any], views: int
+) -> tuple[Manifest, np.ndarray]:
+    """The manifest as `create_cache` takes it, and the class features."""
+    with progress_bar("loading the teacher"):
+        width, arrays = on_a_worker(client, describe, job)
+    features = class_features(config, lambda: _TextTower(client, job), width)
     packages = (faiss, np, open_clip, torch, zarr)
+    # Another batch size, say, may round otherwise: a repair takes these.
+    rounding = config.precompute.model_dump(mode="json", exclude={"on_error"})
     manifest = Manifest.describe(
         settings=settings,
         versions={package.__name__: package.__version__ for package in packages},
         image_ids=dataset.ids,
-        views=config.views.count,
+        views=views,
         shard_images=config.storage.shard_images,
-        arrays=_array_specs(config, teacher),
-        # Another batch size may round otherwise: a repair takes this one.
-        context={**split_settings(config)[1], "precompute": {"batch_size": config.precompute.batch_size}},
+        arrays=arrays,
+        context={**split_settings(config)[1], "precompute": rounding},
     )
-    return create_cache(path, manifest, dataset.ids, text_features)
+    return manifest, features
 
 
-def _array_specs(config: StageOne, teacher: FrozenClip) -> dict[str, ArraySpec]:
-    storage, grid = config.storage, teacher.grid(config.views.size)
-    return array_specs(
-        teacher.width, grid, storage.shard_images, storage.dense_tokens != "none", storage.dense_views
-    )
-
-
-def _run(
-    config: Config, data_root: Path, path: str, manifest: Manifest, shards: list[tuple[int, int]], device: str,
-    check_lock: Callable[[], None],
-) -> None:  # fmt: skip
-    cores = os.cpu_count() or 1
-    threads = 1 if cores <= 4 else 4
-    workers = 1 if device.startswith("cuda") else max(1, min(cores // threads, len(shards)))
-    settings = json.dumps(merge(as_settings(config.stage_one), {"views": {"count": manifest.views}}))
-    jobs = [
-        ShardJob(
-            settings, data_root.absolute(), absolute(path), index, first_view, *manifest.shard_rows(index),
-            config.precompute.batch_size, config.precompute.on_error == "skip", device, threads,
-        )
-        for index, first_view in shards
-    ]  # fmt: skip
-    total = sum(job.stop - job.start for job in jobs)
-    with (
-        progress_bar("precompute", total, "images") as advance,
-        LocalCluster(
-            n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        futures = client.map(make_shard, jobs, pure=False, retries=0)
-        for _, done in as_completed(futures, with_results=True):
+def _run(client: Client, jobs: list[ShardJob], store: Store, check_lock: Callable[[], None]) -> None:
+    here = lanes(jobs[0].device) if jobs else None
+    timing = Timing(dict(zip(PARTS, (here.readers if here else 1, 1, 1, 1), strict=True)))
+    start = time.monotonic()
+    with progress_bar("precompute", sum(job.stop - job.start for job in jobs), "images") as advance:
+        for done in for_all(client, make_shard, jobs):
             check_lock()
-            advance(done)
-
-
-@lru_cache(maxsize=1)
-def _worker_teacher(settings: str, device: str) -> FrozenClip:
-    """Loaded once per worker process, never sent to it."""
-    return FrozenClip(StageOne.model_validate_json(settings).teacher, device)
-
-
-@lru_cache(maxsize=1)
-def _worker_dataset(settings: str, data_root: Path) -> SegmentationDataset:
-    return SegmentationDataset(StageOne.model_validate_json(settings).dataset, data_root, "train")
-
-
-def make_shard(job: ShardJob) -> int:
-    """Runs in a Dask worker: computes and writes one whole shard, or the views that it lacks.
-
-    Returns:
-        The number of images.
-    """
-    torch.set_num_threads(job.threads)
-    faiss.omp_set_num_threads(job.threads)
-    keep_freed_memory()
-    config = StageOne.model_validate_json(job.settings)
-    teacher = _worker_teacher(job.settings, job.device)
-    arrays = {}
-    for name, spec in _array_specs(config, teacher).items():
-        views = max(0, spec.stored_views(config.views.count) - job.first_view)
-        fill = IGNORE if spec.dtype == "uint8" else 0
-        arrays[name] = np.full((job.stop - job.start, views, *spec.tail), fill, spec.dtype)
-    skipped: dict[str, str] = {}
-    samples = _readable_views(job, config, teacher, arrays["views"], skipped)
-    while batch := list(islice(samples, job.batch_size)):
-        pixels = normalise(np.stack([pixels for _, pixels, _ in batch]), teacher.mean, teacher.std)
-        cls_tokens, dense_tokens = (tokens.cpu().numpy() for tokens in teacher.encode(pixels))
-        for (place, _, unannotated), cls_token, dense in zip(batch, cls_tokens, dense_tokens, strict=True):
-            arrays["cls_tokens"][place] = cls_token
-            labels = pseudo_labels(dense, unannotated, config.pseudo_labels)
-            arrays["kmeans_labels"][place], arrays["pseudo_labels"][place] = labels
-            if "dense_tokens" in arrays and place[1] < arrays["dense_tokens"].shape[1]:
-                arrays["dense_tokens"][place] = dense
-    write_shard(job.cache, job.index, job.first_view, arrays, skipped)
-    return job.stop - job.start
-
-
-def _readable_views(
-    job: ShardJob, config: StageOne, teacher: FrozenClip, views: np.ndarray, skipped: dict[str, str]
-) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
-    """Draws the job's views of its images into `views`; (place in the arrays, pixels, unannotated tokens) of each.
-
-    Images that cannot be read go to `skipped`, or stop everything.
-    """
-    dataset = _worker_dataset(job.settings, job.data_root)
-    size, grid = config.views.size, teacher.grid(config.views.size)
-    for row in range(job.start, job.stop):
-        try:
-            image, seen = dataset.training_pair(row)
-        except BrokenFile as error:
-            if not job.skip_broken:
-                raise
-            skipped[dataset.ids[row]] = str(error)
-            continue
-        views[row - job.start] = draw_views(config.views, dataset.ids[row], seen)[job.first_view :]
-        for index, view in enumerate(views[row - job.start]):
-            pixels = replay(view, image, size, padding_colour(teacher.mean))
-            unannotated = unannotated_tokens(replay(view, seen, size), inside(view, size), grid)
-            yield (row - job.start, index), pixels, unannotated
+            timing.add(done.views, done.seconds)
+            advance(done.images, str(timing))
+    if jobs:
+        timing.save(store, time.monotonic() - start, len(worker_addresses(client)))

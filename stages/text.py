@@ -1,12 +1,13 @@
 """Class features of a dataset: read from a file, or made once by the teacher's text tower and kept."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from safetensors.numpy import save
+from torch import Tensor
 
 from cache.sealed import sha256
 from cache.store import open_store
@@ -14,11 +15,15 @@ from configs.schema import Config
 from stages.caches import CACHES
 from stages.progress import progress_bar, say
 
-if TYPE_CHECKING:
-    from pipeline.teacher.clip import FrozenClip
+
+class TextTower(Protocol):
+    """FrozenClip, or what asks one elsewhere."""
+
+    def text_features(self, names: Sequence[Sequence[str]], templates: str | Sequence[str]) -> Tensor:
+        """As FrozenClip's."""
 
 
-def class_features(config: Config, teacher: Callable[[], "FrozenClip"], width: int | None = None) -> np.ndarray:
+def class_features(config: Config, teacher: Callable[[], TextTower], width: int | None = None) -> np.ndarray:
     """(K, C) float32, unit length: one row for each class of `config.dataset`.
 
     Args:

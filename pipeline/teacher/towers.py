@@ -5,7 +5,7 @@ from that. A token's own embedding is what the tower's pooling head makes of tha
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -72,10 +72,12 @@ class Tower(ABC):
     Attributes:
         tap: the module whose input `dense` is computed from.
         stride: pixels along a side of a dense token.
+        blocks: the modules before the tap that hold most of the work; the tap itself is not one.
     """
 
     tap: nn.Module
     stride: int
+    blocks: Sequence[nn.Module]
 
     @abstractmethod
     def fit(self, grid: Grid) -> None:
@@ -91,7 +93,8 @@ class OpenClipVit(Tower):
 
     def __init__(self, visual: Any, variant: str) -> None:
         self._visual, self._variant = visual, VARIANTS[variant]
-        self.tap, self.stride = visual.transformer.resblocks[-1], visual.patch_size[0]
+        *self.blocks, self.tap = visual.transformer.resblocks
+        self.stride = visual.patch_size[0]
         self._positions = Positions(visual.positional_embedding, visual.grid_size)
 
     def fit(self, grid: Grid) -> None:
@@ -114,7 +117,8 @@ class TimmVit(Tower):
     def __init__(self, visual: Any, variant: str) -> None:
         self._visual, self._variant = visual, VARIANTS[variant]
         trunk = self._trunk = visual.trunk
-        self.tap, self.stride = trunk.blocks[-1], trunk.patch_embed.feat_ratio()
+        *self.blocks, self.tap = trunk.blocks
+        self.stride = trunk.patch_embed.feat_ratio()
         self._grid: Grid = trunk.patch_embed.grid_size
         self._positions = None if trunk.pos_embed is None else Positions(trunk.pos_embed[0], self._grid)
 
@@ -141,6 +145,7 @@ class OpenClipResNet(Tower):
 
     def __init__(self, visual: Any) -> None:
         self.tap = self._pool = visual.attnpool
+        self.blocks = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
         side = round((len(visual.attnpool.positional_embedding) - 1) ** 0.5)
         self._positions = Positions(visual.attnpool.positional_embedding, (side, side))
 
@@ -157,6 +162,7 @@ class TimmConvNet(Tower):
     def __init__(self, visual: Any) -> None:
         self._visual = visual
         self.tap, self.stride = visual.trunk.head, visual.trunk.feature_info[-1]["reduction"]
+        self.blocks = list(visual.trunk.stages)
 
     def fit(self, grid: Grid) -> None:
         """Convolutions take any size."""

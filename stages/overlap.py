@@ -1,0 +1,48 @@
+"""Work done ahead in threads, bounded, so that nobody waits; and how long each part took."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from typing import TypeVar
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+def ahead(pool: Executor, function: Callable[[_T], _R], items: Iterable[_T], depth: int) -> Iterator[_R]:
+    """`function` of each item, in order, computed in `pool`.
+
+    At most `depth` items are taken but not handed on: a slow consumer holds back the producer of `items`. What
+    `function` raises, the consumer gets in its place.
+    """
+    waiting: deque[Future[_R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+class Stopwatch:
+    """Seconds spent in each part, by name, over all threads."""
+
+    def __init__(self, *parts: str) -> None:
+        self.seconds = dict.fromkeys(parts, 0.0)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.seconds[part] += time.perf_counter() - start

@@ -1,0 +1,126 @@
+"""What stage one is about to do, said before it begins; and what it did, kept beside the cache."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cache.base import Store
+from cache.manifest import Manifest
+from configs.errors import UserError
+
+TIMING = "timing.json"  # beside the manifest, no part of the cache: two caches of the same content took other times
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is still to be made.
+
+    Attributes:
+        bytes: at most, as if nothing could be compressed.
+        free: bytes that the store has left; None where there is no telling.
+        seconds: estimated from a calibration on every worker.
+    """
+
+    images: int
+    views: int
+    shards: int
+    bytes: int
+    free: int | None
+    workers: int
+    seconds: float
+
+    def __str__(self) -> str:
+        room = "" if self.free is None else f" of {size(self.free)} free"
+        return (
+            f"plan: {self.views:,} views of {self.images:,} images in {self.shards:,} shards; at most "
+            f"{size(self.bytes)}{room}; {self.workers} workers; about {duration(self.seconds)}"
+        )
+
+    def check_room(self, store: Store) -> None:
+        """UserError if it may not fit."""
+        if self.free is not None and self.bytes > self.free:
+            raise UserError(
+                f"{store.location} has {size(self.free)} free, and up to {size(self.bytes)} are needed: free some "
+                "space, choose another --cache, or lower views.count, storage.dense_views or storage.dense_tokens"
+            )
+
+
+def plan(
+    manifest: Manifest, shards: Sequence[tuple[int, int]], seconds_per_view: Sequence[float], free: int | None
+) -> Plan:
+    """The plan for the `shards` that are pending, as cache.writer.pending lists them.
+
+    Args:
+        seconds_per_view: of each worker.
+    """
+    images = views = size_ = 0
+    for index, first_view in shards:
+        start, stop = manifest.shard_rows(index)
+        images += stop - start
+        views += (stop - start) * (manifest.views - first_view)
+        for name, spec in manifest.arrays.items():
+            missing = max(0, manifest.array_views(name) - first_view)
+            size_ += (stop - start) * missing * int(np.prod(spec.tail)) * np.dtype(spec.dtype).itemsize
+    rate = sum(1 / seconds for seconds in seconds_per_view if seconds)
+    return Plan(images, views, len(shards), size_, free, len(seconds_per_view), views / rate if rate else 0.0)
+
+
+class Timing:
+    """Busy seconds of each part of stage one, summed over workers."""
+
+    def __init__(self, lanes: Mapping[str, int]) -> None:
+        """`lanes`: how many threads a worker has for each part."""
+        self._lanes = lanes
+        self._seconds: Counter[str] = Counter()
+        self.views = 0
+
+    def add(self, views: int, seconds: Mapping[str, float]) -> None:
+        self.views += views
+        self._seconds.update(seconds)
+
+    @property
+    def bottleneck(self) -> str:
+        """The part that its threads spend the most time in: the others wait for it."""
+        return max(self._lanes, key=lambda part: self._seconds[part] / self._lanes[part])
+
+    def __str__(self) -> str:
+        total = sum(self._seconds.values()) or 1.0
+        shares = ", ".join(f"{part} {100 * self._seconds[part] / total:.0f} %" for part in self._lanes)
+        return f"{shares}; bottleneck: {self.bottleneck}"
+
+    def save(self, store: Store, elapsed: float, workers: int) -> None:
+        """Adds this run to the cache's timing.json."""
+        try:
+            runs = list(json.loads(store.read(TIMING))["runs"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            runs = []
+        seconds = {part: round(self._seconds[part], 3) for part in self._lanes}
+        runs.append(
+            {
+                "views": self.views,
+                "seconds": round(elapsed, 3),
+                "workers": workers,
+                "busy_seconds": seconds,
+                "bottleneck": self.bottleneck,
+            }
+        )
+        store.write(TIMING, (json.dumps({"runs": runs}, indent=2) + "\n").encode())
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def duration(seconds: float) -> str:
+    """Time for people."""
+    for unit, factor in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * factor:
+            return f"{seconds / factor:.1f} {unit}"
+    return f"{max(seconds, 1):.0f} s"

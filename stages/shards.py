@@ -1,0 +1,270 @@
+"""What a Dask worker does for stage one: it makes whole shards, with a teacher that is loaded once per process.
+
+    read, decode, replay -> teacher -> seeds, K-means, fusion -> compress, write
+
+The parts overlap: images are read and batches labelled in threads, a bounded number ahead or behind, and while one
+shard is written the next one has the teacher.
+"""
+
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.layout import ArraySpec, array_specs
+from cache.store import open_store
+from cache.writer import write_shard
+from configs.errors import UserError
+from configs.schema import Precompute, StageOne
+from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
+from pipeline.data.views import draw_views, inside, normalise, padding_colour, replay, unannotated_tokens
+from pipeline.pseudo_labels import pseudo_labels
+from pipeline.teacher.clip import FrozenClip
+from stages.devices import keep_freed_memory, lanes, synchronize, worker_device
+from stages.overlap import Stopwatch, ahead
+
+PARTS = ("read", "teacher", "cluster", "write")
+SHARDS_AT_ONCE = 2  # per worker: one has the teacher, one reads its first images or is written
+_BATCHES_AHEAD = 2
+
+_room = threading.BoundedSemaphore(SHARDS_AT_ONCE)
+_teachers_turn = threading.Lock()  # a shard has the teacher until its last batch: so its writing falls into the next's
+_loading = threading.Lock()
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """All that a worker needs to make one whole shard; small, because Dask serialises it for every task."""
+
+    settings: str  # the resolved stage-one settings as JSON, with the cache's number of views
+    precompute: Precompute
+    data_root: Path
+    device: str  # as the user asked
+    cache: str
+    holder: str  # who holds the cache's lock: the worker may outlive the run that asked it
+    index: int
+    first_view: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """A shard that is written, and the seconds of each of PARTS."""
+
+    images: int
+    views: int
+    seconds: dict[str, float]
+
+
+class Sample(NamedTuple):
+    """A view to encode: its place in the arrays, pixels (S, S, 3) uint8 and unannotated tokens (G, G) bool."""
+
+    place: tuple[int, int]
+    pixels: np.ndarray
+    unannotated: np.ndarray
+
+
+class Outputs(NamedTuple):
+    """What is stored of a batch, (B, ...) each."""
+
+    places: list[tuple[int, int]]
+    cls_tokens: np.ndarray
+    dense_tokens: np.ndarray
+    kmeans_labels: np.ndarray
+    pseudo_labels: np.ndarray
+
+
+class Worker:
+    """A process's teacher and dataset."""
+
+    def __init__(self, settings: str, precompute: Precompute, data_root: Path, device: str) -> None:
+        self.config = StageOne.model_validate_json(settings)
+        self.precompute, self.device = precompute, worker_device(device)
+        self.lanes = lanes(self.device)
+        keep_freed_memory()
+        torch.set_num_threads(self.lanes.threads)
+        faiss.omp_set_num_threads(1)
+        self.teacher = FrozenClip(self.config.teacher, self.device, precompute.channels_last, precompute.compile)
+        self.dataset = SegmentationDataset(self.config.dataset, data_root, "train")
+        self.grid = self.teacher.grid(self.config.views.size)
+
+    def array_specs(self) -> dict[str, ArraySpec]:
+        storage = self.config.storage
+        return array_specs(
+            self.teacher.width, self.grid, storage.shard_images, storage.dense_tokens != "none", storage.dense_views
+        )
+
+    def views(self, job: ShardJob, row: int) -> tuple[np.ndarray, list[Sample]]:
+        """Geometries (V, 5) and samples of the views that the job makes of an image; BrokenFile if it cannot be read.
+
+        A sample's place is counted from the job's first image and view.
+        """
+        size = self.config.views.size
+        image, seen = self.dataset.training_pair(row)
+        views = draw_views(self.config.views, self.dataset.ids[row], seen)[job.first_view :]
+        samples = []
+        for index, view in enumerate(views):
+            pixels = replay(view, image, size, padding_colour(self.teacher.mean))
+            unannotated = unannotated_tokens(replay(view, seen, size), inside(view, size), self.grid)
+            samples.append(Sample((row - job.start, index), pixels, unannotated))
+        return views, samples
+
+    def batch(self, samples: list[Sample]) -> tuple[list[Sample], Tensor]:
+        """The samples with their normalised pixels (B, 3, S, S), on the teacher's device."""
+        pixels = np.stack([sample.pixels for sample in samples])
+        return samples, normalise(pixels, self.teacher.mean, self.teacher.std, self.device)
+
+    def encode(self, batch: tuple[list[Sample], Tensor]) -> tuple[list[Sample], Tensor, Tensor]:
+        samples, pixels = batch
+        cls_tokens, dense_tokens = self.teacher.encode(pixels)
+        synchronize(self.device)
+        return samples, cls_tokens, dense_tokens
+
+    def label(self, encoded: tuple[list[Sample], Tensor, Tensor]) -> Outputs:
+        samples, cls_tokens, dense_tokens = encoded
+        unannotated = np.stack([sample.unannotated for sample in samples])
+        pairs = zip(dense_tokens.cpu().numpy(), unannotated, strict=True)
+        labels = zip(*(pseudo_labels(*pair, self.config.pseudo_labels) for pair in pairs), strict=True)
+        places = [sample.place for sample in samples]
+        return Outputs(places, cls_tokens.cpu().numpy(), dense_tokens.cpu().numpy(), *map(np.stack, labels))
+
+
+@lru_cache(maxsize=1)
+def _worker(settings: str, precompute: Precompute, data_root: Path, device: str) -> Worker:
+    return Worker(settings, precompute, data_root, device)
+
+
+def worker_of(job: ShardJob) -> Worker:
+    """Loaded once per process, never sent to it."""
+    with _loading:
+        return _worker(job.settings, job.precompute, job.data_root, job.device)
+
+
+def describe(job: ShardJob) -> tuple[int, dict[str, ArraySpec]]:
+    """The teacher's width C and the arrays of the cache; the job's shard is not made."""
+    worker = worker_of(job)
+    return worker.teacher.width, worker.array_specs()
+
+
+def text_features(job: ShardJob, names: tuple[tuple[str, ...], ...], templates: str | tuple[str, ...]) -> np.ndarray:
+    """(K, C) class features by the worker's teacher; see FrozenClip.text_features."""
+    return np.asarray(worker_of(job).teacher.text_features(names, templates).cpu())
+
+
+def calibrate(job: ShardJob) -> float:
+    """Seconds that a view takes here, from the teacher and the labels of a few views of the job's shard.
+
+    Reading is left out: it is done ahead. 0 if none of the shard's images can be read and they may be left out.
+    """
+    worker = worker_of(job)
+    found: Iterator[tuple[np.ndarray, list[Sample]]] = (
+        views for row in range(job.start, job.stop) if not isinstance(views := _read(worker, job, row), BrokenFile)
+    )
+    count = job.precompute.batch_size if worker.device.startswith("cuda") else 2
+    samples = list(islice(chain.from_iterable(samples for _, samples in found), count))
+    if not samples:
+        return 0.0
+    with _teachers_turn:
+        worker.label(worker.encode(worker.batch(samples[:1])))  # the first pass allocates
+        start = time.perf_counter()
+        worker.label(worker.encode(worker.batch(samples)))
+        return (time.perf_counter() - start) / len(samples)
+
+
+def make_shard(job: ShardJob) -> Done:
+    """Computes and writes one whole shard, or the views that it lacks."""
+    with _room:
+        watch, worker = Stopwatch(*PARTS), worker_of(job)
+        arrays, skipped = _compute(worker, job, watch)
+        with watch("write"):
+            store = open_store(job.cache)
+            if store.holder() != job.holder:
+                raise UserError(f"{job.cache} is written by another precompute by now: this one stops")
+            write_shard(job.cache, job.index, job.first_view, arrays, skipped)
+    views = (job.stop - job.start - len(skipped)) * arrays["views"].shape[1]
+    return Done(job.stop - job.start, views, watch.seconds)
+
+
+def _compute(worker: Worker, job: ShardJob, watch: Stopwatch) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The shard's arrays, and the ids of images that could not be read, with the reason."""
+    arrays = _empty_arrays(worker, job)
+    skipped: dict[str, str] = {}
+
+    def read(row: int) -> tuple[np.ndarray, list[Sample]] | BrokenFile:
+        with watch("read"):
+            return _read(worker, job, row)
+
+    def batch(samples: list[Sample]) -> tuple[list[Sample], Tensor]:
+        with watch("read"):
+            return worker.batch(samples)
+
+    def label(encoded: tuple[list[Sample], Tensor, Tensor]) -> Outputs:
+        with watch("cluster"):
+            return worker.label(encoded)
+
+    def readable() -> Iterator[Sample]:
+        rows = range(job.start, job.stop)
+        for row, found in zip(rows, ahead(readers, read, rows, 2 * worker.lanes.readers), strict=True):
+            if isinstance(found, BrokenFile):
+                skipped[worker.dataset.ids[row]] = str(found)
+            else:
+                arrays["views"][row - job.start], samples = found
+                yield from samples
+
+    def encoded(batches: Iterable[tuple[list[Sample], Tensor]]) -> Generator[tuple[list[Sample], Tensor, Tensor]]:
+        with _teachers_turn:
+            for ready in batches:
+                with watch("teacher"):
+                    outputs = worker.encode(ready)
+                yield outputs
+
+    with ThreadPoolExecutor(worker.lanes.readers) as readers, ThreadPoolExecutor(1) as labeller:
+        batches = ahead(readers, batch, _batches(readable(), job.precompute.batch_size), _BATCHES_AHEAD)
+        with closing(encoded(batches)) as passes:  # whatever happens, the teacher is handed on
+            for outputs in ahead(labeller, label, passes, _BATCHES_AHEAD):
+                _store(outputs, arrays)
+    return arrays, skipped
+
+
+def _store(outputs: Outputs, arrays: dict[str, np.ndarray]) -> None:
+    for name in arrays.keys() & Outputs._fields:
+        for (row, view), value in zip(outputs.places, getattr(outputs, name), strict=True):
+            if view < arrays[name].shape[1]:  # of dense tokens, perhaps only the first views are kept
+                arrays[name][row, view] = value
+
+
+def _empty_arrays(worker: Worker, job: ShardJob) -> dict[str, np.ndarray]:
+    """What rows of images that cannot be read stay at: no label, and zeros."""
+    arrays = {}
+    for name, spec in worker.array_specs().items():
+        views = max(0, spec.stored_views(worker.config.views.count) - job.first_view)
+        fill = IGNORE if spec.dtype == "uint8" else 0
+        arrays[name] = np.full((job.stop - job.start, views, *spec.tail), fill, spec.dtype)
+    return arrays
+
+
+def _read(worker: Worker, job: ShardJob, row: int) -> tuple[np.ndarray, list[Sample]] | BrokenFile:
+    """As `Worker.views`; an image that cannot be read stops everything, or is returned as its error."""
+    try:
+        return worker.views(job, row)
+    except BrokenFile as error:
+        if job.precompute.on_error == "stop":
+            raise
+        return error
+
+
+def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
+    while batch := list(islice(samples, size)):
+        yield batch
