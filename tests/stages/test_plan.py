@@ -9,7 +9,7 @@ from cache.layout import array_specs
 from cache.manifest import Manifest
 from cache.store import open_store
 from configs.errors import UserError
-from stages.plan import TIMING, Timing, duration, plan, size
+from stages.plan import TIMING, Timing, duration, plan, size, timed_runs
 
 
 def manifest(images: int, views: int, shard_images: int, dense_views: int | None = None) -> Manifest:
@@ -67,19 +67,25 @@ def test_bottleneck_is_by_thread() -> None:
     assert str(Timing({"read": 1}))  # nothing measured
 
 
-@pytest.mark.parametrize("before", [None, b"", b"no json", b"[]", b'{"runs": [{"views": 1}]}'])
+OLD = {"views": 1, "seconds": 1.0, "workers": 1, "busy_seconds": {"read": 1.0}, "bottleneck": "read"}
+
+
+@pytest.mark.parametrize(
+    "before", [None, b"", b"no json", b"{}", b'[{"views": 1}]', json.dumps([OLD]).encode()], ids=str
+)
 def test_timing_is_kept_beside_the_cache(tmp_path: Path, before: bytes | None) -> None:
     if before is not None:
         (tmp_path / TIMING).write_bytes(before)
     timing = Timing({"read": 1, "teacher": 1})
     timing.add(7, {"read": 0.5, "teacher": 1.25})
     timing.save(open_store(tmp_path), elapsed=2.0, workers=3)
-    *older, last = json.loads((tmp_path / TIMING).read_text())["runs"]
-    assert older == ([{"views": 1}] if before and b"views" in before else [])
+    *older, last = json.loads((tmp_path / TIMING).read_text())
+    assert older == ([OLD] if before and b"bottleneck" in before else [])
     assert last == {
         "views": 7, "seconds": 2.0, "workers": 3, "busy_seconds": {"read": 0.5, "teacher": 1.25},
         "bottleneck": "teacher",
     }  # fmt: skip
+    assert timed_runs(open_store(tmp_path))[-1].busy_seconds == last["busy_seconds"]
 
 
 def test_units() -> None:
