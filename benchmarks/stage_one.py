@@ -33,7 +33,9 @@ from stages.precompute import _describe, cache_settings
 from stages.shards import PARTS, ShardJob, make_shard, worker_of
 from stages.workers import for_all, on_a_worker, worker_addresses, workers
 
-VIT_B_16 = ["teacher.model=ViT-B-16-quickgelu", "teacher.pretrained=none", "views.size=512", "pseudo_labels.windows=[7,3]"]
+VIT_B_16 = [
+    "teacher.model=ViT-B-16-quickgelu", "teacher.pretrained=none", "views.size=512", "pseudo_labels.windows=[7,3]",
+]  # fmt: skip
 DENSE = ["storage.dense_tokens=float16", "views.count=1", "views.crop=whole"]
 
 
