@@ -82,8 +82,8 @@ def measure(
             with tempfile.TemporaryDirectory(dir=".") as folder:
                 path = absolute(Path(folder) / "cache")
                 base = ShardJob(
-                    json.dumps(as_settings(config.stage_one)), config.precompute, data_root.absolute(), device, path,
-                    "", 0, 0, 0, len(dataset),
+                    json.dumps(as_settings(config.stage_one)), "", config.precompute, data_root.absolute(), device,
+                    path, "", 0, 0, 0, len(dataset),
                 )  # fmt: skip
                 manifest, features = _describe(client, base, config, dataset, settings, config.views.count)
                 create_cache(path, manifest, dataset.ids, features)

@@ -28,20 +28,21 @@ def here(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     return world
 
 
-def test_a_running_scheduler_with_one_worker_gives_the_bytes_of_two_local_ones(world: World, tmp_path: Path) -> None:
+def test_a_running_scheduler_with_one_worker_gives_the_same_bytes(world: World, tmp_path: Path) -> None:
     """The scheduler and its worker are other processes than the one that asks them."""
     target = tmp_path / "remote"
     with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=":0") as cluster:
-        done = world.run(
+        done = world.spawn(
             "precompute", "--config", world.config, "--cache", target, "--scheduler", cluster.scheduler_address
         )
     assert "dashboard: http" in done.stderr and "1 workers" in done.stderr
     assert tree(target) == tree(world.folder / "caches" / "tiny")
 
 
-def test_one_thread_makes_the_same_bytes_shard_by_shard(here: World, tmp_path: Path) -> None:
-    precompute(resolve(config=here.config), here.data, str(tmp_path / "threads"), "cpu")
-    assert tree(tmp_path / "threads") == tree(here.folder / "caches" / "tiny")
+def test_local_processes_make_the_same_bytes(world: World, tmp_path: Path) -> None:
+    """The world's own cache was made by threads."""
+    world.spawn("precompute", "--config", world.config, "--cache", tmp_path / "processes")
+    assert tree(tmp_path / "processes") == tree(world.folder / "caches" / "tiny")
 
 
 def test_timing_is_beside_the_cache(world: World) -> None:
