@@ -98,10 +98,13 @@ def _content(token: str) -> bytes:
 
 def holder_of(store: LockStore) -> dict[str, Any]:
     """What the lock says of its holder; empty if there is none. An unreadable lock is one that nobody renews."""
-    try:
-        content = json.loads(store.read(LOCK))
-        return {**content, "time": float(content["time"])}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError):
-        return {"host": "unknown", "pid": "unknown", "time": 0.0}
+    for attempt in range(2):
+        try:
+            content = json.loads(store.read(LOCK))
+            return {**content, "time": float(content["time"])}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, KeyError, TypeError):
+            if attempt == 0:
+                time.sleep(0.1)  # the lock of a store that writes in place may just be written
+    return {"host": "unknown", "pid": "unknown", "time": 0.0}

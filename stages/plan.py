@@ -1,11 +1,10 @@
 """What stage one is about to do, said before it begins; and what it did, kept beside the cache."""
 
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from cache.base import Store
 from cache.manifest import Manifest
@@ -74,12 +73,13 @@ class Timing:
     def __init__(self, lanes: Mapping[str, int]) -> None:
         """`lanes`: how many threads a worker has for each part."""
         self._lanes = lanes
-        self._seconds: Counter[str] = Counter()
+        self._seconds = dict.fromkeys(lanes, 0.0)
         self.views = 0
 
     def add(self, views: int, seconds: Mapping[str, float]) -> None:
         self.views += views
-        self._seconds.update(seconds)
+        for part, spent in seconds.items():
+            self._seconds[part] += spent
 
     @property
     def bottleneck(self) -> str:
@@ -93,21 +93,31 @@ class Timing:
 
     def save(self, store: Store, elapsed: float, workers: int) -> None:
         """Adds this run to the cache's timing.json."""
-        try:
-            runs = list(json.loads(store.read(TIMING))["runs"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            runs = []
-        seconds = {part: round(self._seconds[part], 3) for part in self._lanes}
-        runs.append(
-            {
-                "views": self.views,
-                "seconds": round(elapsed, 3),
-                "workers": workers,
-                "busy_seconds": seconds,
-                "bottleneck": self.bottleneck,
-            }
-        )
-        store.write(TIMING, (json.dumps({"runs": runs}, indent=2) + "\n").encode())
+        busy = {part: round(self._seconds[part], 3) for part in self._lanes}
+        run = TimedRun(self.views, round(elapsed, 3), workers, busy, self.bottleneck)
+        store.write(TIMING, _RUNS.dump_json([*timed_runs(store), run], indent=2))
+
+
+@dataclass(frozen=True)
+class TimedRun:
+    """One run of stage one, as timing.json has it. `seconds` are by the clock, `busy_seconds` summed over workers."""
+
+    views: int
+    seconds: float
+    workers: int
+    busy_seconds: dict[str, float]
+    bottleneck: str
+
+
+_RUNS = TypeAdapter(list[TimedRun])
+
+
+def timed_runs(store: Store) -> list[TimedRun]:
+    """The runs that made a cache; none where the file is missing or damaged."""
+    try:
+        return _RUNS.validate_json(store.read(TIMING))
+    except (FileNotFoundError, ValidationError):
+        return []
 
 
 def size(count: int) -> str:

@@ -110,6 +110,7 @@ def _make(
     views = _views(store, path, settings, config.views.count)
     base = ShardJob(
         settings=json.dumps(merge(as_settings(config.stage_one), {"views": {"count": views}})),
+        fingerprint=fingerprint(settings),
         precompute=config.precompute,
         data_root=data_root.absolute(),
         device=device,

@@ -37,8 +37,8 @@ class _Rate(ProgressColumn):
 def progress_bar(name: str, total: int | None = None, unit: str = "") -> Iterator[Callable[..., None]]:
     """A bar on stderr. The yielded function advances it: `advance(count, note="...")`."""
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate(),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn(),
+        _Rate(), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(name, total=total, unit=unit, note="")

@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from cache.store import open_store
 from cache.verify import Damage, Info
 from configs.dataset import Dataset
 from configs.load import known_datasets, resolve
@@ -17,6 +18,7 @@ from pipeline.metrics import Scores
 from stages.bench import HEADER, Row
 from stages.datasets import Check
 from stages.inspect import PseudoLabelRow, summary
+from stages.plan import duration, timed_runs
 from stages.progress import output
 
 
@@ -141,6 +143,12 @@ def cache_table(found: Info) -> None:
         sizes.add_row(name, " x ".join(map(str, shape)), spec.dtype, f"{size:,}", f"{each:,.0f}")
     sizes.add_row("the rest", "", "", f"{found.other_bytes:,}", "")
     output.print(sizes)
+    for run in timed_runs(open_store(found.location)):
+        busy = ", ".join(f"{part} {seconds:,.1f} s" for part, seconds in run.busy_seconds.items())
+        _print(
+            f"made: {run.views:,} views in {duration(run.seconds)} by {run.workers} workers; busy: {busy}; "
+            f"bottleneck: {run.bottleneck}"
+        )
     for section, values in manifest.settings.items():
         if section not in ("dataset", "files"):
             _print(f"{section}: " + ", ".join(f"{key} {value}" for key, value in values.items()))

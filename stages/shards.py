@@ -49,6 +49,7 @@ class ShardJob:
     """All that a worker needs to make one whole shard; small, because Dask serialises it for every task."""
 
     settings: str  # the resolved stage-one settings as JSON, with the cache's number of views
+    fingerprint: str  # of the cache: weights may change at the same path while a cluster's worker lives on
     precompute: Precompute
     data_root: Path
     device: str  # as the user asked
@@ -139,14 +140,14 @@ class Worker:
 
 
 @lru_cache(maxsize=1)
-def _worker(settings: str, precompute: Precompute, data_root: Path, device: str) -> Worker:
+def _worker(settings: str, precompute: Precompute, data_root: Path, device: str, fingerprint: str) -> Worker:
     return Worker(settings, precompute, data_root, device)
 
 
 def worker_of(job: ShardJob) -> Worker:
     """Loaded once per process, never sent to it."""
     with _loading:
-        return _worker(job.settings, job.precompute, job.data_root, job.device)
+        return _worker(job.settings, job.precompute, job.data_root, job.device, job.fingerprint)
 
 
 def describe(job: ShardJob) -> tuple[int, dict[str, ArraySpec]]:

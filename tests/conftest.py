@@ -4,16 +4,23 @@ import json
 import os
 import subprocess
 import sys
+import traceback
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
+from io import StringIO
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from dask.distributed import LocalCluster
 from PIL import Image
 from safetensors.torch import save_file
 
+os.environ["COLUMNS"] = "200"  # before Rich looks: lines and tables are not wrapped
 ROOT = Path(__file__).parent.parent
 SIZE = 64
 SPLITS = {"train": 10, "holdout": 4, "val": 4}
@@ -34,11 +41,35 @@ class World:
         return self.folder / "tiny-experiment.yaml"
 
     def run(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """`python cli.py ...` in the world's folder, as a user would."""
+        """`clip-zss ...` in the world's folder, as a user would, but in this process: its workers are threads.
+
+        It takes a second where `spawn` takes ten, most of them for imports.
+        """
+        import cli
+        import stages.workers
+
+        command = ["clip-zss", *map(str, arguments)]
+        threads = partial(LocalCluster, processes=False)
+        out, err, code = StringIO(), StringIO(), 0
+        with (
+            chdir(self.folder), redirect_stdout(out), redirect_stderr(err),
+            mock.patch.object(sys, "argv", command), mock.patch.object(stages.workers, "LocalCluster", threads),
+        ):  # fmt: skip
+            try:
+                cli.main()
+            except SystemExit as done:
+                code = int(done.code or 0)
+            except Exception:
+                traceback.print_exc()
+                code = 1
+        assert not check or code == 0, err.getvalue()
+        return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+    def spawn(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """`python cli.py ...` in the world's folder, in processes of its own; it must succeed."""
         command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
-        assert not check or done.returncode == 0, done.stderr
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
         return done
 
     def fails(self, *arguments: str | Path) -> str:
