@@ -11,11 +11,13 @@ from cache.dense import Pca, decode_dense, encode_dense
 from cache.manifest import Manifest
 from cache.reader import open_cache
 from cache.store import open_store
+from cache.verify import verify
 from cache.writer import create_cache, stored_pca
 from configs.errors import UserError
 from configs.load import as_settings, resolve
 from pipeline.data.dataset import BrokenFile
 from stages.dense import fit_dense_pca
+from stages.plan import TIMING
 from stages.shards import ShardJob, describe, make_shard, worker_of
 from tests.conftest import World, write_world
 
@@ -30,7 +32,7 @@ def job_of(world: World, encoding: str, cache: Path, *settings: str) -> ShardJob
     store = open_store(cache)
     return ShardJob(
         settings=json.dumps(as_settings(config.stage_one)), precompute=config.precompute, data_root=world.data,
-        device="cpu", cache=str(cache), holder=store.holder(), index=0, first_view=0, start=0, stop=10,
+        device="cpu", fingerprint="", cache=str(cache), holder=store.holder(), index=0, first_view=0, start=0, stop=10,
     )  # fmt: skip
 
 
@@ -135,3 +137,28 @@ def test_what_is_stored_is_projected_by_the_caches_own_pca(small_world: World, t
         np.testing.assert_allclose(cache.read("dense_tokens", row)[0], tokens[row, ..., 3:8] - 0.5, atol=5e-3)
     found = stored_pca(tmp_path / "cache")
     assert found is not None and (found.components == foreign.components).all()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != TIMING)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_two_runs_give_the_same_bytes_and_one_that_goes_on_fits_nothing(
+    small_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("precompute", "--config", small_world.config, "--set", "storage.dense_tokens=pca-5", "--cache")
+    caches = small_world.folder / "caches"
+    for name in ("one", "two"):
+        small_world.run(*command, f"caches/{name}")
+    whole = tree(caches / "one")
+    assert tree(caches / "two") == whole and "copies/arrays/pca_components/c.0.0" in whole
+    assert verify(caches / "one") == []
+    monkeypatch.setattr("stages.precompute.fit_dense_pca", lambda _: pytest.fail("fitted anew"))
+    (caches / "one" / "shards" / "00001.json").unlink()
+    (caches / "one" / "arrays" / "pca_mean" / "c.0").write_bytes(b"damaged")
+    small_world.run(*command, "caches/one")
+    assert tree(caches / "one") == whole
+    line = small_world.fails(*command, "caches/new", "--set", "storage.dense_tokens=pca-16")
+    assert "storage.dense_tokens pca-16: the teacher's tokens have only C = 16 values: choose a K below 16" in line
+    assert not (caches / "new" / "manifest.json").exists()
