@@ -198,6 +198,7 @@ def test_views_that_the_source_gets_later(here: World) -> None:
     path = only("--lambda", "0.9")
     old = open_cache(path).load("pseudo_labels")
     write_source(here, Path("caches/source").absolute(), views=4)
+    assert open_cache(path).dense_tokens(0).shape[0] == 2
     run("precompute", "--only", "pseudo-labels", "--lambda", "0.9", "--cache", "caches/source")
     made = open_cache(path)
     assert made.manifest.views == 4 and verify(path) == []
