@@ -197,11 +197,13 @@ def make_shard(job: ShardJob) -> int:
     samples = _readable_views(job, config, teacher, arrays["views"], skipped)
     while batch := list(islice(samples, job.batch_size)):
         pixels = normalise(np.stack([pixels for _, pixels, _ in batch]), teacher.mean, teacher.std)
-        cls_tokens, dense_tokens = (tokens.cpu().numpy() for tokens in teacher.encode(pixels))
-        for (place, _, unannotated), cls_token, dense in zip(batch, cls_tokens, dense_tokens, strict=True):
+        cls_tokens, dense_tokens = teacher.encode(pixels)
+        unannotated = np.stack([mask for _, _, mask in batch])
+        labels = zip(*pseudo_labels(dense_tokens, unannotated, config.pseudo_labels), strict=True)
+        tokens = zip(cls_tokens.cpu().numpy(), dense_tokens.cpu().numpy(), strict=True)
+        for (place, _, _), (cls_token, dense), maps in zip(batch, tokens, labels, strict=True):
             arrays["cls_tokens"][place] = cls_token
-            labels = pseudo_labels(dense, unannotated, config.pseudo_labels)
-            arrays["kmeans_labels"][place], arrays["pseudo_labels"][place] = labels
+            arrays["kmeans_labels"][place], arrays["pseudo_labels"][place] = maps
             if "dense_tokens" in arrays and place[1] < arrays["dense_tokens"].shape[1]:
                 arrays["dense_tokens"][place] = dense
     write_shard(job.cache, job.index, job.first_view, arrays, skipped)
