@@ -23,8 +23,7 @@ from torch import Tensor
 
 from pipeline.pseudo_labels.split import split_empty
 
-MARGIN = 1e-5  # no two float32 inner products of unit vectors are wrong by this much together
-LEADERS = 2  # centroids that a search returns
+MARGIN = 4e-6  # no two float32 inner products of unit vectors are wrong by this much together
 TIE = 1e-12
 VANISHED = 1e-9
 
@@ -51,27 +50,19 @@ def kmeans(tokens: np.ndarray, seeds: np.ndarray, iterations: int) -> tuple[np.n
     if n <= k:
         return np.arange(n), tokens.astype(np.float64)
     tokens = np.ascontiguousarray(tokens, np.float32)
-    wide = torch.from_numpy(tokens).double()
     centroids, sums = direction(seeds.astype(np.float64)), np.zeros(seeds.shape)
-    shift = centroids.mean(axis=0)  # off all centroids it changes no choice; the less is left, the finer is float32
-    parity, altered = np.arange(tokens.shape[1]) % 2, np.zeros(k, bool)
-    labels, similarity = _nearest(tokens, wide, centroids, shift)
-    before = None
+    distances, parity, every = np.empty((k, n), np.float32), np.arange(tokens.shape[1]) % 2, np.arange(k)
+    labels, before, altered = _assign(tokens, centroids, every, distances), None, every
     for _ in range(iterations):
-        changed = _move(wide, before, labels, sums) | altered
-        sizes, altered = np.bincount(labels, minlength=k), np.zeros(k, bool)
+        changed = np.union1d(_move(tokens, before, labels, sums), altered)
+        sizes, altered = np.bincount(labels, minlength=k), every[:0]
         centroids[changed] = direction(sums[changed])
         if (sizes == 0).any():
             source, factors = split_empty(sizes)
-            altered = factors[:, 0] != 1  # also at the next update, which undoes it
+            altered = np.flatnonzero(factors[:, 0] != 1)  # also at the next update, which undoes it
             centroids[altered] = direction(centroids[source[altered]] * factors[altered][:, parity])
-            changed |= altered
-        again = np.flatnonzero(_shaken(tokens, labels, similarity, centroids - shift, changed))
-        before, labels = labels, labels.copy()
-        if len(again) == n:
-            labels, similarity = _nearest(tokens, wide, centroids, shift)
-        elif len(again):
-            labels[again], similarity[again] = _nearest(tokens[again], wide[again], centroids, shift)
+            changed = np.union1d(changed, altered)
+        before, labels = labels, _assign(tokens, centroids, changed, distances)
         if np.array_equal(labels, before):
             break
     return labels, centroids
@@ -83,53 +74,35 @@ def direction(vectors: np.ndarray) -> np.ndarray:
     return vectors * np.where(length < VANISHED, 0, 1 / np.maximum(length, VANISHED))
 
 
-def _move(wide: Tensor, before: np.ndarray | None, labels: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """Brings the clusters' sums (k, C) up to date; which clusters gained or lost tokens (k,) bool."""
+def _move(tokens: np.ndarray, before: np.ndarray | None, labels: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """Brings the clusters' sums (k, C) up to date (torch adds rows fast); the clusters that gained or lost tokens."""
     into = torch.from_numpy(sums)
     if before is None:
-        into.index_add_(0, torch.from_numpy(labels), wide)
-        return np.ones(len(sums), bool)
-    moved, changed = np.flatnonzero(before != labels), np.zeros(len(sums), bool)
-    rows = wide[torch.from_numpy(moved)]
+        into.index_add_(0, torch.from_numpy(labels), torch.from_numpy(tokens).double())
+        return labels
+    moved = np.flatnonzero(before != labels)
+    rows = torch.from_numpy(tokens[moved]).double()
     into.index_add_(0, torch.from_numpy(labels[moved]), rows)
     into.index_add_(0, torch.from_numpy(before[moved]), rows, alpha=-1)
-    changed[labels[moved]] = changed[before[moved]] = True
-    return changed
+    return np.concatenate([labels[moved], before[moved]])
 
 
-def _shaken(
-    tokens: np.ndarray, labels: np.ndarray, similarity: np.ndarray, centroids: np.ndarray, changed: np.ndarray
-) -> np.ndarray:
-    """Tokens (n,) bool whose centroid changed, or that a changed one is about as similar to as their own."""
-    again = changed[labels]
-    steady = np.flatnonzero(~again)
-    if len(steady) and changed.any():
-        found, _ = _search(tokens[steady], centroids[changed], 1)
-        again[steady] = found[:, 0] >= similarity[steady] - _margin(centroids)
-    return again
+def _assign(tokens: np.ndarray, centroids: np.ndarray, changed: np.ndarray, distances: np.ndarray) -> np.ndarray:
+    """Labels (n,): the largest inner product of each token, the first within TIE.
 
-
-def _search(tokens: np.ndarray, centroids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    index = faiss.IndexFlatIP(tokens.shape[1])
-    index.add(centroids.astype(np.float32))
-    return index.search(tokens, count)
-
-
-def _margin(centroids: np.ndarray) -> np.float32:
-    return np.float32(MARGIN * np.sqrt(np.vecdot(centroids, centroids).max()) + TIE)
-
-
-def _nearest(
-    tokens: np.ndarray, wide: Tensor, centroids: np.ndarray, shift: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (n,), the largest inner product of each token, the first within TIE; and it, less the shift's, float32."""
-    moved = centroids - shift
-    found, index = _search(tokens, moved, min(LEADERS, len(centroids)))
-    labels, close = index[:, 0].copy(), found >= found[:, :1] - _margin(moved)
-    unsure = np.flatnonzero(close[:, 1:2])
-    if len(unsure):
-        every = np.arange(len(centroids))
-        columns = every if close[:, -1].any() else np.unique(index[unsure][close[unsure]])
-        exact = torch.mm(wide[torch.from_numpy(unsure)], torch.from_numpy(centroids[columns]).T).numpy()
-        labels[unsure] = columns[(exact >= exact.max(axis=1, keepdims=True) - TIE).argmax(axis=1)]
-    return labels, found[:, 0]
+    Brings `distances` up to date: (k, n), FAISS's squared distances |c|^2 + |t|^2 - 2 c.t, as if all |c| were 1.
+    """
+    if len(changed):
+        distances[changed] = faiss.pairwise_distances(centroids[changed].astype(np.float32), tokens)
+        distances[~centroids.any(axis=1)] = np.vecdot(tokens, tokens) + 1
+    close = distances <= distances.min(axis=0) + np.float32(2 * MARGIN)  # (k, n)
+    label, token = np.divmod(np.flatnonzero(close), len(tokens))
+    labels = np.empty(len(tokens), np.int64)
+    labels[token] = label
+    if len(token) > len(tokens):
+        unsure = np.flatnonzero(np.bincount(token) > 1)
+        few = np.flatnonzero(close[:, unsure].any(axis=1))
+        exact = torch.mm(torch.from_numpy(centroids[few]), torch.from_numpy(tokens[unsure]).double().T).numpy()
+        exact[~close[np.ix_(few, unsure)]] = -np.inf
+        labels[unsure] = few[(exact >= exact.max(axis=0) - TIE).argmax(axis=0)]
+    return labels
