@@ -27,21 +27,20 @@ def kmeans_batched(
         seed_counts: (B,) int64, from 0 to k; 0 only for views without tokens.
 
     Returns:
-        labels (B, n) int64, -1 in the padding; centroids (B, max(k, n), C) float64, of which a view's first k, or n
-        where it has no more tokens than seeds, count.
+        labels (B, n) int64, -1 in the padding; centroids (B, k, C) float64, of which count as many as the view has
+        seeds, or tokens where it has no more tokens than seeds.
     """
-    n = tokens.shape[1]
+    n, few = tokens.shape[1], min(tokens.shape[1], seeds.shape[1])
     own = torch.arange(n, device=tokens.device).expand(len(tokens), n)
     inside = own < token_counts[:, None]
     labels = torch.where(inside, own, -1)  # no more tokens than seeds: each is a cluster
-    centroids = tokens.new_zeros(len(tokens), max(seeds.shape[1], n), tokens.shape[2], dtype=torch.float64)
-    centroids[:, :n] = tokens
+    centroids = torch.zeros_like(seeds, dtype=torch.float64)
+    centroids[:, :few] = tokens[:, :few]
     many = (token_counts > seed_counts).nonzero()[:, 0]
     if len(many):
         with torch.autocast(tokens.device.type, enabled=False), _full_float32():
             found = _iterate(tokens[many], inside[many], seeds[many].double(), seed_counts[many], iterations)
-        labels[many] = found[0]
-        centroids[many, : seeds.shape[1]] = found[1]
+        labels[many], centroids[many] = found
     return labels, centroids
 
 

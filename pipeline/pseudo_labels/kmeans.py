@@ -1,10 +1,10 @@
-"""Spherical K-means of one view, from given seeds, on a CPU: FAISS assigns the tokens.
+"""Spherical K-means of one view, from given seeds, on a CPU: FAISS computes the distances.
 
 What this path and the one in batched.py compute is FAISS's spherical K-means (faiss.Clustering, spherical=True): seeds
 are brought to unit length; a token belongs to the centroid with which its inner product is largest; a centroid is the
 mean of its tokens, brought to unit length; clusters that run empty are split off others by FAISS's rule (split.py);
-after the last update tokens are assigned once more. Where faiss.Clustering leaves things to float32's last digits, and
-so to the BLAS, the processor and the number of threads, both paths are exact:
+after the last update tokens are assigned once more. Where faiss.Clustering leaves labels to float32's last digits, and
+so to the BLAS, the processor and the number of threads, both paths are exact, and so equal:
 
 - Sums and centroids are float64, and so is an assignment that float32 cannot decide. Inner products that differ by no
   more than TIE are equal, and the smallest index wins.
@@ -12,8 +12,8 @@ so to the BLAS, the processor and the number of threads, both paths are exact:
 - All iterations run. (FAISS stops when the objective, a float32 sum, does not change, unless early_stop_threshold is
   negative.) Once no token moves nothing changes any more, which is where the loop ends.
 
-It is faster than faiss.Clustering by leaving out what cannot change: tokens whose own centroid stayed where it was are
-compared with the centroids that moved, and with no others.
+It is faster than faiss.Clustering by leaving out what cannot change: centroids whose tokens stay the same keep their
+distances.
 """
 
 import faiss
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.pseudo_labels.split import split_empty
 
-MARGIN = 4e-6  # no two float32 inner products of unit vectors are wrong by this much together
+MARGIN = 1e-5  # no two float32 inner products or squared distances of unit vectors are wrong by this much together
 TIE = 1e-12
 VANISHED = 1e-9
 
@@ -51,17 +51,17 @@ def kmeans(tokens: np.ndarray, seeds: np.ndarray, iterations: int) -> tuple[np.n
         return np.arange(n), tokens.astype(np.float64)
     tokens = np.ascontiguousarray(tokens, np.float32)
     centroids, sums = direction(seeds.astype(np.float64)), np.zeros(seeds.shape)
-    distances, parity, every = np.empty((k, n), np.float32), np.arange(tokens.shape[1]) % 2, np.arange(k)
-    labels, before, altered = _assign(tokens, centroids, every, distances), None, every
+    distances, parity, none = np.empty((k, n), np.float32), np.arange(tokens.shape[1]) % 2, np.zeros(k, bool)
+    labels, before, altered = _assign(tokens, centroids, ~none, distances), None, none
     for _ in range(iterations):
-        changed = np.union1d(_move(tokens, before, labels, sums), altered)
-        sizes, altered = np.bincount(labels, minlength=k), every[:0]
+        changed = _move(tokens, before, labels, sums) | altered
+        sizes, altered = np.bincount(labels, minlength=k), none
         centroids[changed] = direction(sums[changed])
         if (sizes == 0).any():
             source, factors = split_empty(sizes)
-            altered = np.flatnonzero(factors[:, 0] != 1)  # also at the next update, which undoes it
+            altered = factors[:, 0] != 1  # also at the next update, which undoes it
             centroids[altered] = direction(centroids[source[altered]] * factors[altered][:, parity])
-            changed = np.union1d(changed, altered)
+            changed |= altered
         before, labels = labels, _assign(tokens, centroids, changed, distances)
         if np.array_equal(labels, before):
             break
@@ -75,16 +75,17 @@ def direction(vectors: np.ndarray) -> np.ndarray:
 
 
 def _move(tokens: np.ndarray, before: np.ndarray | None, labels: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """Brings the clusters' sums (k, C) up to date (torch adds rows fast); the clusters that gained or lost tokens."""
+    """Brings the clusters' sums (k, C) up to date (torch adds rows fast); which gained or lost tokens (k,) bool."""
     into = torch.from_numpy(sums)
     if before is None:
         into.index_add_(0, torch.from_numpy(labels), torch.from_numpy(tokens).double())
-        return labels
-    moved = np.flatnonzero(before != labels)
+        return np.ones(len(sums), bool)
+    moved, changed = np.flatnonzero(before != labels), np.zeros(len(sums), bool)
     rows = torch.from_numpy(tokens[moved]).double()
     into.index_add_(0, torch.from_numpy(labels[moved]), rows)
     into.index_add_(0, torch.from_numpy(before[moved]), rows, alpha=-1)
-    return np.concatenate([labels[moved], before[moved]])
+    changed[labels[moved]] = changed[before[moved]] = True
+    return changed
 
 
 def _assign(tokens: np.ndarray, centroids: np.ndarray, changed: np.ndarray, distances: np.ndarray) -> np.ndarray:
@@ -92,10 +93,10 @@ def _assign(tokens: np.ndarray, centroids: np.ndarray, changed: np.ndarray, dist
 
     Brings `distances` up to date: (k, n), FAISS's squared distances |c|^2 + |t|^2 - 2 c.t, as if all |c| were 1.
     """
-    if len(changed):
+    if changed.any():
         distances[changed] = faiss.pairwise_distances(centroids[changed].astype(np.float32), tokens)
         distances[~centroids.any(axis=1)] = np.vecdot(tokens, tokens) + 1
-    close = distances <= distances.min(axis=0) + np.float32(2 * MARGIN)  # (k, n)
+    close = distances <= distances.min(axis=0) + np.float32(MARGIN)  # (k, n)
     label, token = np.divmod(np.flatnonzero(close), len(tokens))
     labels = np.empty(len(tokens), np.int64)
     labels[token] = label
