@@ -136,10 +136,9 @@ class Worker:
     def label(self, encoded: tuple[list[Sample], Tensor, Tensor]) -> Outputs:
         samples, cls_tokens, dense_tokens = encoded
         unannotated = np.stack([sample.unannotated for sample in samples])
-        pairs = zip(dense_tokens.cpu().numpy(), unannotated, strict=True)
-        labels = zip(*(pseudo_labels(*pair, self.config.pseudo_labels) for pair in pairs), strict=True)
+        labels = pseudo_labels(dense_tokens, unannotated, self.config.pseudo_labels)
         places = [sample.place for sample in samples]
-        return Outputs(places, cls_tokens.cpu().numpy(), dense_tokens.cpu().numpy(), *map(np.stack, labels))
+        return Outputs(places, cls_tokens.cpu().numpy(), dense_tokens.cpu().numpy(), *labels)
 
 
 @lru_cache(maxsize=1)
