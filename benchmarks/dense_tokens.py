@@ -81,7 +81,7 @@ def stored_bytes(arrays: dict[str, np.ndarray], encoding: str, width: int) -> fl
 
 def labels_of(config: StageOne, tokens: np.ndarray, free: np.ndarray) -> np.ndarray:
     """(N, 2, G, G): K-means labels and fused groups."""
-    return np.array([pseudo_labels(*pair, config.pseudo_labels) for pair in zip(tokens, free, strict=True)])
+    return np.stack(pseudo_labels(torch.from_numpy(tokens), free, config.pseudo_labels), axis=1)
 
 
 def agreement(truth: np.ndarray, found: np.ndarray, free: np.ndarray) -> tuple[str, str, str]:

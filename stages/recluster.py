@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import faiss
 import numpy as np
+import torch
 import zarr
 
 from cache.dense import DENSE_TOKENS
@@ -142,10 +143,10 @@ def make_labels(job: LabelJob) -> int:
     annotated = source.load_shard("pseudo_labels", job.index)[:, views] == ANNOTATED
     labels = {name: np.full(annotated.shape, ANNOTATED, np.uint8) for name in LABELS}
     for place in np.flatnonzero(~annotated.all(axis=(1, 2, 3))):
-        for view, tokens in enumerate(source.dense_tokens(start + int(place))[views]):
-            found = pseudo_labels(tokens, ~annotated[place, view], job.settings)
-            for name, values in zip(LABELS, found, strict=True):
-                labels[name][place, view] = values
+        tokens = torch.from_numpy(source.dense_tokens(start + int(place))[views])
+        found = pseudo_labels(tokens, ~annotated[place], job.settings)
+        for name, values in zip(LABELS, found, strict=True):
+            labels[name][place] = values
     ids = source.image_ids[start:stop]
     skipped = {name: why for name, why in source.skipped().items() if name in ids}
     write_shard(job.cache, job.index, job.first_view, labels, skipped)

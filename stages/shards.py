@@ -132,9 +132,9 @@ class Worker:
 
     def label(self, encoded: tuple[list[Sample], Tensor, Tensor]) -> Outputs:
         samples, cls_tokens, dense_tokens = encoded
-        pairs = zip(dense_tokens.cpu().numpy(), (sample.unannotated for sample in samples), strict=True)
-        labels = zip(*(pseudo_labels(*pair, self.config.pseudo_labels) for pair in pairs), strict=True)
-        arrays = cls_tokens.cpu().numpy(), dense_tokens.cpu().numpy(), *map(np.stack, labels)
+        unannotated = np.stack([sample.unannotated for sample in samples])
+        labels = pseudo_labels(dense_tokens, unannotated, self.config.pseudo_labels)
+        arrays = cls_tokens.cpu().numpy(), dense_tokens.cpu().numpy(), *labels
         names = ("cls_tokens", "dense_tokens", "kmeans_labels", "pseudo_labels")
         return Outputs([sample.place for sample in samples], dict(zip(names, arrays, strict=True)))
 

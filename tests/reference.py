@@ -97,10 +97,10 @@ def window_seeds(tokens: Array, unannotated: Array, windows: Sequence[int] = (7,
     return np.array(seeds, dtype=np.float64).reshape(-1, tokens.shape[-1])
 
 
-def nearest(tokens: Array, centroids: Array) -> Pair:
-    """(n, C), (k, C) -> index (n,) of the largest inner product (ties: the smallest index) and its value (n,)."""
+def nearest(tokens: Array, centroids: Array) -> Array:
+    """(n, C), (k, C) -> index (n,) of the largest inner product; those within 1e-12 are equal: the smallest index."""
     similarity = np.array([(centroids * token).sum(axis=1) for token in tokens])
-    return similarity.argmax(axis=1), similarity.max(axis=1)
+    return np.array([np.flatnonzero(row >= row.max() - 1e-12)[0] for row in similarity])
 
 
 def split_empty(centroids: Array, sizes: Array, n: int) -> None:
@@ -124,35 +124,31 @@ def split_empty(centroids: Array, sizes: Array, n: int) -> None:
 def kmeans(tokens: Array, seeds: Array, iterations: int) -> Pair:
     """Section 3.3. Unit tokens (n, C), seeds (k, C) -> labels (n,), centroids (k, C), as faiss.Kmeans(spherical=True).
 
-    Mirrored from FAISS: empty clusters split, and a stop when the summed similarity (in float32) has not changed. All
-    tokens are clustered, however many. With no more tokens than seeds each is a cluster, and they are the centroids.
+    Mirrored from FAISS: empty clusters are split. All iterations run, and all tokens are clustered, however many. With
+    no more tokens than seeds each is a cluster, and they are the centroids. Means that cancel out (1e-9) are zero.
     """
     tokens = np.asarray(tokens, dtype=np.float64)
     n, k = len(tokens), len(seeds)
     if n <= k:
         return np.arange(n), unit(tokens)
     centroids = unit(seeds)
-    before = np.float32(0)
     for _ in range(iterations):
-        labels, similarity = nearest(tokens, centroids)
+        labels = nearest(tokens, centroids)
         sizes = np.bincount(labels, minlength=k).astype(np.float64)
         centroids = np.zeros_like(centroids)
         for token, label in zip(tokens, labels, strict=True):
-            centroids[label] += token / sizes[label]
+            centroids[label] += token
+        centroids = unit(np.where(np.sqrt((centroids**2).sum(axis=1, keepdims=True)) < 1e-9, 0, centroids))
         split_empty(centroids, sizes, n)
         centroids = unit(centroids)
-        objective = np.cumsum(similarity, dtype=np.float32)[-1]
-        if before != 0 and objective == before:
-            break
-        before = objective
-    return nearest(tokens, centroids)[0], centroids
+    return nearest(tokens, centroids), centroids
 
 
 def fuse(centroids: Array, sizes: Array, threshold: float) -> Array:
     """Section 3.3, mask fusion. (k, C), (k,) -> groups (k,), numbered by smallest member; -1 for an empty cluster."""
     centroids, k = unit(centroids), len(centroids)
     free = {i for i in range(k) if sizes[i] > 0}
-    cosine = [[float((centroids[i] * centroids[j]).sum()) for j in range(k)] for i in range(k)]
+    cosine = [[round(float((centroids[i] * centroids[j]).sum()), 12) for j in range(k)] for i in range(k)]
     members = []
     while len(free) > 1:
         pairs = [(i, j) for i in sorted(free) for j in sorted(free) if i != j]

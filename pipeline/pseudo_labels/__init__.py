@@ -1,9 +1,12 @@
-"""Pseudo labels of one view: multi-scale seeds (Eq. 4) -> K-means -> mask fusion, on unannotated tokens only."""
+"""Pseudo labels of views: multi-scale seeds (Eq. 4) -> K-means -> mask fusion, on unannotated tokens only."""
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import PseudoLabels
+from pipeline.pseudo_labels.batched import kmeans_batched
 from pipeline.pseudo_labels.fusion import fuse
 from pipeline.pseudo_labels.kmeans import kmeans, unit_length
 from pipeline.pseudo_labels.seeds import window_seeds
@@ -12,29 +15,86 @@ ANNOTATED = 255
 
 
 def pseudo_labels(
-    dense_tokens: np.ndarray, unannotated: np.ndarray, config: PseudoLabels
+    dense_tokens: Tensor, unannotated: np.ndarray, config: PseudoLabels
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Clusters and fused groups of the unannotated tokens of one view.
+    """Clusters and fused groups of the unannotated tokens of a batch of views.
+
+    On a CPU one view after the other, by FAISS; on a GPU all at once, by torch. Both give the same labels, and those of
+    a view do not depend on the views beside it (kmeans.py says why).
 
     Args:
-        dense_tokens: (G, G, C) float32, any length.
-        unannotated: (G, G) bool.
+        dense_tokens: (B, G, G, C) float32, any length, on any device.
+        unannotated: (B, G, G) bool.
 
     Returns:
-        K-means labels and fused groups, each (G, G) uint8 from 0, ANNOTATED (255) elsewhere.
+        K-means labels and fused groups, each (B, G, G) uint8 from 0, ANNOTATED (255) elsewhere.
+
+    Raises:
+        UserError: the windows give more seeds than labels fit, or an unannotated token is not finite.
     """
+    label = label_one_by_one if dense_tokens.device.type == "cpu" else label_batched
+    return label(dense_tokens, unannotated, config)
+
+
+def label_one_by_one(
+    dense_tokens: Tensor, unannotated: np.ndarray, config: PseudoLabels
+) -> tuple[np.ndarray, np.ndarray]:
+    """pseudo_labels on a CPU."""
     clusters = np.full(unannotated.shape, ANNOTATED, np.uint8)
     groups = clusters.copy()
-    if unannotated.any():
-        tokens = unit_length(dense_tokens)
-        seeds = window_seeds(tokens, unannotated, config.windows)
-        if len(seeds) > ANNOTATED:
-            raise UserError(
-                f"pseudo_labels.windows {list(config.windows)} give {len(seeds)} seeds on a grid of {len(tokens)}, "
-                f"and at most {ANNOTATED} fit: choose larger windows"
-            )
-        labels, centroids = kmeans(tokens[unannotated], seeds, config.iterations)
-        group_of = fuse(centroids, np.bincount(labels, minlength=len(centroids)), config.threshold)
-        clusters[unannotated] = labels
-        groups[unannotated] = group_of[labels]
+    for view, mask in enumerate(unannotated):
+        tokens, seeds, seed_counts = _prepare(dense_tokens[view : view + 1], torch.from_numpy(mask)[None], config)
+        found = kmeans(tokens[0].numpy(), seeds[0, : int(seed_counts[0])].numpy(), config.iterations)
+        clusters[view][mask], groups[view][mask] = _fused(*found, config)
     return clusters, groups
+
+
+def label_batched(
+    dense_tokens: Tensor, unannotated: np.ndarray, config: PseudoLabels
+) -> tuple[np.ndarray, np.ndarray]:
+    """pseudo_labels on a GPU; runs on a CPU too."""
+    clusters = np.full(unannotated.shape, ANNOTATED, np.uint8)
+    groups = clusters.copy()
+    if not unannotated.any():
+        return clusters, groups
+    free = torch.from_numpy(unannotated).to(dense_tokens.device)
+    tokens, seeds, seed_counts = _prepare(dense_tokens, free, config)
+    token_counts = free.flatten(1).sum(dim=1)
+    found = kmeans_batched(tokens, token_counts, seeds, seed_counts, config.iterations)
+    labels, centroids = (part.cpu().numpy() for part in found)
+    counts = torch.minimum(seed_counts, token_counts).tolist()
+    for view, mask in enumerate(unannotated):
+        inside = labels[view][: mask.sum()]
+        clusters[view][mask], groups[view][mask] = _fused(inside, centroids[view, : counts[view]], config)
+    return clusters, groups
+
+
+def _prepare(dense_tokens: Tensor, unannotated: Tensor, config: PseudoLabels) -> tuple[Tensor, Tensor, Tensor]:
+    """Unannotated tokens (B, n, C) at length 1, then zeros; seeds (B, k, C), then zeros; counts of the seeds (B,)."""
+    flat = unannotated.flatten().nonzero()[:, 0]
+    free = unit_length(dense_tokens.flatten(0, 2).index_select(0, flat))
+    if not free.sum().isfinite():
+        raise UserError("the teacher gave dense tokens that are not finite: check its weights (teacher)")
+    grid = torch.zeros_like(dense_tokens).flatten(0, 2).index_add_(0, flat, free).view_as(dense_tokens)
+    seeds, seed_counts = window_seeds(grid, unannotated, config.windows)
+    most = int(seed_counts.max())
+    if most > ANNOTATED:
+        raise UserError(
+            f"pseudo_labels.windows {list(config.windows)} give {most} seeds on a grid of {grid.shape[1]}, "
+            f"and at most {ANNOTATED} fit: choose larger windows"
+        )
+    return _pad(free, unannotated.flatten(1).sum(dim=1)), seeds[:, :most], seed_counts
+
+
+def _pad(tokens: Tensor, counts: Tensor) -> Tensor:
+    """(N, C), the views' tokens one after the other, (B,) -> (B, n, C)."""
+    if len(counts) == 1:
+        return tokens[None]
+    padded = tokens.new_zeros(len(counts), int(counts.max()), tokens.shape[1])
+    padded[torch.arange(padded.shape[1], device=tokens.device) < counts[:, None]] = tokens
+    return padded
+
+
+def _fused(labels: np.ndarray, centroids: np.ndarray, config: PseudoLabels) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n,), centroids (k, C) -> labels and groups (n,)."""
+    return labels, fuse(centroids, np.bincount(labels, minlength=len(centroids)), config.threshold)[labels]

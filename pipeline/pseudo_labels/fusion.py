@@ -1,6 +1,7 @@
 """Mask fusion, section 3.3: greedy merging of clusters whose centroids look alike, inspired by NMS."""
 
 import numpy as np
+import torch
 
 
 def fuse(centroids: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarray:
@@ -22,11 +23,12 @@ def fuse(centroids: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarr
     # In float64: near-duplicates differ by less than float32's rounding, and the order of merging depends on them.
     exact = centroids[alive].astype(np.float64)
     unit = exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-12)
-    similarity = np.clip(unit @ unit.T, -1, 1)
+    # By torch, whose threads stage one sets (NumPy's BLAS takes all cores); equals must tie, whatever its last digits.
+    similarity = (torch.from_numpy(unit) @ torch.from_numpy(unit).T).clamp(-1, 1).numpy().round(12)
     np.fill_diagonal(similarity, -np.inf)
     owner = np.arange(len(alive))  # the smallest cluster of each cluster's group
-    while len(alive) and similarity.max() > threshold:
-        row = int(similarity.argmax()) // len(alive)
+    while len(alive) and similarity.flat[first := similarity.argmax()] > threshold:
+        row = int(first) // len(alive)
         members = np.append(np.flatnonzero(similarity[row] > threshold), row)
         owner[members] = members.min()
         similarity[members] = -np.inf

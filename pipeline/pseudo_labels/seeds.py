@@ -1,32 +1,42 @@
 """Multi-scale mask seeds, Eq. 4."""
 
-import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 
-def window_seeds(tokens: np.ndarray, unannotated: np.ndarray, windows: tuple[int, ...]) -> np.ndarray:
-    """Means of the unannotated tokens under sliding windows.
+def window_seeds(tokens: Tensor, unannotated: Tensor, windows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Means of the unannotated tokens under sliding windows, of many views at once.
 
     Each window size slides with stride window + 1, so that 7 and 3 give 4 x 4 + 8 x 8 seeds on a 32 x 32 grid. A
     window that is larger than the grid covers all of it. Windows without an unannotated token give no seed; where that
     leaves none (the strips between windows hold the only unannotated tokens), their overall mean is the one seed.
 
     Args:
-        tokens: (G, G, C) float32.
-        unannotated: (G, G) bool.
+        tokens: (B, G, G, C) float32; annotated tokens must be zero.
+        unannotated: (B, G, G) bool.
 
     Returns:
-        (n, C) float32, in the order of `windows`, then row by row; n is 0 only without an unannotated token.
+        Seeds (B, k, C) float64, of each view in the order of `windows`, then row by row, then zeros; and how many they
+        are, (B,) int64, 0 only without an unannotated token. k is the number of windows.
     """
-    grid = tokens.shape[0]
-    seeds = []
+    grid = tokens.double().permute(0, 3, 1, 2)  # in float64 no order of adding shows in the result's float32
+    free = unannotated[:, None].double()
+    means, found = [], []
     for window in windows:
-        starts = range(0, max(grid - window, 0) + 1, window + 1)
-        for top in starts:
-            for left in starts:
-                area = np.s_[top : top + window, left : left + window]
-                free = tokens[area][unannotated[area]]
-                if len(free):
-                    seeds.append(free.mean(axis=0))
-    if not seeds and unannotated.any():
-        seeds.append(tokens[unannotated].mean(axis=0))
-    return np.array(seeds, np.float32).reshape(len(seeds), tokens.shape[2])
+        size, stride = min(window, tokens.shape[1]), window + 1
+        sums, sizes = (
+            avg_pool2d(values, size, stride, divisor_override=1).flatten(2).transpose(1, 2) for values in (grid, free)
+        )  # (B, windows, C), (B, windows, 1)
+        means.append(sums / sizes.clamp(min=1))
+        found.append(sizes[..., 0] > 0)
+    seeds, filled = torch.cat(means, dim=1), torch.cat(found, dim=1)
+    counts = filled.sum(dim=1)
+    if not filled.all():
+        order = (~filled).to(torch.uint8).argsort(dim=1, stable=True)
+        seeds = seeds.gather(1, order[..., None].expand_as(seeds))
+        missed = (counts == 0) & unannotated.flatten(1).any(dim=1)
+        if missed.any():
+            seeds[missed, 0] = grid[missed].sum(dim=(2, 3)) / free[missed].sum(dim=(2, 3))
+            counts = counts + missed
+    return seeds, counts

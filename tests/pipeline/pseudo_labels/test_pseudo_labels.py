@@ -1,17 +1,28 @@
-"""Seeds, K-means and fusion together: the pseudo labels of one view."""
+"""Seeds, K-means and fusion together: the pseudo labels of one view, by both ways."""
 
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
+from configs.errors import UserError
 from configs.schema import PseudoLabels
-from pipeline.pseudo_labels import ANNOTATED, pseudo_labels
+from pipeline.pseudo_labels import ANNOTATED, label_batched, label_one_by_one
 from tests import reference
 from tests.pipeline.draws import MASKS, draw_mask, draw_scene
 from tests.reference import Array
 
 EmptyClusters = Callable[[], int]
+
+
+def pseudo_labels(dense: Array, unannotated: Array, config: PseudoLabels) -> tuple[Array, Array]:
+    """(G, G, C), (G, G) -> clusters, groups (G, G): the same by FAISS and by the way of a GPU."""
+    batch = torch.from_numpy(dense)[None], unannotated[None], config
+    one, batched = label_one_by_one(*batch), label_batched(*batch)
+    for kind in range(2):
+        np.testing.assert_array_equal(one[kind], batched[kind], strict=True)
+    return one[0][0], one[1][0]
 
 
 def assert_reference(dense: Array, unannotated: Array, config: PseudoLabels) -> None:
@@ -52,12 +63,10 @@ def test_scenes(windows: tuple[int, ...], noise: float, seed: int, empty_cluster
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_split_clusters_are_fused_again(seed: int, empty_clusters: EmptyClusters) -> None:
-    """Split clusters tie in float32, so that clusters may differ from the reference's; the groups do not."""
+def test_split_clusters(seed: int, empty_clusters: EmptyClusters) -> None:
     rng = np.random.default_rng(seed)
     dense, unannotated = draw_scene(rng, 32, 8, 5, noise=0.1)[0], draw_mask("dense", 32, rng)
-    groups = reference.pseudo_labels(dense, unannotated, (7, 3), 10, 0.8)[1]
-    np.testing.assert_array_equal(pseudo_labels(dense, unannotated, PseudoLabels())[1], groups)
+    assert_reference(dense, unannotated, PseudoLabels(iterations=4))
     assert empty_clusters() > 0
 
 
@@ -98,9 +107,10 @@ def test_clusters_that_end_empty_join_nothing(monkeypatch: pytest.MonkeyPatch) -
     centroids = np.stack([np.cos(radians), np.sin(radians)], axis=1).astype(np.float32)
     labels = np.array([1, 2, 2, 1])
     monkeypatch.setattr("pipeline.pseudo_labels.kmeans", lambda *_: (labels, centroids))
-    clusters, groups = pseudo_labels(centroids[labels].reshape(2, 2, 2), np.ones((2, 2), bool), PseudoLabels())
-    assert clusters.tolist() == [[1, 2], [2, 1]]
-    assert groups.tolist() == [[0, 1], [1, 0]]
+    dense = torch.from_numpy(centroids[labels]).reshape(1, 2, 2, 2)
+    clusters, groups = label_one_by_one(dense, np.ones((1, 2, 2), bool), PseudoLabels())
+    assert clusters.tolist() == [[[1, 2], [2, 1]]]
+    assert groups.tolist() == [[[0, 1], [1, 0]]]
 
 
 def test_annotated_tokens_take_no_part() -> None:
@@ -125,3 +135,13 @@ def test_length_of_tokens_does_not_matter() -> None:
         strict=True,
     ):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_tokens_that_are_not_finite_are_refused(value: float) -> None:
+    dense, unannotated = np.ones((4, 4, 8), np.float32), np.arange(16).reshape(4, 4) < 12
+    dense[3, 3, 0] = value
+    assert (pseudo_labels(dense, unannotated, PseudoLabels())[0][unannotated] != ANNOTATED).all()
+    dense[0, 1, 2] = value
+    with pytest.raises(UserError, match="not finite"):
+        pseudo_labels(dense, unannotated, PseudoLabels())

@@ -2,12 +2,22 @@
 
 import numpy as np
 import pytest
+import torch
 
-from pipeline.pseudo_labels.seeds import window_seeds
+from pipeline.pseudo_labels import seeds as module
 from tests import reference
 from tests.pipeline.draws import MASKS, draw_mask, draw_unit
+from tests.reference import Array
 
 PAPER = (7, 3)
+
+
+def window_seeds(tokens: Array, unannotated: Array, windows: tuple[int, ...]) -> Array:
+    """Of one view: (G, G, C), (G, G) -> (n, C)."""
+    zeroed = torch.from_numpy(np.where(unannotated[..., None], tokens, 0))[None]
+    seeds, counts = module.window_seeds(zeroed, torch.from_numpy(unannotated)[None], windows)
+    assert not seeds[0, int(counts[0]) :].any()
+    return seeds[0, : int(counts[0])].numpy()
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -19,7 +29,7 @@ def test_reference(kind: str, grid: int, windows: tuple[int, ...]) -> None:
     rng = np.random.default_rng(grid)
     tokens, unannotated = draw_unit(rng, grid, grid, 6, dtype=np.float32), draw_mask(kind, grid, rng)
     seeds, expected = (f(tokens, unannotated, windows) for f in (window_seeds, reference.window_seeds))
-    assert seeds.dtype == np.float32
+    assert seeds.dtype == np.float64
     assert seeds.shape == expected.shape
     np.testing.assert_allclose(seeds, expected, atol=1e-6)
 
@@ -47,11 +57,15 @@ def test_no_unannotated_token_gives_no_seed() -> None:
     assert window_seeds(np.ones((8, 8, 5), np.float32), np.zeros((8, 8), bool), PAPER).shape == (0, 5)
 
 
-def test_annotated_tokens_take_no_part() -> None:
+def test_views_do_not_know_of_each_other() -> None:
     rng = np.random.default_rng(2)
-    tokens, unannotated = draw_unit(rng, 32, 32, 5, dtype=np.float32), draw_mask("half", 32, rng)
-    hidden = np.where(unannotated[..., None], tokens, np.float32(np.nan))
-    np.testing.assert_array_equal(window_seeds(hidden, unannotated, PAPER), window_seeds(tokens, unannotated, PAPER))
+    masks = np.stack([draw_mask(kind, 32, rng) for kind in MASKS])
+    tokens = np.where(masks[..., None], draw_unit(rng, len(MASKS), 32, 32, 5, dtype=np.float32), 0)
+    seeds, counts = module.window_seeds(torch.from_numpy(tokens), torch.from_numpy(masks), PAPER)
+    for view, mask in enumerate(masks):
+        alone = window_seeds(tokens[view], mask, PAPER)
+        np.testing.assert_array_equal(seeds[view, : int(counts[view])], alone)
+        assert not seeds[view, len(alone) :].any()
 
 
 def test_zero_tokens_give_zero_seeds() -> None:
