@@ -97,14 +97,31 @@ def precompute(
         typer.Option("--scheduler", metavar="tcp://HOST:PORT", help="A running Dask scheduler; default: start one."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan (views, bytes, time) and stop.")] = False,
+    only: Annotated[
+        Literal["pseudo-labels"] | None,
+        typer.Option("--only", help="Labels alone, from the dense tokens of --cache (default: the newest)."),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option("--lambda", metavar="X", help="Short for --set pseudo_labels.lambda=X.")
+    ] = None,
 ) -> None:
     """Stage one: run the frozen teacher once over the training images and cache what it says.
 
     Killed at any moment, it is continued by the same command. Example: clip-zss precompute --dataset scenes --dry-run
+
+    Labels by another lambda, without the teacher: clip-zss precompute --only pseudo-labels --lambda 0.9
     """
+    flags = {"views.seed": seed, "precompute.on_error": on_error, "pseudo_labels.lambda": threshold}
+    if only:
+        from stages.recluster import recluster
+
+        if scheduler or dry_run:
+            raise UserError("--only pseudo-labels runs in this process: drop --scheduler and --dry-run")
+        opened, settings = _open_cache(cache, dataset, config, _with_flags(set_, flags), runlocal)
+        recluster(settings, opened)
+        return
     from stages.precompute import precompute as stage
 
-    flags = {"views.seed": seed, "precompute.on_error": on_error}
     settings = resolve(dataset, config, _with_flags(set_, flags), runlocal=runlocal)
     # A cluster's workers choose their own device: this machine may have another.
     stage(settings, data_root, cache, device if scheduler else _device(device), scheduler, dry_run)

@@ -4,7 +4,7 @@ Zarr writes a file without fsync, leaves *.partial files when killed, and merges
 what is missing, it reads as zeros. So it only sees a dictionary here; a store (cache/base.py) moves the bytes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,8 @@ from zarr.codecs import ZstdCodec
 from zarr.core.buffer import Buffer, cpu
 from zarr.storage import MemoryStore
 
-from cache.layout import ARRAYS, IMAGE_IDS, TEXT_FEATURES, shard_key
+from cache.dense import Pca
+from cache.layout import ARRAYS, IMAGE_IDS, PCA_COMPONENTS, PCA_MEAN, TEXT_FEATURES, shard_key
 from cache.manifest import Manifest
 from cache.sealed import to_json
 from configs.errors import UserError
@@ -29,27 +30,48 @@ _COMMON: dict[str, Any] = {
 }
 
 
-def encode_small_files(manifest: Manifest, image_ids: Sequence[str], text_features: np.ndarray) -> dict[str, bytes]:
-    """Every file of a cache without shards but its manifest, by key: ids, zarr.json files, text features."""
+def encode_small_files(
+    manifest: Manifest, image_ids: Sequence[str], text_features: np.ndarray, pca: Pca | None = None
+) -> dict[str, bytes]:
+    """Every file of a cache without shards but its manifest, by key: ids, zarr.json files, text features, PCA."""
     files: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(files))
     for name in manifest.arrays:
         _create_array(group, name, manifest)
-    group.create_array(TEXT_FEATURES, data=text_features, chunks=text_features.shape, **_COMMON)
+    whole = {TEXT_FEATURES: text_features}
+    if pca is not None:
+        whole |= {PCA_MEAN: pca.mean, PCA_COMPONENTS: pca.components}
+    for name, array in whole.items():
+        group.create_array(name, data=array, chunks=array.shape, **_COMMON)
     encoded = {f"{ARRAYS}/{key}": buffer.to_bytes() for key, buffer in sorted(files.items())}
     return {IMAGE_IDS: to_json(list(image_ids)), **encoded}
 
 
-def is_of_text_features(key: str) -> bool:
-    return key.startswith(f"{ARRAYS}/{TEXT_FEATURES}/")
+def is_of_whole_array(key: str) -> bool:
+    """Whether the small file `key` is part of an array that is not one of single images, but the whole cache's."""
+    return key.startswith(f"{ARRAYS}/{TEXT_FEATURES}/") or is_of_pca(key)
 
 
-def decode_text_features(files: dict[str, bytes]) -> np.ndarray:
+def is_of_pca(key: str) -> bool:
+    return key.startswith((f"{ARRAYS}/{PCA_MEAN}/", f"{ARRAYS}/{PCA_COMPONENTS}/"))
+
+
+def decode_text_features(files: Mapping[str, bytes]) -> np.ndarray:
     """(K, C) float32, from those of the small files that hold it."""
-    buffers: dict[str, Buffer] = {
-        key.removeprefix(f"{ARRAYS}/"): cpu.Buffer.from_bytes(data) for key, data in files.items()
-    }
-    return np.asarray(zarr.open_array(MemoryStore(buffers), path=TEXT_FEATURES, mode="r", zarr_format=3)[...])
+    return _decode_whole(TEXT_FEATURES, files)
+
+
+def decode_pca(files: Mapping[str, bytes]) -> Pca | None:
+    """The PCA, from those of the small files that hold it; None if the cache has none."""
+    if not any(map(is_of_pca, files)):
+        return None
+    return Pca(_decode_whole(PCA_MEAN, files), _decode_whole(PCA_COMPONENTS, files))
+
+
+def _decode_whole(name: str, files: Mapping[str, bytes]) -> np.ndarray:
+    own = {key.removeprefix(f"{ARRAYS}/"): data for key, data in files.items() if key.startswith(f"{ARRAYS}/{name}/")}
+    buffers: dict[str, Buffer] = {key: cpu.Buffer.from_bytes(data) for key, data in own.items()}
+    return np.asarray(zarr.open_array(MemoryStore(buffers), path=name, mode="r", zarr_format=3)[...])
 
 
 class ShardCodec:

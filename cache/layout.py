@@ -5,23 +5,30 @@
     arrays/                  one Zarr v3 group
         text_features/       (K, C) float32, unit length
         cls_tokens/          (N, V, C) float16, unnormalised
-        dense_tokens/        (N, V, G, G, C) float16, only if asked for, perhaps of the first views alone
+        dense_tokens/        (N, V, G, G, C) float16 or int8, or (N, V, G, G, K) float16 (cache/dense.py); only if asked
+                             for, perhaps of the first views alone
+        dense_scales/        (N, V, G, G) float16, where dense tokens are int8
+        pca_mean/            (C,) float32, and
+        pca_components/      (K, C) float32, where dense tokens are principal components
         pseudo_labels/       (N, V, G, G) uint8, 255 = annotated
         kmeans_labels/       (N, V, G, G) uint8
         views/               (N, V, 5) float32: left, top, right, bottom as fractions of the image, flip 0 or 1
     shards/00000.json        completion record of shard 0 (cache/record.py)
     copies/                  all of the above but the image arrays' values, once more (cache/copies.py)
 
-N images, V views of each, C embedding width, G tokens along a side of the grid, K classes. Shard i is the rows
-[i * S, (i + 1) * S) of every image array; each array keeps view v of it in one file, arrays/<name>/c.<i>.<v>.0.0...
+N images, V views of each, C embedding width, G tokens along a side of the grid, K classes or components. Shard i is
+the rows [i * S, (i + 1) * S) of every image array; each array keeps view v of it in one file,
+arrays/<name>/c.<i>.<v>.0.0...
 """
 
 from pydantic import BaseModel, PositiveInt
 
+from cache.dense import DENSE_SCALES, DENSE_TOKENS, pca_size
+
 MANIFEST = "manifest.json"
 IMAGE_IDS = "image_ids.json"
 ARRAYS, SHARDS, COPIES = "arrays", "shards", "copies"
-TEXT_FEATURES = "text_features"
+TEXT_FEATURES, PCA_MEAN, PCA_COMPONENTS = "text_features", "pca_mean", "pca_components"  # not of single images
 
 
 class ArraySpec(BaseModel, frozen=True, extra="forbid"):
@@ -38,20 +45,25 @@ class ArraySpec(BaseModel, frozen=True, extra="forbid"):
 
 
 def array_specs(
-    width: int, grid: int, shard_images: int, dense: bool, dense_views: int | None = None
+    width: int, grid: int, shard_images: int, dense_tokens: str, dense_views: int | None = None
 ) -> dict[str, ArraySpec]:
-    """The image arrays of a cache, for C = `width` and G = `grid`; with `dense_tokens` if `dense`.
+    """The image arrays of a cache, for C = `width` and G = `grid`, with dense tokens as cache/dense.py stores them.
 
-    Dense tokens are read one image at a time, so each image is compressed alone; the others are read whole.
+    They are read one image at a time, so each image is compressed alone; the others are read whole. UserError if
+    `dense_tokens` asks for as many components as C, or more.
     """
+    size = pca_size(dense_tokens, width) or width
     specs = {
         "cls_tokens": ArraySpec(tail=(width,), dtype="float16", chunk_images=shard_images),
         "pseudo_labels": ArraySpec(tail=(grid, grid), dtype="uint8", chunk_images=shard_images),
         "kmeans_labels": ArraySpec(tail=(grid, grid), dtype="uint8", chunk_images=shard_images),
         "views": ArraySpec(tail=(5,), dtype="float32", chunk_images=shard_images),
     }
-    if dense:
-        specs["dense_tokens"] = ArraySpec(tail=(grid, grid, width), dtype="float16", chunk_images=1, views=dense_views)
+    if dense_tokens != "none":
+        dtype = "int8" if dense_tokens == "int8" else "float16"
+        specs[DENSE_TOKENS] = ArraySpec(tail=(grid, grid, size), dtype=dtype, chunk_images=1, views=dense_views)
+    if dense_tokens == "int8":
+        specs[DENSE_SCALES] = ArraySpec(tail=(grid, grid), dtype="float16", chunk_images=1, views=dense_views)
     return specs
 
 

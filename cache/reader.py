@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import zarr
 
-from cache.encoding import ShardCodec, decode_text_features, is_of_text_features, refusing
+from cache.dense import DENSE_SCALES, DENSE_TOKENS, decode_dense
+from cache.encoding import ShardCodec, decode_pca, decode_text_features, is_of_whole_array, refusing
 from cache.layout import ARRAYS, COPIES, IMAGE_IDS, MANIFEST, record_key, shard_key
 from cache.manifest import Manifest
 from cache.record import ShardRecord, load_records
@@ -40,8 +41,9 @@ class Cache:
         self.names = sorted({*manifest.arrays, *manifest.borrowed})
         skipped = self.skipped()
         self.kept_rows = np.array([row for row, name in enumerate(self.image_ids) if name not in skipped], np.int64)
-        files = {key: self._small_file(key) for key in manifest.files if is_of_text_features(key)}
+        files = {key: self._small_file(key) for key in manifest.files if is_of_whole_array(key)}
         self.text_features = decode_text_features(files)
+        self._pca = decode_pca(files)
 
     def skipped(self) -> dict[str, str]:
         """Id -> why of the images that could not be read, here or by the cache whose arrays this one borrows."""
@@ -50,7 +52,7 @@ class Cache:
         return {**lent, **own}
 
     def load(self, name: str) -> np.ndarray:
-        """The whole array `name`, (N, V, *tail), checked against the completion records.
+        """The whole array `name` as stored, (N, V, *tail), checked against the completion records.
 
         V is that of the manifest, or less for an array of which only the first views are stored.
 
@@ -71,7 +73,7 @@ class Cache:
         return next(self._blocks(name, [index]))
 
     def read(self, name: str, row: int) -> np.ndarray:
-        """One image of array `name`, (V, *tail); IndexError if `row` is not in [0, N).
+        """One image of array `name` as stored, (V, *tail); IndexError if `row` is not in [0, N).
 
         Checked by the checksums inside the shard, as hashing all of it for one image would cost too much.
         """
@@ -96,6 +98,13 @@ class Cache:
             with refusing(self._damaged(key)):
                 image[view] = store.attempt("read", key, partial(array.__getitem__, (row, view)))
         return image
+
+    def dense_tokens(self, row: int) -> np.ndarray:
+        """The dense tokens of one image, (V, G, G, C) float32, however they are stored; errors as in `read`."""
+        if DENSE_TOKENS in self._lenders:
+            return self._lenders[DENSE_TOKENS].dense_tokens(row)[: self.manifest.views]
+        names = [name for name in (DENSE_TOKENS, DENSE_SCALES) if name in self.names] or [DENSE_TOKENS]
+        return decode_dense({name: self.read(name, row) for name in names}, self._pca)
 
     def _blocks(self, name: str, indices: Iterable[int]) -> Iterator[np.ndarray]:
         """The shards of array `name`, (rows of the shard, V, *tail) each."""

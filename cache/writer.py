@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from cache.base import TEMPORARY, Store
-from cache.copies import restore, trusted_manifest
-from cache.encoding import ShardCodec, encode_small_files, is_of_text_features
+from cache.copies import restore, small_files, trusted_manifest
+from cache.dense import Pca
+from cache.encoding import ShardCodec, decode_pca, encode_small_files, is_of_pca, is_of_whole_array
 from cache.layout import ARRAYS, COPIES, MANIFEST, SHARDS, copy_key, record_key, shard_key
 from cache.manifest import Manifest, check_same_contents, check_settings
 from cache.record import ArrayRecord, ShardRecord, load_record, load_records
@@ -17,7 +18,11 @@ from configs.errors import UserError
 
 
 def create_cache(
-    location: str | Path, manifest: Manifest, image_ids: Sequence[str], text_features: np.ndarray
+    location: str | Path,
+    manifest: Manifest,
+    image_ids: Sequence[str],
+    text_features: np.ndarray,
+    pca: Pca | None = None,
 ) -> Manifest:
     """Creates the cache, or opens the one that is there if it was made from the same settings.
 
@@ -28,17 +33,18 @@ def create_cache(
         manifest: `Manifest.describe(...)` of these images.
         image_ids: N names; row i of every array belongs to image i.
         text_features: (K, C) float32.
+        pca: of the dense tokens, where their principal components are stored; see `stored_pca`.
 
     Returns:
-        The manifest as stored. For a cache that was there before, its versions and text features are those of the run
-        that began it.
+        The manifest as stored. For a cache that was there before, its versions, text features and PCA are those of the
+        run that began it.
 
     Raises:
         UserError: the location holds something else, a cache made from other settings or images, or a small file that
             is damaged, as is its copy, and that this machine makes otherwise.
     """
     store = open_store(location)
-    small = encode_small_files(manifest, image_ids, text_features)
+    small = encode_small_files(manifest, image_ids, text_features, pca)
     manifest = manifest.model_copy(update={"files": {key: FileDigest.of(data) for key, data in small.items()}})
     if not _is_begun(store):
         _place(store, manifest, small)
@@ -46,7 +52,8 @@ def create_cache(
     stored = trusted_manifest(store)
     check_settings(store.location, stored, manifest.settings)
     check_same_contents(store.location, stored, manifest)
-    as_stored = encode_small_files(stored, image_ids, text_features) if stored.views != manifest.views else small
+    same = stored.views == manifest.views
+    as_stored = small if same else encode_small_files(stored, image_ids, text_features, pca)
     lost = restore(store, stored, as_stored)
     if lost:
         raise UserError(
@@ -88,8 +95,8 @@ def _place(store: Store, manifest: Manifest, small: Mapping[str, bytes]) -> None
 
 def _extend(store: Store, stored: Manifest, views: int, small: Mapping[str, bytes]) -> Manifest:
     """Raises the number of views. Until the manifest is written, everything fits the old one; copies follow it."""
-    # Computed again on another machine, text features may differ in the last bits: those of the first run stay.
-    made = {key: FileDigest.of(data) for key, data in small.items() if not is_of_text_features(key)}
+    # Computed again on another machine, text features and PCA may differ in the last bits: those of the first run stay.
+    made = {key: FileDigest.of(data) for key, data in small.items() if not is_of_whole_array(key)}
     grown = stored.model_copy(update={"views": views, "files": {**stored.files, **made}})
     for key, digest in made.items():
         if stored.files[key] != digest:
@@ -97,6 +104,24 @@ def _extend(store: Store, stored: Manifest, views: int, small: Mapping[str, byte
     store.write(MANIFEST, grown.to_bytes())
     restore(store, grown)
     return grown
+
+
+def stored_pca(location: str | Path) -> Pca | None:
+    """The PCA of the cache that is there, from its files or their copies; None if there is none, or both are lost.
+
+    What has been projected with it is decoded with it: it is fitted once, when a cache is begun.
+    """
+    store = open_store(location)
+    try:
+        manifest = trusted_manifest(store)
+    except UserError:
+        return None
+    wanted = [key for key in manifest.files if is_of_pca(key)]
+    if not wanted:
+        return None
+    good = {pair[0].key: file.data for pair in small_files(store, manifest) for file in pair if file.is_good}
+    files = {key: data for key in wanted if (data := good.get(key)) is not None}
+    return decode_pca(files) if len(files) == len(wanted) else None
 
 
 def pending(location: str | Path, manifest: Manifest | None = None) -> list[tuple[int, int]]:

@@ -4,10 +4,19 @@
 another cache. `Config` adds what stage two and the reports need.
 """
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from configs.dataset import Dataset, Section
 
@@ -69,8 +78,15 @@ class Storage(Section):
     """How stage one is stored: images per Zarr shard, whether the dense tokens are kept, and of how many views."""
 
     shard_images: PositiveInt = 256
-    dense_tokens: Literal["none", "float16"] = "none"
+    dense_tokens: str = Field("none", description="none, float16, int8, or pca-K: K principal components as float16")
     dense_views: PositiveInt | None = Field(None, description="keep them for the first so many views; unset: for all")
+
+    @field_validator("dense_tokens")
+    @classmethod
+    def _is_an_encoding(cls, name: str) -> str:
+        if not re.fullmatch(r"none|float16|int8|pca-[1-9][0-9]{0,4}", name):
+            raise ValueError("must be none, float16, int8 or pca-K with a positive K, such as pca-64")
+        return name
 
 
 class StageOne(Section):

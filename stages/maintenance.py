@@ -2,14 +2,19 @@
 
 from pathlib import Path
 
+from cache.dense import DENSE_TOKENS
+from cache.reader import open_cache
 from cache.verify import Damage, info, prepare_repair
 from configs.load import resolve
 from stages.caches import cached_settings
 from stages.precompute import precompute
+from stages.recluster import recluster
 
 
 def repair(location: str, data_root: Path, device: str) -> list[Damage]:
     """Restores small files from their copies and recomputes bad shards, and those that were never computed.
+
+    Labels that were made from another cache's tokens are made from them again, without the teacher.
 
     Returns:
         What was damaged.
@@ -18,5 +23,10 @@ def repair(location: str, data_root: Path, device: str) -> list[Damage]:
         UserError: there is no cache, both copies of a small file are lost, or the dataset is another by now.
     """
     found = prepare_repair(location)
-    precompute(resolve(base=cached_settings(info(location).manifest)), data_root, location, device)
+    manifest = info(location).manifest
+    config = resolve(base=cached_settings(manifest))
+    if manifest.borrowed:
+        recluster(config, open_cache(manifest.borrowed[DENSE_TOKENS].cache), location)
+    else:
+        precompute(config, data_root, location, device)
     return found

@@ -23,7 +23,7 @@ from cache.layout import MANIFEST, SHARDS
 from cache.manifest import Manifest, check_settings, fingerprint
 from cache.reader import open_cache
 from cache.store import absolute, open_store
-from cache.writer import create_cache, list_skipped, pending
+from cache.writer import create_cache, list_skipped, pending, stored_pca
 from configs.errors import UserError
 from configs.load import as_settings, merge
 from configs.schema import Config, StageOne
@@ -32,6 +32,7 @@ from pipeline.teacher.load import weights_fingerprint
 from pipeline.teacher.text import read_text_features
 from stages.caches import CACHES, split_settings
 from stages.datasets import open_split
+from stages.dense import fit_dense_pca
 from stages.devices import lanes
 from stages.plan import Timing, plan
 from stages.progress import progress_bar, say
@@ -134,7 +135,8 @@ def _make(
             todo.check_room(store)
         if dry_run:
             return False
-        create_cache(path, manifest, dataset.ids, features)
+        pca = stored_pca(path) or on_a_worker(client, fit_dense_pca, base)
+        create_cache(path, manifest, dataset.ids, features, pca)
         if len(shards) < manifest.shards:
             say(f"{path} holds {manifest.shards - len(shards)} of {manifest.shards} shards: continuing")
         _run(client, jobs, store, check_lock)

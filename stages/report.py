@@ -133,6 +133,8 @@ def cache_table(found: Info) -> None:
         f"{manifest.images:,} images with {manifest.views} views: {found.shards_done:,} of {manifest.shards:,} shards "
         f"done, {found.views_done:,} views, {found.skipped:,} images left out"
     )
+    for name, borrowed in sorted(manifest.borrowed.items()):
+        _print(f"{name}: in {borrowed.cache}")
     sizes = Table("array", "shape", "type", "bytes", "bytes a view")
     for name, spec in manifest.arrays.items():
         shape = (manifest.images, manifest.array_views(name), *spec.tail)

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache.dense import encode_dense
 from cache.layout import ArraySpec, array_specs
 from cache.store import open_store
-from cache.writer import write_shard
+from cache.writer import stored_pca, write_shard
 from configs.errors import UserError
 from configs.schema import Precompute, StageOne
 from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
@@ -78,13 +79,10 @@ class Sample(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What is stored of a batch, (B, ...) each."""
+    """Of a batch: the views' places, and by name what is stored of them, (B, ...) each."""
 
     places: list[tuple[int, int]]
-    cls_tokens: np.ndarray
-    dense_tokens: np.ndarray
-    kmeans_labels: np.ndarray
-    pseudo_labels: np.ndarray
+    arrays: dict[str, np.ndarray]
 
 
 class Worker:
@@ -103,9 +101,8 @@ class Worker:
 
     def array_specs(self) -> dict[str, ArraySpec]:
         storage = self.config.storage
-        return array_specs(
-            self.teacher.width, self.grid, storage.shard_images, storage.dense_tokens != "none", storage.dense_views
-        )
+        width, shard_images = self.teacher.width, storage.shard_images
+        return array_specs(width, self.grid, shard_images, storage.dense_tokens, storage.dense_views)
 
     def views(self, job: ShardJob, row: int) -> tuple[np.ndarray, list[Sample]]:
         """Geometries (V, 5) and samples of the views that the job makes of an image; BrokenFile if it cannot be read.
@@ -137,8 +134,9 @@ class Worker:
         samples, cls_tokens, dense_tokens = encoded
         unannotated = np.stack([sample.unannotated for sample in samples])
         labels = pseudo_labels(dense_tokens, unannotated, self.config.pseudo_labels)
-        places = [sample.place for sample in samples]
-        return Outputs(places, cls_tokens.cpu().numpy(), dense_tokens.cpu().numpy(), *labels)
+        arrays = cls_tokens.cpu().numpy(), dense_tokens.cpu().numpy(), *labels
+        names = ("cls_tokens", "dense_tokens", "kmeans_labels", "pseudo_labels")
+        return Outputs([sample.place for sample in samples], dict(zip(names, arrays, strict=True)))
 
 
 @lru_cache(maxsize=1)
@@ -170,7 +168,7 @@ def calibrate(job: ShardJob) -> float:
     """
     worker = worker_of(job)
     found: Iterator[tuple[np.ndarray, list[Sample]]] = (
-        views for row in range(job.start, job.stop) if not isinstance(views := _read(worker, job, row), BrokenFile)
+        views for row in range(job.start, job.stop) if not isinstance(views := read_views(worker, job, row), BrokenFile)
     )
     count = job.precompute.batch_size if worker.device.startswith("cuda") else 2
     samples = list(islice(chain.from_iterable(samples for _, samples in found), count))
@@ -200,11 +198,12 @@ def make_shard(job: ShardJob) -> Done:
 def _compute(worker: Worker, job: ShardJob, watch: Stopwatch) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The shard's arrays, and the ids of images that could not be read, with the reason."""
     arrays = _empty_arrays(worker, job)
+    encoding, pca = worker.config.storage.dense_tokens, stored_pca(job.cache)
     skipped: dict[str, str] = {}
 
     def read(row: int) -> tuple[np.ndarray, list[Sample]] | BrokenFile:
         with watch("read"):
-            return _read(worker, job, row)
+            return read_views(worker, job, row)
 
     def batch(samples: list[Sample]) -> tuple[list[Sample], Tensor]:
         with watch("read"):
@@ -212,7 +211,8 @@ def _compute(worker: Worker, job: ShardJob, watch: Stopwatch) -> tuple[dict[str,
 
     def label(encoded: tuple[list[Sample], Tensor, Tensor]) -> Outputs:
         with watch("cluster"):
-            return worker.label(encoded)
+            places, found = worker.label(encoded)
+            return Outputs(places, {**found, **encode_dense(found["dense_tokens"], encoding, pca)})
 
     def readable() -> Iterator[Sample]:
         rows = range(job.start, job.stop)
@@ -239,8 +239,8 @@ def _compute(worker: Worker, job: ShardJob, watch: Stopwatch) -> tuple[dict[str,
 
 
 def _store(outputs: Outputs, arrays: dict[str, np.ndarray]) -> None:
-    for name in arrays.keys() & Outputs._fields:
-        for (row, view), value in zip(outputs.places, getattr(outputs, name), strict=True):
+    for name in arrays.keys() & outputs.arrays.keys():
+        for (row, view), value in zip(outputs.places, outputs.arrays[name], strict=True):
             if view < arrays[name].shape[1]:  # of dense tokens, perhaps only the first views are kept
                 arrays[name][row, view] = value
 
@@ -255,7 +255,7 @@ def _empty_arrays(worker: Worker, job: ShardJob) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _read(worker: Worker, job: ShardJob, row: int) -> tuple[np.ndarray, list[Sample]] | BrokenFile:
+def read_views(worker: Worker, job: ShardJob, row: int) -> tuple[np.ndarray, list[Sample]] | BrokenFile:
     """As `Worker.views`; an image that cannot be read stops everything, or is returned as its error."""
     try:
         return worker.views(job, row)

@@ -29,7 +29,7 @@ class StageOne:
         images: int = 8,
         shard_images: int = 3,
         settings: dict[str, Any] = SETTINGS,
-        dense: bool = True,
+        dense: str = "float16",
         versions: dict[str, str] | None = None,
         views: int = VIEWS,
         dense_views: int | None = None,

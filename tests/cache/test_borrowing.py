@@ -61,7 +61,7 @@ def test_a_lender_that_is_another_cache_now(stage_one, change):
         lender.record(0).unlink()
     else:
         lender.path.rename(lender.path.with_name("elsewhere"))
-        stage_one("lender", **({"dense": False} if "dense" in change else {"settings": {"a": 1}})).run()
+        stage_one("lender", **({"dense": "none"} if "dense" in change else {"settings": {"a": 1}})).run()
     with pytest.raises(UserError) as error:
         open_cache(stage.path)
     assert f"{stage.path} shares " in str(error.value) and str(lender.path) in str(error.value)

@@ -57,7 +57,7 @@ def test_a_cache_goes_to_loader_workers(stage_one):
 
 
 def test_rows_and_arrays_that_do_not_exist(stage_one):
-    cache = open_cache(stage_one(dense=False).run())
+    cache = open_cache(stage_one(dense="none").run())
     with pytest.raises(UserError, match=r"cache holds no dense_tokens \(it holds cls_tokens, kmeans_labels, .*\)"):
         cache.load("dense_tokens")
     for row in (-1, 8):

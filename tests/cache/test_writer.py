@@ -120,8 +120,8 @@ def test_an_empty_directory_is_taken(stage_one):
 
 
 def test_a_killed_creation_is_begun_anew(stage_one):
-    stage, other = stage_one("cache", dense=False), stage_one("other", dense=False)
-    stage_one("cache", dense=True).create()
+    stage, other = stage_one("cache", dense="none"), stage_one("other", dense="none")
+    stage_one("cache").create()
     (stage.path / MANIFEST).unlink()  # the last step had not come yet
     with pytest.raises(UserError, match=r"manifest.json is missing: run cache repair, or precompute with the same"):
         Manifest.load(open_store(stage.path))

@@ -216,6 +216,8 @@ def test_misspelt_setting_in_a_file(tiny: str, write: Write) -> None:
         ("pseudo_labels.windows", "[3, 0]"), ("pseudo_labels.windows", "3"), ("views.count", "0"),
         ("views.crop", "both"), ("views.ratio", "[0, 1]"), ("views.ratio", "2"), ("views.size", "big"),
         ("teacher.dense", "maskclap"), ("teacher.model", "7"), ("storage.dense_tokens", "float32"),
+        ("storage.dense_tokens", "pca-0"), ("storage.dense_tokens", "pca-"), ("storage.dense_tokens", "pca-6.5"),
+        ("storage.dense_tokens", "pca--6"), ("storage.dense_tokens", "8"),
         ("student.channels", "0"), ("train", "5"),
         ("dataset", "voc"), ("dataset.classes", "a"), ("evaluate.gamma", "high"), ("evaluate.split", "[val]"),
     ],

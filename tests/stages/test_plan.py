@@ -13,7 +13,7 @@ from stages.plan import TIMING, Timing, duration, plan, size, timed_runs
 
 
 def manifest(images: int, views: int, shard_images: int, dense_views: int | None = None) -> Manifest:
-    specs = array_specs(width=16, grid=4, shard_images=shard_images, dense=True, dense_views=dense_views)
+    specs = array_specs(width=16, grid=4, shard_images=shard_images, dense_tokens="float16", dense_views=dense_views)
     return Manifest.describe({}, {}, [str(index) for index in range(images)], views, shard_images, specs)
 
 

@@ -1,0 +1,31 @@
+"""Principal components of dense tokens, by FAISS."""
+
+import faiss
+import numpy as np
+
+from configs.errors import UserError
+
+
+def fit_pca(tokens: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The directions in which a sample of tokens varies most.
+
+    Args:
+        tokens: (n, C) float32.
+        size: K, at most C.
+
+    Returns:
+        mean (C,) and components (K, C), both float32; the components are orthonormal, those of most variance first.
+
+    Raises:
+        UserError: n < C, which does not determine C directions.
+    """
+    count, width = tokens.shape
+    if count < width:
+        raise UserError(
+            f"storage.dense_tokens pca-{size} is fitted on at least {width} tokens, and these images have {count}: use "
+            "float16 or int8"
+        )
+    pca = faiss.PCAMatrix(width, size)
+    pca.train(np.ascontiguousarray(tokens, np.float32))
+    components = faiss.vector_to_array(pca.A).reshape(size, width)
+    return faiss.vector_to_array(pca.mean), components
