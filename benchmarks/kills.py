@@ -4,7 +4,8 @@
 
 Each kill hits, by chance, the main process and its workers together, the main process alone (its workers must then
 end by themselves), or one worker alone (the run must go on without it). A run that was completed before its kill starts
-anew: from nothing, or without a few records. In the end the cache must be, byte for byte, that of an undisturbed run.
+anew: from nothing, or without a few records. Each time a run is completed, and in the end, the cache must be, byte for
+byte, that of an undisturbed run.
 
 Runs are forked from this process, which has imported everything, and so are their workers: a start takes a second in
 place of twenty. (Threads that NumPy starts would not survive a fork: hence OMP_NUM_THREADS.) `--spawn` starts
@@ -12,6 +13,7 @@ place of twenty. (Threads that NumPy starts would not survive a fork: hence OMP_
 """
 
 import argparse
+import math
 import os
 import random
 import shutil
@@ -20,9 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import dask.config
@@ -35,7 +37,9 @@ from stages.plan import TIMING
 
 SCENES = ["--dataset", "scenes", "--set", "dataset.limit=400", "--set", "storage.shard_images=8"]
 ORPHANS_END_WITHIN = 30.0  # seconds
+STUCK = 300.0  # seconds without an end, nor a kill: the run hangs
 START = 0.4  # of a run's time at most goes by before its first shard
+HITS = ("all processes", "the main process", "a worker")
 DIED_TOO_OFTEN = "died four times"
 
 
@@ -70,15 +74,16 @@ class Attempt:
             if parent == self.pid and b"resource_tracker" not in _command(pid)
         ]  # fmt: skip
 
-    def kill(self, alone: bool) -> None:
-        """The main process, or all of its session; returns when nothing of it is left."""
+    def kill(self, alone: bool) -> int:
+        """The main process, or all of its session; when nothing is left, returns its exit code or minus the signal."""
         (os.kill if alone else os.killpg)(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         deadline = time.monotonic() + ORPHANS_END_WITHIN
         while left := [pid for pid, (_, session) in _processes().items() if session == self.pid]:
             if time.monotonic() > deadline:
                 raise Failure(f"processes {left} outlive their run by {ORPHANS_END_WITHIN} s")
             time.sleep(0.05)
+        return code
 
 
 def _become_precompute(folder: Path, log: Path, arguments: Sequence[str]) -> None:
@@ -95,7 +100,11 @@ def _become_precompute(folder: Path, log: Path, arguments: Sequence[str]) -> Non
         code = 0
     except SystemExit as done:
         code = int(done.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
@@ -125,12 +134,15 @@ def contents(cache: Path) -> dict[str, bytes]:
     return {str(file.relative_to(cache)): file.read_bytes() for file in files}
 
 
-def run_killed(folder: Path, arguments: Sequence[str], kills: int, seed: int, spawn: bool) -> Counter[str]:
+def run_killed(
+    folder: Path, arguments: Sequence[str], kills: int, seed: int, spawn: bool, hits: Sequence[str] = HITS
+) -> Counter[str]:
     """Kills and resumes; what was hit, and when.
 
     Args:
         folder: working directory, which holds the data; caches `whole` and `killed` are made in it.
         arguments: of the command line, without `--cache`.
+        hits: what is killed, one of these by chance.
 
     Raises:
         Failure: a run fails otherwise than by a kill, leaves processes behind, or the cache differs in the end.
@@ -153,49 +165,64 @@ def run_killed(folder: Path, arguments: Sequence[str], kills: int, seed: int, sp
         attempt = Attempt(folder, [*arguments, "--cache", str(killed)], spawn)
         done, of = (len(list(cache.glob(f"{SHARDS}/*.json"))) for cache in (killed, whole))
         likely = duration * max(START, 1 - done / of)  # or most runs would be completed before their kill
-        _kill_until_it_ends(attempt, killed, draw, likely, tally, kills)
-        if len(list(killed.glob(f"{SHARDS}/*.json"))) == of:
+        if _kill_until_it_ends(attempt, killed, of, draw, likely, hits, tally, kills):
+            _check(killed, whole)  # now: what is set back would hide it
             _set_back(killed, draw)
     finish(killed)
-    if contents(killed) != contents(whole):
-        differing = sorted(
-            name for name in contents(killed).keys() | contents(whole).keys()
-            if contents(killed).get(name) != contents(whole).get(name)
-        )  # fmt: skip
-        raise Failure(f"the caches differ in {differing[:10]}")
-    if damage := verify(killed):
-        raise Failure(f"verify finds {damage[:10]}")
+    _check(killed, whole)
     return tally
 
 
+def _check(killed: Path, whole: Path) -> None:
+    found, wanted = contents(killed), contents(whole)
+    if found != wanted:
+        differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        raise Failure(f"the caches differ in {differing[:10]}")
+    if damage := verify(killed):
+        raise Failure(f"verify finds {damage[:10]}")
+
+
 def _kill_until_it_ends(
-    attempt: Attempt, cache: Path, draw: random.Random, duration: float, tally: Counter[str], kills: int
-) -> None:
+    attempt: Attempt, cache: Path, shards: int, draw: random.Random, duration: float, hits: Sequence[str],
+    tally: Counter[str], kills: int,
+) -> bool:  # fmt: skip
+    """Whether the run was completed."""
     while True:
-        moment = time.monotonic() + draw.uniform(0, duration)
+        # After the last kill a run that lost a worker must end well.
+        moment = time.monotonic() + draw.uniform(0, duration) if tally["kills"] < kills else math.inf
+        patience = time.monotonic() + STUCK + duration
         while (code := attempt.ended()) is None and time.monotonic() < moment:
+            if time.monotonic() > patience:
+                attempt.kill(alone=False)
+                raise Failure(f"a run hangs: {attempt.log.read_text()[-2000:]}")
             time.sleep(0.002)
         if code is not None:
             too_often = code == 2 and DIED_TOO_OFTEN in attempt.log.read_text()
             tally["runs that gave up on a shard after four dead workers" if too_often else "runs completed"] += 1
             if code and not too_often:
-                raise Failure(f"a run exits with {code}: {attempt.log.read_text()[-2000:]}")
-            return
-        hit = draw.choice(["all processes", "the main process", "a worker"])
+                raise Failure(f"a run exits with {code}: {attempt.log.read_text()[-9000:]}")
+            return code == 0
+        hit = draw.choice(hits)
         victims = attempt.workers() if hit == "a worker" else []
         if hit == "a worker" and not victims:
             continue
-        when = "before the manifest" if not (cache / MANIFEST).exists() else "with shards pending"
+        if not (cache / MANIFEST).exists():
+            when = "before the manifest"
+        else:
+            pending = len(list(cache.glob(f"{SHARDS}/*.json"))) < shards
+            when = "with shards pending" if pending else "after the last shard"
+        if hit == "a worker":
+            try:
+                os.kill(draw.choice(victims), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        elif attempt.kill(alone=hit == "the main process") != -signal.SIGKILL:
+            tally["runs that ended just before their kill"] += 1
+            return False  # the next one says so
         tally["kills"] += 1
         tally[f"{hit}, {when}"] += 1
         if hit != "a worker":
-            attempt.kill(alone=hit == "the main process")
-            return
-        with suppress(ProcessLookupError):
-            os.kill(draw.choice(victims), signal.SIGKILL)
-        if tally["kills"] == kills:
-            attempt.kill(alone=False)
-            return
+            return False
 
 
 def _set_back(cache: Path, draw: random.Random) -> None:
@@ -212,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hit", choices=HITS, action="append", help="Kill only this; repeatable.")
     parser.add_argument("--spawn", action="store_true")
     parser.add_argument("precompute", nargs="*", default=SCENES)
     arguments = parser.parse_args()
@@ -219,13 +247,13 @@ def main() -> None:
         try:
             tally = run_killed(
                 Path(folder).absolute(), ["precompute", *arguments.precompute], arguments.kills, arguments.seed,
-                arguments.spawn,
+                arguments.spawn, arguments.hit or HITS,
             )  # fmt: skip
         except Failure as failure:
             sys.exit(f"FAILED: {failure}")
     for what, count in sorted(tally.items()):
         print(f"{count:4d}  {what}")
-    print("the cache is byte-identical to that of an undisturbed run, and verify finds nothing")
+    print("the cache is byte-identical to that of an undisturbed run whenever complete, and verify finds nothing")
 
 
 if __name__ == "__main__":
