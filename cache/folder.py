@@ -75,7 +75,6 @@ class FolderStore(Store):
         """The kernel frees it when the process dies, however it does; the file goes when the block ends."""
         path = self.root / LOCK
         with self._explaining("lock", LOCK):
-            _make_directory(self.root)
             descriptor = _lock_file(path)
         try:
             if descriptor is None:
@@ -129,7 +128,11 @@ class FolderStore(Store):
 def _lock_file(path: Path) -> int | None:
     """A descriptor that holds the lock, or None if another process does. The holder deletes the file in the end."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        _make_directory(path.parent)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # a holder that wrote nothing has just deleted the folder too
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):

@@ -78,8 +78,9 @@ def _take(store: LockStore, token: str) -> None:
         if time.time() - holder["time"] < STALE:
             raise _refusal(store, holder)
         time.sleep(2 * BEAT)  # its clock may be wrong
-        if holder_of(store) != holder:
-            raise _refusal(store, holder)
+        latest = holder_of(store)
+        if latest != holder:
+            raise _refusal(store, latest or holder)
         store.write(LOCK, _content(token))
     time.sleep(SETTLE)
     holder = holder_of(store)
@@ -98,13 +99,12 @@ def _content(token: str) -> bytes:
 
 def holder_of(store: LockStore) -> dict[str, Any]:
     """What the lock says of its holder; empty if there is none. An unreadable lock is one that nobody renews."""
-    for attempt in range(2):
+    for _ in range(5):
         try:
             content = json.loads(store.read(LOCK))
             return {**content, "time": float(content["time"])}
         except FileNotFoundError:
             return {}
         except (ValueError, KeyError, TypeError):
-            if attempt == 0:
-                time.sleep(0.1)  # the lock of a store that writes in place may just be written
+            time.sleep(0.03)  # the lock of a store that writes in place may just be written
     return {"host": "unknown", "pid": "unknown", "time": 0.0}
