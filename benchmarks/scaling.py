@@ -8,8 +8,9 @@ four views an image, 100 views a shard, with a random teacher of width 16 on vie
 computed, so that what grows with the dataset would show. Sizes alternate within a round.
 
 Clock: timing.json's seconds over its views: the shards, without start-up. CPU: seconds of the command and all its
-processes over the same time; it hardly minds what else the machine does. Both also as the cost of one more view, from
-each size to the next, without what the first shards cost once (lazy imports, allocators, an idle worker at the end).
+processes over the same time; it minds other work on the machine less than the clock does, but does (caches).
+Both also as the cost of one more view, from each size to the next, without what the first shards cost once (lazy
+imports, allocators, an idle worker at the end).
 Memory: peak anonymous resident bytes, without the libraries' files, of the command's own process and of its largest
 worker, over the same time. Prints Markdown tables; scaling.md was printed so.
 """

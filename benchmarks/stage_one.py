@@ -70,28 +70,29 @@ def stage_round(client: Client, jobs: list[ShardJob]) -> tuple[float, Timing]:
     return timing.views / (time.perf_counter() - start), timing
 
 
+def new_cache(client: Client, config: Config, data_root: Path, device: str, path: str) -> list[ShardJob]:
+    """Creates a cache, and gives the jobs of its shards."""
+    dataset = open_split(config.dataset, data_root, "train")
+    settings = cache_settings(config.stage_one, dataset)
+    base = ShardJob(
+        json.dumps(as_settings(config.stage_one)), "", config.precompute, data_root.absolute(), device, path,
+        "", 0, 0, 0, len(dataset),
+    )  # fmt: skip
+    manifest, features = _describe(client, base, config, dataset, settings, config.views.count)
+    create_cache(path, manifest, dataset.ids, features)
+    rows = map(manifest.shard_rows, range(manifest.shards))
+    return [replace(base, index=index, start=start, stop=stop) for index, (start, stop) in enumerate(rows)]
+
+
 def measure(
     config: Config, data_root: Path, device: str, shards: int, rounds: int
 ) -> list[tuple[float, float, Timing]]:
     """(bare, stage, timing) of each round, after one that warms up."""
-    dataset = open_split(config.dataset, data_root, "train")
-    settings = cache_settings(config.stage_one, dataset)
     found = []
     with workers(None, device, shards) as client:
         for number in range(rounds + 1):
             with tempfile.TemporaryDirectory(dir=".") as folder:
-                path = absolute(Path(folder) / "cache")
-                base = ShardJob(
-                    json.dumps(as_settings(config.stage_one)), "", config.precompute, data_root.absolute(), device,
-                    path, "", 0, 0, 0, len(dataset),
-                )  # fmt: skip
-                manifest, features = _describe(client, base, config, dataset, settings, config.views.count)
-                create_cache(path, manifest, dataset.ids, features)
-                jobs = [
-                    replace(base, index=index, start=start, stop=stop)
-                    for index in range(min(shards, manifest.shards))
-                    for start, stop in [manifest.shard_rows(index)]
-                ]
+                jobs = new_cache(client, config, data_root, device, absolute(Path(folder) / "cache"))[:shards]
                 if number == 0:
                     on_a_worker(client, make_shard, jobs[-1])
                     continue
