@@ -30,7 +30,7 @@ VANISHED = 1e-9
 
 def unit_length(tokens: Tensor) -> Tensor:
     """(..., C) at length 1, of the same type; a zero token stays zero."""
-    length = torch.linalg.vector_norm(tokens.double(), dim=-1, keepdim=True)
+    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=torch.float64)
     return tokens / torch.where(length == 0, 1, length).to(tokens.dtype)
 
 
@@ -103,7 +103,7 @@ def _assign(tokens: np.ndarray, centroids: np.ndarray, changed: np.ndarray, dist
     if len(token) > len(tokens):
         unsure = np.flatnonzero(np.bincount(token) > 1)
         few = np.flatnonzero(close[:, unsure].any(axis=1))
-        exact = torch.mm(torch.from_numpy(centroids[few]), torch.from_numpy(tokens[unsure]).double().T).numpy()
-        exact[~close[np.ix_(few, unsure)]] = -np.inf
-        labels[unsure] = few[(exact >= exact.max(axis=0) - TIE).argmax(axis=0)]
+        wide = torch.from_numpy(tokens[unsure]).double()
+        exact = torch.mm(wide, torch.from_numpy(centroids[few]).T).numpy()
+        labels[unsure] = few[(exact >= exact.max(axis=1, keepdims=True) - TIE).argmax(axis=1)]
     return labels
