@@ -26,6 +26,12 @@ SIZE = 64
 SPLITS = {"train": 10, "holdout": 4, "val": 4}
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file of a cache below it; the time that a run took is no part of one."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "timing.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 @dataclass(frozen=True)
 class World:
     """Paths below one temporary folder, which is also the working directory of the commands."""

@@ -17,9 +17,8 @@ from configs.errors import UserError
 from configs.load import as_settings, resolve
 from pipeline.data.dataset import BrokenFile
 from stages.dense import fit_dense_pca
-from stages.plan import TIMING
 from stages.shards import ShardJob, describe, make_shard, worker_of
-from tests.conftest import World, write_world
+from tests.conftest import World, tree, write_world
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +136,6 @@ def test_what_is_stored_is_projected_by_the_caches_own_pca(small_world: World, t
         np.testing.assert_allclose(cache.read("dense_tokens", row)[0], tokens[row, ..., 3:8] - 0.5, atol=5e-3)
     found = stored_pca(tmp_path / "cache")
     assert found is not None and (found.components == foreign.components).all()
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != TIMING)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_two_runs_give_the_same_bytes_and_one_that_goes_on_fits_nothing(

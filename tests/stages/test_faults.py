@@ -16,8 +16,7 @@ from threading import Thread
 import pytest
 
 import cache.url
-from tests.conftest import World
-from tests.stages.test_precompute import tree
+from tests.conftest import World, tree
 
 
 def mount(*arguments: str | Path) -> bool:

@@ -1,7 +1,6 @@
 """cache info, verify, repair, gc: as a user meets them. What they find is tested in tests/cache."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +8,9 @@ from typer.testing import CliRunner
 
 from cli import app
 from configs.errors import UserError
-from tests.conftest import World
+from tests.conftest import World, tree
 
 NAME = "caches/damaged"
-
-
-def contents(cache: Path) -> dict[str, bytes]:
-    files = (file for file in cache.rglob("*") if file.is_file() and file.name != "timing.json")
-    return {str(file.relative_to(cache)): file.read_bytes() for file in files}
 
 
 def run(verb: str, name: str = NAME) -> str:
@@ -36,7 +30,7 @@ def test_a_damaged_cache_is_repaired_to_the_same_bytes(world: World, monkeypatch
     torch.set_num_threads(1)
     cache = world.folder / NAME
     shutil.copytree(world.folder / "caches" / "tiny", cache)
-    whole = contents(cache)
+    whole = tree(cache)
     assert "every byte is as it was written" in run("verify")
     assert "10 images with 1 views: 3 of 3 shards done" in run("info")
 
@@ -53,4 +47,4 @@ def test_a_damaged_cache_is_repaired_to_the_same_bytes(world: World, monkeypatch
 
     assert f"changed: {NAME}/arrays/dense_tokens/c.1.0.0.0.0" in run("repair")
     assert "1 files, 4 bytes freed" in run("gc")
-    assert contents(cache) == whole
+    assert tree(cache) == whole

@@ -20,12 +20,7 @@ from pipeline.data.dataset import SegmentationDataset
 from pipeline.data.views import normalise, replay
 from pipeline.teacher.clip import FrozenClip
 from tests import reference
-from tests.conftest import ROOT, SIZE, World
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "timing.json")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+from tests.conftest import ROOT, SIZE, World, tree
 
 
 @pytest.fixture(scope="module")

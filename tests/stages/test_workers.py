@@ -16,8 +16,7 @@ from configs.errors import UserError
 from configs.load import resolve
 from stages.precompute import precompute
 from stages.workers import for_all, on_a_worker, on_every_worker, workers
-from tests.conftest import World
-from tests.stages.test_precompute import tree
+from tests.conftest import World, tree
 
 
 @pytest.fixture
