@@ -27,10 +27,10 @@ from cache.writer import create_cache
 from configs.load import as_settings, resolve
 from configs.schema import Config
 from stages.datasets import open_split
-from stages.devices import choose_device, lanes
+from stages.devices import choose_device
 from stages.plan import Timing
 from stages.precompute import _describe, cache_settings
-from stages.shards import PARTS, ShardJob, make_shard, worker_of
+from stages.shards import ShardJob, make_shard, part_lanes, worker_of
 from stages.workers import for_all, on_a_worker, worker_addresses, workers
 
 VIT_B_16 = [
@@ -63,7 +63,7 @@ def bare_round(client: Client, jobs: list[ShardJob]) -> float:
 
 def stage_round(client: Client, jobs: list[ShardJob]) -> tuple[float, Timing]:
     """Views a second from the first shard's beginning to the last one's end."""
-    timing = Timing(dict(zip(PARTS, (lanes(jobs[0].device).readers, 1, 1, 1), strict=True)))
+    timing = Timing(part_lanes(jobs[0].device))
     start = time.perf_counter()
     for done in for_all(client, make_shard, jobs):
         timing.add(done.views, done.seconds)

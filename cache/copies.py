@@ -39,7 +39,11 @@ class SmallFile:
 
 def small_files(store: Store, manifest: Manifest) -> list[tuple[SmallFile, SmallFile]]:
     """Every small file and its copy, the manifest's last."""
-    digests = {**manifest.files, MANIFEST: FileDigest.of(manifest.to_bytes())}
+    return file_pairs(store, {**manifest.files, MANIFEST: FileDigest.of(manifest.to_bytes())})
+
+
+def file_pairs(store: Store, digests: Mapping[str, FileDigest]) -> list[tuple[SmallFile, SmallFile]]:
+    """These small files, by key what each must be, and their copies."""
     found = store.read_many([*digests, *map(copy_key, digests)])
     return [
         (SmallFile(key, digest, found.get(key)), SmallFile(copy_key(key), digest, found.get(copy_key(key))))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from cache.base import TEMPORARY, Store
-from cache.copies import restore, small_files, trusted_manifest
+from cache.copies import file_pairs, restore, trusted_manifest
 from cache.dense import Pca
 from cache.encoding import ShardCodec, decode_pca, encode_small_files, is_of_pca, is_of_whole_array
 from cache.layout import ARRAYS, COPIES, MANIFEST, SHARDS, copy_key, record_key, shard_key
@@ -116,11 +116,9 @@ def stored_pca(location: str | Path) -> Pca | None:
         manifest = trusted_manifest(store)
     except UserError:
         return None
-    wanted = [key for key in manifest.files if is_of_pca(key)]
-    if not wanted:
-        return None
-    good = {pair[0].key: file.data for pair in small_files(store, manifest) for file in pair if file.is_good}
-    files = {key: data for key in wanted if (data := good.get(key)) is not None}
+    wanted = {key: digest for key, digest in manifest.files.items() if is_of_pca(key)}
+    pairs = file_pairs(store, wanted) if wanted else []
+    files = {pair[0].key: file.data for pair in pairs for file in pair if file.is_good and file.data is not None}
     return decode_pca(files) if len(files) == len(wanted) else None
 
 

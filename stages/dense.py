@@ -5,9 +5,8 @@ from itertools import islice
 import numpy as np
 
 from cache.dense import Pca, pca_size
-from pipeline.data.dataset import BrokenFile
 from pipeline.pca import fit_pca
-from stages.shards import ShardJob, read_views, worker_of
+from stages.shards import ShardJob, in_batches, readable, worker_of
 
 IMAGES, TOKENS = 64, 65_536  # in the sample, at most
 
@@ -29,10 +28,9 @@ def fit_dense_pca(job: ShardJob) -> Pca | None:
         return None
     rng = np.random.default_rng(worker.config.views.seed)
     order = rng.permutation(np.arange(job.start, job.stop)).tolist()
-    readable = (found for row in order if not isinstance(found := read_views(worker, job, row), BrokenFile))
-    firsts = (samples[0] for _, samples in islice(readable, IMAGES))
+    firsts = (samples[0] for samples in islice(readable(worker, job, order), IMAGES))
     tokens = [np.empty((0, worker.teacher.width), np.float32)]
-    while batch := list(islice(firsts, job.precompute.batch_size)):
+    for batch in in_batches(firsts, job.precompute.batch_size):
         _, _, dense_tokens = worker.encode(worker.batch(batch))
         tokens.append(dense_tokens.cpu().numpy().reshape(-1, worker.teacher.width))
     sample = np.concatenate(tokens)

@@ -33,10 +33,9 @@ from pipeline.teacher.text import read_text_features
 from stages.caches import CACHES, split_settings
 from stages.datasets import open_split
 from stages.dense import fit_dense_pca
-from stages.devices import lanes
 from stages.plan import Timing, plan
 from stages.progress import progress_bar, say
-from stages.shards import PARTS, ShardJob, calibrate, describe, make_shard, text_features
+from stages.shards import ShardJob, calibrate, describe, make_shard, part_lanes, text_features
 from stages.text import class_features
 from stages.workers import for_all, on_a_worker, on_every_worker, worker_addresses, workers
 
@@ -139,7 +138,8 @@ def _make(
         create_cache(path, manifest, dataset.ids, features, pca)
         if len(shards) < manifest.shards:
             say(f"{path} holds {manifest.shards - len(shards)} of {manifest.shards} shards: continuing")
-        _run(client, jobs, store, check_lock)
+        if jobs:
+            _run(client, jobs, store, check_lock)
     return True
 
 
@@ -186,13 +186,11 @@ def _describe(
 
 
 def _run(client: Client, jobs: list[ShardJob], store: Store, check_lock: Callable[[], None]) -> None:
-    here = lanes(jobs[0].device) if jobs else None
-    timing = Timing(dict(zip(PARTS, (here.readers if here else 1, 1, 1, 1), strict=True)))
+    timing = Timing(part_lanes(jobs[0].device))
     start = time.monotonic()
     with progress_bar("precompute", sum(job.stop - job.start for job in jobs), "images") as advance:
         for done in for_all(client, make_shard, jobs):
             check_lock()
             timing.add(done.views, done.seconds)
             advance(done.images, str(timing))
-    if jobs:
-        timing.save(store, time.monotonic() - start, len(worker_addresses(client)))
+    timing.save(store, time.monotonic() - start, len(worker_addresses(client)))

@@ -3,9 +3,6 @@
 They go to a cache of their own, which shares everything else with the one that the tokens are in.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
-
 import faiss
 import numpy as np
 import torch
@@ -23,18 +20,6 @@ from stages.caches import CACHES, split_settings
 from stages.progress import progress_bar, say
 
 LABELS = ("kmeans_labels", "pseudo_labels")
-
-
-@dataclass(frozen=True)
-class LabelJob:
-    """One shard of labels to make, or the views that it lacks; small, as it may be sent to another process."""
-
-    source: str  # the cache that holds the tokens
-    source_views: int
-    cache: str
-    settings: PseudoLabels
-    index: int
-    first_view: int
 
 
 def recluster(config: Config, source: Cache, target: str | None = None) -> str:
@@ -62,17 +47,14 @@ def recluster(config: Config, source: Cache, target: str | None = None) -> str:
     path = target or str(CACHES / f"{config.dataset.name}-{manifest.fingerprint[:12]}")
     with open_store(path).lock() as check_lock:
         manifest = create_cache(path, manifest, source.image_ids, source.text_features)
-        jobs = [
-            LabelJob(absolute(source.location), source.manifest.views, absolute(path), config.pseudo_labels, *shard)
-            for shard in pending(path, manifest)
-        ]
-        if not jobs:
+        shards = pending(path, manifest)
+        if not shards:
             say(f"{path} is complete for these settings: nothing to do")
-        rows = [manifest.shard_rows(job.index) for job in jobs]
+        rows = [manifest.shard_rows(index) for index, _ in shards]
         with progress_bar("pseudo labels", sum(stop - start for start, stop in rows), "images") as advance:
-            for job in jobs:
+            for index, first_view in shards:
                 check_lock()
-                advance(make_labels(job))
+                advance(make_labels(source, path, manifest, config.pseudo_labels, index, first_view))
         list_skipped(path)
     say(f"cache: {path}, with the tokens of {source.location}")
     return path
@@ -124,30 +106,25 @@ def _describe(config: Config, source: Cache, views: int) -> Manifest:
     )
 
 
-@lru_cache(maxsize=1)
-def _source(location: str, views: int) -> Cache:
-    """Opened once per process; a cache that got more views is opened anew."""
-    return open_cache(location)
-
-
-def make_labels(job: LabelJob) -> int:
-    """Computes and writes one whole shard of labels, or the views that it lacks.
+def make_labels(
+    source: Cache, path: str, manifest: Manifest, settings: PseudoLabels, index: int, first_view: int
+) -> int:
+    """Computes and writes one whole shard of labels, or the views from `first_view` on, to the cache at `path`.
 
     Returns:
         The number of images.
     """
     faiss.omp_set_num_threads(1)
-    source, manifest = _source(job.source, job.source_views), Manifest.load(open_store(job.cache))
-    start, stop = manifest.shard_rows(job.index)
-    views = slice(job.first_view, manifest.views)
-    annotated = source.load_shard("pseudo_labels", job.index)[:, views] == ANNOTATED
+    start, stop = manifest.shard_rows(index)
+    views = slice(first_view, manifest.views)
+    annotated = source.load_shard("pseudo_labels", index)[:, views] == ANNOTATED
     labels = {name: np.full(annotated.shape, ANNOTATED, np.uint8) for name in LABELS}
     for place in np.flatnonzero(~annotated.all(axis=(1, 2, 3))):
         tokens = torch.from_numpy(source.dense_tokens(start + int(place))[views])
-        found = pseudo_labels(tokens, ~annotated[place], job.settings)
+        found = pseudo_labels(tokens, ~annotated[place], settings)
         for name, values in zip(LABELS, found, strict=True):
             labels[name][place] = values
     ids = source.image_ids[start:stop]
     skipped = {name: why for name, why in source.skipped().items() if name in ids}
-    write_shard(job.cache, job.index, job.first_view, labels, skipped)
+    write_shard(path, index, first_view, labels, skipped)
     return stop - start

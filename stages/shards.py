@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.dense import encode_dense
+from cache.dense import encode_dense, pca_size
 from cache.layout import ArraySpec, array_specs
 from cache.store import open_store
 from cache.writer import stored_pca, write_shard
@@ -42,6 +42,11 @@ _BATCHES_AHEAD = 2
 _room = threading.BoundedSemaphore(SHARDS_AT_ONCE)
 _teachers_turn = threading.Lock()  # a shard has the teacher until its last batch: so its writing falls into the next's
 _loading = threading.Lock()
+
+
+def part_lanes(device: str) -> dict[str, int]:
+    """How many threads a worker has for each of PARTS."""
+    return dict(zip(PARTS, (lanes(device).readers, 1, 1, 1), strict=True))
 
 
 @dataclass(frozen=True)
@@ -131,12 +136,12 @@ class Worker:
         return samples, cls_tokens, dense_tokens
 
     def label(self, encoded: tuple[list[Sample], Tensor, Tensor]) -> Outputs:
+        """All that is stored but dense tokens."""
         samples, cls_tokens, dense_tokens = encoded
         unannotated = np.stack([sample.unannotated for sample in samples])
         labels = pseudo_labels(dense_tokens, unannotated, self.config.pseudo_labels)
-        arrays = cls_tokens.cpu().numpy(), dense_tokens.cpu().numpy(), *labels
-        names = ("cls_tokens", "dense_tokens", "kmeans_labels", "pseudo_labels")
-        return Outputs([sample.place for sample in samples], dict(zip(names, arrays, strict=True)))
+        arrays = dict(zip(("kmeans_labels", "pseudo_labels"), labels, strict=True))
+        return Outputs([sample.place for sample in samples], {"cls_tokens": cls_tokens.cpu().numpy(), **arrays})
 
 
 @lru_cache(maxsize=1)
@@ -167,11 +172,9 @@ def calibrate(job: ShardJob) -> float:
     Reading is left out: it is done ahead. 0 if none of the shard's images can be read and they may be left out.
     """
     worker = worker_of(job)
-    found: Iterator[tuple[np.ndarray, list[Sample]]] = (
-        views for row in range(job.start, job.stop) if not isinstance(views := read_views(worker, job, row), BrokenFile)
-    )
     count = job.precompute.batch_size if worker.device.startswith("cuda") else 2
-    samples = list(islice(chain.from_iterable(samples for _, samples in found), count))
+    found = chain.from_iterable(readable(worker, job, range(job.start, job.stop)))
+    samples = list(islice(found, count))
     if not samples:
         return 0.0
     with _teachers_turn:
@@ -198,12 +201,13 @@ def make_shard(job: ShardJob) -> Done:
 def _compute(worker: Worker, job: ShardJob, watch: Stopwatch) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The shard's arrays, and the ids of images that could not be read, with the reason."""
     arrays = _empty_arrays(worker, job)
-    encoding, pca = worker.config.storage.dense_tokens, stored_pca(job.cache)
+    encoding = worker.config.storage.dense_tokens
+    pca = stored_pca(job.cache) if pca_size(encoding) else None
     skipped: dict[str, str] = {}
 
     def read(row: int) -> tuple[np.ndarray, list[Sample]] | BrokenFile:
         with watch("read"):
-            return read_views(worker, job, row)
+            return _read_views(worker, job, row)
 
     def batch(samples: list[Sample]) -> tuple[list[Sample], Tensor]:
         with watch("read"):
@@ -211,17 +215,19 @@ def _compute(worker: Worker, job: ShardJob, watch: Stopwatch) -> tuple[dict[str,
 
     def label(encoded: tuple[list[Sample], Tensor, Tensor]) -> Outputs:
         with watch("cluster"):
-            places, found = worker.label(encoded)
-            return Outputs(places, {**found, **encode_dense(found["dense_tokens"], encoding, pca)})
+            outputs = worker.label(encoded)
+            if encoding != "none":  # they are large, and on a GPU to be fetched
+                outputs.arrays.update(encode_dense(encoded[2].cpu().numpy(), encoding, pca))
+            return outputs
 
-    def readable() -> Iterator[Sample]:
+    def samples() -> Iterator[Sample]:
         rows = range(job.start, job.stop)
         for row, found in zip(rows, ahead(readers, read, rows, 2 * worker.lanes.readers), strict=True):
             if isinstance(found, BrokenFile):
                 skipped[worker.dataset.ids[row]] = str(found)
             else:
-                arrays["views"][row - job.start], samples = found
-                yield from samples
+                arrays["views"][row - job.start], views = found
+                yield from views
 
     def encoded(batches: Iterable[tuple[list[Sample], Tensor]]) -> Generator[tuple[list[Sample], Tensor, Tensor]]:
         with _teachers_turn:
@@ -231,7 +237,7 @@ def _compute(worker: Worker, job: ShardJob, watch: Stopwatch) -> tuple[dict[str,
                 yield outputs
 
     with ThreadPoolExecutor(worker.lanes.readers) as readers, ThreadPoolExecutor(1) as labeller:
-        batches = ahead(readers, batch, _batches(readable(), job.precompute.batch_size), _BATCHES_AHEAD)
+        batches = ahead(readers, batch, in_batches(samples(), job.precompute.batch_size), _BATCHES_AHEAD)
         with closing(encoded(batches)) as passes:  # whatever happens, the teacher is handed on
             for outputs in ahead(labeller, label, passes, _BATCHES_AHEAD):
                 _store(outputs, arrays)
@@ -255,7 +261,15 @@ def _empty_arrays(worker: Worker, job: ShardJob) -> dict[str, np.ndarray]:
     return arrays
 
 
-def read_views(worker: Worker, job: ShardJob, row: int) -> tuple[np.ndarray, list[Sample]] | BrokenFile:
+def readable(worker: Worker, job: ShardJob, rows: Iterable[int]) -> Iterator[list[Sample]]:
+    """The samples of each image of `rows` that can be read; BrokenFile as `precompute.on_error` says."""
+    for row in rows:
+        found = _read_views(worker, job, row)
+        if not isinstance(found, BrokenFile):
+            yield found[1]
+
+
+def _read_views(worker: Worker, job: ShardJob, row: int) -> tuple[np.ndarray, list[Sample]] | BrokenFile:
     """As `Worker.views`; an image that cannot be read stops everything, or is returned as its error."""
     try:
         return worker.views(job, row)
@@ -265,6 +279,7 @@ def read_views(worker: Worker, job: ShardJob, row: int) -> tuple[np.ndarray, lis
         return error
 
 
-def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
+def in_batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
+    """Lists of `size` samples; the last may be short."""
     while batch := list(islice(samples, size)):
         yield batch

@@ -64,7 +64,7 @@ def worker_addresses(client: Client) -> list[str]:
 
 
 def on_every_worker(client: Client, task: Callable[[Any], _T], argument: object) -> list[_T]:
-    """`task(argument)` once on each worker, at the same time."""
+    """`task(argument)` once for each worker, at the same time: on it, or on another one should it be lost."""
     futures = [
         client.submit(task, argument, workers=[address], allow_other_workers=True, pure=False)
         for address in worker_addresses(client)

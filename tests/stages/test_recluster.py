@@ -162,7 +162,7 @@ def test_a_killed_one_is_continued_and_a_damaged_one_repaired(here: World, monke
         (path / "shards" / record).unlink()
     made = []
     make = stages.recluster.make_labels
-    monkeypatch.setattr(stages.recluster, "make_labels", lambda job: made.append(job.index) or make(job))
+    monkeypatch.setattr(stages.recluster, "make_labels", lambda *job: made.append(job[4]) or make(*job))
     run("precompute", "--only", "pseudo-labels", "--lambda", "0.9")
     assert contents(path) == whole and made == [0, 2]
     shard = path / "arrays" / "pseudo_labels" / "c.1.1.0.0"
