@@ -193,6 +193,50 @@ def evaluate(
         json_file.write_text(json.dumps(score_report(name, settings, gamma, scores), indent=2, allow_nan=False) + "\n")
 
 
+@app.command()
+def predict(
+    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="Photos, or folders of photos.")],
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes",
+            metavar="WORDS|FILE",
+            help="Words, with commas between, synonyms by |; or a text file, a class a line. Default: as trained.",
+        ),
+    ] = None,
+    run: RunOption = None,
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where results go.")] = Path("predictions"),
+    gamma: Annotated[
+        float | None,
+        typer.Option("--gamma", help="Subtracted from seen classes' logits; default: that of the run."),
+    ] = None,
+    rle: Annotated[bool, typer.Option("--rle", help="COCO run lengths as JSON too.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="CLIP's own dense prediction beside; loads CLIP.")] = False,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="What GLM attends to for CLIP's CLS token; loads CLIP.")
+    ] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Segment your own photos by your own words: an overlay with a legend and a mask of class indices for each.
+
+    Classes of the training need no CLIP; new words meet its text tower once. Photos of any kind and size.
+
+    Example: clip-zss predict holiday/ --classes "cow|bull|calf, grass, sky" --output found
+    """
+    from stages.predict import Segmenter
+    from stages.predict import predict as stage
+    from stages.runs import newest_run
+    from stages.words import read_words
+
+    segmenter = Segmenter.load(run or newest_run(), _device(device), gamma)
+    failures = stage(segmenter, photos, read_words(classes) if classes else None, output, rle, compare, attention)
+    for line in failures:
+        typer.echo(f"left out: {line}", err=True)
+    typer.echo(f"results: {output}")
+    if failures:
+        raise UserError(f"{len(failures)} photos could not be read, listed above: replace them; the others are done")
+
+
 datasets = typer.Typer(help="What datasets there are, where their files go, and what is wrong with them.")
 app.add_typer(datasets, name="datasets", no_args_is_help=True)
 DatasetArgument = Annotated[str, typer.Argument(metavar="NAME|FILE.yaml")]
