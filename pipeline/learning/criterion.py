@@ -7,6 +7,7 @@ from configs.schema import Loss
 from pipeline.learning.bank import TokenBank
 from pipeline.learning.glm import info_nce, predict_cls
 from pipeline.learning.labels import UNLABELLED, at_stride, class_centroids, fuse_labels
+from pipeline.learning.ranks import gathered
 from pipeline.learning.losses import classify, nel, pixel_cross_entropy, prototype_bce
 from pipeline.learning.synthesizer import make_synthesizer
 
@@ -47,7 +48,8 @@ class Criterion(nn.Module):
         """
         losses: dict[str, Tensor] = {}
         if self.config.global_:
-            predicted = predict_cls(features, cls_token, self.config.glm)
+            predicted = gathered(predict_cls(features, cls_token, self.config.glm))
+            cls_token, image_ids = gathered(cls_token), gathered(image_ids)
             bank, bank_ids = self.bank.tokens(like=cls_token)
             losses["global"] = info_nce(predicted, cls_token, bank, self.config.tau, image_ids, bank_ids)
             self.bank.enqueue(cls_token, image_ids)

@@ -3,15 +3,17 @@
 import torch
 from torch import Tensor, nn
 
+from pipeline.learning.ranks import gathered, rank, summed
+
 UNLABELLED = -1
 ANNOTATED = 255
 
 
 def fuse_labels(seen: Tensor, groups: Tensor, num_seen: int) -> tuple[Tensor, int]:
-    """Labels of every pixel of a batch.
+    """Labels of every pixel of a batch, or of this rank's share of one.
 
     Annotated pixels keep their seen class. The others take `num_seen` + the group of their token, groups of different
-    images being different labels. A pixel with neither is UNLABELLED.
+    images being different labels, on whatever rank they are. A pixel with neither is UNLABELLED.
 
     Args:
         seen: (B, H, W) uint8, 255 = unannotated.
@@ -22,11 +24,12 @@ def fuse_labels(seen: Tensor, groups: Tensor, num_seen: int) -> tuple[Tensor, in
     """
     groups = groups.long()
     counts = torch.where(groups == ANNOTATED, -1, groups).amax(dim=(1, 2)) + 1  # (B,)
-    first = num_seen + counts.cumsum(0) - counts
+    everywhere = gathered(counts)
+    first = (num_seen + everywhere.cumsum(0) - everywhere).view(-1, len(counts))[rank()]
     labels = torch.where(groups == ANNOTATED, UNLABELLED, groups + first[:, None, None])
     pixels = nn.functional.interpolate(labels[:, None].double(), size=seen.shape[1:], mode="nearest-exact")[:, 0].long()
     fused = torch.where(seen == ANNOTATED, pixels, seen.long())
-    return fused, num_seen + int(counts.sum())
+    return fused, num_seen + int(everywhere.sum())
 
 
 def at_stride(labels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -36,7 +39,7 @@ def at_stride(labels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def class_centroids(features: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Eq. 5: mean feature of every label over the batch.
+    """Eq. 5: mean feature of every label over the batch, all ranks' shares of it.
 
     Args:
         features: (B, C, h, w).
@@ -50,6 +53,6 @@ def class_centroids(features: Tensor, labels: Tensor, count: int) -> tuple[Tenso
     index = labels.flatten()
     keep = index != UNLABELLED
     index = index[keep]
-    sums = flat.new_zeros(count, flat.shape[1]).index_add(0, index, flat[keep])
-    sizes = torch.bincount(index, minlength=count)
+    sums = summed(flat.new_zeros(count, flat.shape[1]).index_add(0, index, flat[keep]))
+    sizes = summed(torch.bincount(index, minlength=count))
     return sums / sizes.clamp(min=1)[:, None], sizes > 0

@@ -1,0 +1,84 @@
+"""A batch that is split among processes: sums over their shares, with which the losses are those of the whole batch.
+
+Each rank's loss is what the mean over ranks makes the loss of the whole batch, because gradients are averaged: a term of
+the rank's own pixels is divided by the *mean* count over ranks, and a term that all ranks compute alike counts once.
+In a single process all of this does nothing.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, share: Tensor) -> Tensor:
+        total = share.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.apply(gradient)  # every rank's loss depends on this rank's share
+
+
+def summed(share: Tensor) -> Tensor:
+    """The sum over ranks, of equal shapes. Gradients go back to each."""
+    return share if world_size() == 1 else _Sum.apply(share)
+
+
+def gathered(share: Tensor) -> Tensor:
+    """(B, ...) of every rank, of equal shapes -> (ranks x B, ...) in the ranks' order. Gradients go back to each."""
+    if world_size() == 1:
+        return share
+    slots = share.new_zeros(world_size(), *share.shape)
+    return summed(slots.index_add(0, torch.tensor([rank()], device=share.device), share[None])).flatten(0, 1)
+
+
+def mean_count(count: Tensor) -> Tensor:
+    """The mean over ranks of a count, by which a sum over the rank's own share is divided; at least 1 over all ranks."""
+    return averaged(count).clamp(min=1 / world_size()).float()
+
+
+def averaged(share: Tensor) -> Tensor:
+    """The mean over ranks, as float64; no gradient. Of counts, say, or of losses to be shown."""
+    mean = share.detach().double()
+    if world_size() > 1:
+        mean = mean.clone()
+        dist.all_reduce(mean)
+        mean /= world_size()
+    return mean
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """All gradients become their mean over ranks, in one message; after the backward pass.
+
+    A parameter that had no part in one rank's loss, and so has no gradient there, counts as zero; one that has none on
+    any rank keeps none.
+    """
+    if world_size() == 1:
+        return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    used = torch.tensor([parameter.grad is not None for parameter in trained], device=trained[0].device).float()
+    dist.all_reduce(used)
+    touched = [parameter for parameter, count in zip(trained, used.tolist(), strict=True) if count]
+    for parameter in touched:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.flatten() for parameter in touched if parameter.grad is not None])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for parameter, mean in zip(touched, flat.split([parameter.numel() for parameter in touched]), strict=True):
+        if parameter.grad is not None:
+            parameter.grad.copy_(mean.view_as(parameter))
