@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import zarr
 
 from cache.dense import DENSE_SCALES, DENSE_TOKENS, decode_dense
 from cache.encoding import ShardCodec, decode_pca, decode_text_features, is_of_whole_array, refusing
-from cache.layout import ARRAYS, COPIES, IMAGE_IDS, MANIFEST, record_key, shard_key
+from cache.layout import ARRAYS, COPIES, IMAGE_IDS, MANIFEST, SHARDS, shard_key
 from cache.manifest import Manifest
 from cache.record import ShardRecord, load_records
 from cache.sealed import FileDigest
@@ -195,14 +196,13 @@ def _open_lenders(location: str, manifest: Manifest) -> dict[str, Cache]:
     return {name: opened[borrowed.cache] for name, borrowed in manifest.borrowed.items()}
 
 
-def find_caches(root: Path) -> list[Path]:
-    """Complete caches at or below the folder `root`, the one finished last first; others are left out."""
-    found: list[tuple[float, Path]] = []
-    for path in (file.parent for file in root.rglob(MANIFEST) if file.parent.name != COPIES):
-        try:
-            cache = open_cache(path)
-        except UserError:
-            continue
-        times = [(path / record_key(index)).stat().st_mtime for index in range(cache.manifest.shards)]
-        found.append((max(times, default=0.0), path))
-    return [path for _, path in sorted(found, reverse=True)]
+def find_caches(root: Path) -> Iterator[Cache]:
+    """Complete caches at or below the folder `root`, the one finished last first, opened one by one."""
+
+    def finished(path: Path) -> float:
+        return max((record.stat().st_mtime for record in (path / SHARDS).glob("*.json")), default=0.0)
+
+    paths = [file.parent for file in root.rglob(MANIFEST) if file.parent.name != COPIES]
+    for path in sorted(paths, key=lambda path: (finished(path), path), reverse=True):
+        with suppress(UserError):
+            yield open_cache(path)

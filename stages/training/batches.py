@@ -75,7 +75,7 @@ class Batches:
             raise UserError(f"cache {cache.location} holds no image that could be read: mend them and precompute again")
         self.asked = self.waited = 0.0
         self._mean, self._std, self._device = mean, std, device
-        self._teacher, live = make_teacher(config, cache, device)
+        self.teacher, live = make_teacher(config, cache, device)
         schedule, count = config.train, config.views.count  # the cache may hold more views
         samples = TrainingViews(
             dataset, cache.kept_rows, cache.load("views", count), config.views.size,
@@ -98,7 +98,7 @@ class Batches:
             self.waited = time.perf_counter() - self.asked
             if ready is None:
                 return
-            cls_tokens, groups = self._teacher(ready)
+            cls_tokens, groups = self.teacher(ready)
             yield Batch(
                 normalise(ready["pixels"], self._mean, self._std, self._device),
                 ready["seen"].to(self._device, non_blocking=True),
