@@ -99,7 +99,7 @@ def train(
     runlocal: RunlocalOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Stage two: train a student against a cache. The teacher is not loaded.
+    """Stage two: train a student against a cache. The teacher is not loaded, unless train.teacher is online or fresh.
 
     Example: clip-zss train --seed 1 --set train.iterations=1000 --set loss.bank=16
     """

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import zarr
 
 from cache.dense import DENSE_SCALES, DENSE_TOKENS, decode_dense
 from cache.encoding import ShardCodec, decode_pca, decode_text_features, is_of_whole_array, refusing
-from cache.layout import ARRAYS, COPIES, IMAGE_IDS, MANIFEST, record_key, shard_key
+from cache.layout import ARRAYS, COPIES, IMAGE_IDS, MANIFEST, SHARDS, shard_key
 from cache.manifest import Manifest
 from cache.record import ShardRecord, load_records
 from cache.sealed import FileDigest
@@ -51,16 +52,16 @@ class Cache:
         lent = {name: why for lender in self._lenders.values() for name, why in lender.skipped().items()}
         return {**lent, **own}
 
-    def load(self, name: str) -> np.ndarray:
+    def load(self, name: str, views: int | None = None) -> np.ndarray:
         """The whole array `name` as stored, (N, V, *tail), checked against the completion records.
 
-        V is that of the manifest, or less for an array of which only the first views are stored.
+        V is that of the manifest, or less for an array of which only the first views are stored, or at most `views`.
 
         Raises:
             UserError: there is no such array, or a shard is missing or damaged.
         """
         whole: np.ndarray | None = None
-        for index, block in enumerate(self._blocks(name, range(self.manifest.shards))):
+        for index, block in enumerate(self._blocks(name, range(self.manifest.shards), views)):
             if whole is None:
                 whole = np.empty((self.manifest.images, *block.shape[1:]), block.dtype)
             start, stop = self.manifest.shard_rows(index)
@@ -106,20 +107,22 @@ class Cache:
         names = [name for name in (DENSE_TOKENS, DENSE_SCALES) if name in self.names] or [DENSE_TOKENS]
         return decode_dense({name: self.read(name, row) for name in names}, self._pca)
 
-    def _blocks(self, name: str, indices: Iterable[int]) -> Iterator[np.ndarray]:
-        """The shards of array `name`, (rows of the shard, V, *tail) each."""
+    def _blocks(self, name: str, indices: Iterable[int], views: int | None = None) -> Iterator[np.ndarray]:
+        """The shards of array `name`, (rows of the shard, V, *tail) each; V is at most `views`."""
         self._require(name)
         if name in self._lenders:
-            lent = self._lenders[name]._blocks(name, indices)
-            yield from (block[:, : self.manifest.views] for block in lent)
+            most = self.manifest.views if views is None else min(views, self.manifest.views)
+            yield from self._lenders[name]._blocks(name, indices, most)
             return
         store, spec, codec = open_store(self.location), self.manifest.arrays[name], ShardCodec(self.manifest, name)
         for index in indices:
             rows, *tail = self.manifest.shard_shape(name, index)
-            block = np.empty((rows, self.manifest.array_views(name), *tail), spec.dtype)
+            held = self.manifest.array_views(name)
+            block = np.empty((rows, held if views is None else min(views, held), *tail), spec.dtype)
             keys = [shard_key(name, index, view, spec) for view in range(block.shape[1])]
             found = store.read_many(keys)
-            for view, (key, digest) in enumerate(zip(keys, self._records[index].arrays[name].files, strict=True)):
+            digests = self._records[index].arrays[name].files[: len(keys)]
+            for view, (key, digest) in enumerate(zip(keys, digests, strict=True)):
                 if key not in found or FileDigest.of(found[key]) != digest:
                     raise self._damaged(key)
                 with refusing(self._damaged(key)):
@@ -193,14 +196,13 @@ def _open_lenders(location: str, manifest: Manifest) -> dict[str, Cache]:
     return {name: opened[borrowed.cache] for name, borrowed in manifest.borrowed.items()}
 
 
-def find_caches(root: Path) -> list[Path]:
-    """Complete caches at or below the folder `root`, the one finished last first; others are left out."""
-    found: list[tuple[float, Path]] = []
-    for path in (file.parent for file in root.rglob(MANIFEST) if file.parent.name != COPIES):
-        try:
-            cache = open_cache(path)
-        except UserError:
-            continue
-        times = [(path / record_key(index)).stat().st_mtime for index in range(cache.manifest.shards)]
-        found.append((max(times, default=0.0), path))
-    return [path for _, path in sorted(found, reverse=True)]
+def find_caches(root: Path) -> Iterator[Cache]:
+    """Complete caches at or below the folder `root`, the one finished last first, opened one by one."""
+
+    def finished(path: Path) -> float:
+        return max((record.stat().st_mtime for record in (path / SHARDS).glob("*.json")), default=0.0)
+
+    paths = [file.parent for file in root.rglob(MANIFEST) if file.parent.name != COPIES]
+    for path in sorted(paths, key=lambda path: (finished(path), path), reverse=True):
+        with suppress(UserError):
+            yield open_cache(path)

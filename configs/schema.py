@@ -149,7 +149,12 @@ class Train(Section):
     head_lr_factor: float | None = Field(None, gt=0, description="unset: the student's own: 10, or 1 for Swin")
     weight_decay: NonNegativeFloat = 0.01
     warmup: NonNegativeInt = 1500
-    workers: NonNegativeInt = 4
+    teacher: Literal["cached", "online", "fresh"] = Field(
+        "cached", description="online: run it on every batch, on the same views; fresh: on views drawn anew each epoch"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast of the student; losses are fp32")
+    compile: bool = Field(False, description="the student by torch.compile")
+    workers: NonNegativeInt = Field(4, description="processes that read images; 0: the training's own")
     validate_every: PositiveInt = Field(2000, description="iterations between checkpoints with validation")
     validate_on: str = Field("val", description="split")
     seed: NonNegativeInt = 0

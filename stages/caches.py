@@ -17,8 +17,7 @@ def choose_cache(cache: str | None, dataset: str | None) -> Cache:
     """The cache at this path or URL, or the newest complete one below caches/ (of `dataset`, if it is named)."""
     if cache is not None:
         return open_cache(cache)
-    for path in find_caches(CACHES):
-        opened = open_cache(path)
+    for opened in find_caches(CACHES):
         if dataset is None or opened.manifest.settings["dataset"]["name"] == dataset:
             return opened
     wanted = f" --dataset {dataset}" if dataset else ""

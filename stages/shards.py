@@ -29,7 +29,7 @@ from cache.writer import stored_pca, write_shard
 from configs.errors import UserError
 from configs.schema import Precompute, StageOne
 from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
-from pipeline.data.views import draw_views, inside, normalise, padding_colour, replay, unannotated_tokens
+from pipeline.data.views import draw_views, normalise, padding_colour, teacher_view
 from pipeline.pseudo_labels import pseudo_labels
 from pipeline.teacher.clip import FrozenClip
 from stages.devices import keep_freed_memory, lanes, synchronize, worker_device
@@ -119,9 +119,8 @@ class Worker:
         views = draw_views(self.config.views, self.dataset.ids[row], seen)[job.first_view :]
         samples = []
         for index, view in enumerate(views):
-            pixels = replay(view, image, size, padding_colour(self.teacher.mean))
-            unannotated = unannotated_tokens(replay(view, seen, size), inside(view, size), self.grid)
-            samples.append(Sample((row - job.start, index), pixels, unannotated))
+            shown = teacher_view(view, image, seen, size, padding_colour(self.teacher.mean), self.grid)
+            samples.append(Sample((row - job.start, index), *shown))
         return views, samples
 
     def batch(self, samples: list[Sample]) -> tuple[list[Sample], Tensor]:

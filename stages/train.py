@@ -1,20 +1,16 @@
-"""Stage two: a student learns from the cache and the images. The teacher is not here, and neither is its library."""
+"""Stage two: a student learns from the cache and the images. Unless `train.teacher` says so, no teacher is loaded."""
 
 import json
 import time
-from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from cache.reader import Cache
 from configs.errors import UserError
 from configs.schema import Config
-from pipeline.data.dataset import BrokenFile
-from pipeline.data.training import Sample, TrainingViews
 from pipeline.learning.criterion import Criterion
 from pipeline.student.student import Student
 from stages.caches import check_cache
@@ -22,6 +18,9 @@ from stages.datasets import open_split
 from stages.evaluate import evaluate_predictor, student_predictor
 from stages.progress import progress_bar, say
 from stages.runs import new_run, save_config, save_student
+from stages.training.batches import Batches
+from stages.training.pace import Pace
+from stages.training.precision import gradient_scaler, student_forward
 
 LOG_EVERY = 20
 
@@ -30,7 +29,7 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
     """Trains the student of `config`.
 
     Returns:
-        The run's folder: config.yaml, student.safetensors, log.jsonl and TensorBoard events.
+        The run's folder: config.yaml, student.safetensors, log.jsonl, timing.jsonl and TensorBoard events.
     """
     schedule = config.train
     dataset = open_split(config.dataset, data_root, "train")
@@ -40,19 +39,8 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
     student = Student(config.student, text_features.shape[1]).to(device)
     criterion = Criterion(config.loss, text_features[dataset.seen_indices]).to(device)
     validation = open_split(config.dataset, data_root, schedule.validate_on)
-    wanted = slice(config.views.count)  # the cache may hold more views
-    cls_tokens = torch.from_numpy(cache.load("cls_tokens")[:, wanted].astype(np.float32))
-    groups = torch.from_numpy(cache.load("pseudo_labels")[:, wanted])
-    if not len(cache.kept_rows):
-        raise UserError(f"cache {cache.location} holds no image that could be read: mend them and precompute again")
-    samples = TrainingViews(
-        dataset, cache.kept_rows, cache.load("views")[:, wanted], config.views.size,
-        schedule.iterations * schedule.batch_size, schedule.seed, student.mean, student.std,
-    )  # fmt: skip
-    loader = DataLoader(
-        samples, schedule.batch_size, num_workers=schedule.workers, pin_memory=device.startswith("cuda"),
-        multiprocessing_context="spawn" if schedule.workers else None,
-    )  # fmt: skip
+    batches = Batches(config, cache, dataset, student.mean, student.std, device)
+    forward, scaler = student_forward(student, schedule), gradient_scaler(schedule, device)
     factor = schedule.head_lr_factor or student.head_lr_factor
     optimizer = torch.optim.AdamW(
         [
@@ -72,34 +60,29 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
     with (
         SummaryWriter(str(path)) as board,
         (path / "log.jsonl").open("w") as log,
+        closing(Pace(path, batches)) as pace,
         progress_bar("train", schedule.iterations, "it") as advance,
     ):
-        for iteration, batch in enumerate(_readable(loader), start=1):
-            rows, views = batch["row"], batch["view"]
-            features, auxiliary = student.with_auxiliary(batch["pixels"].to(device))
-            losses = criterion(
-                features,
-                cls_tokens[rows, views].to(device),
-                batch["seen"].to(device),
-                groups[rows, views].to(device),
-                rows.to(device),
-                auxiliary,
-            )
+        for iteration, batch in enumerate(batches, start=1):
+            features, auxiliary = forward(batch.pixels)
+            losses = criterion(features, batch.cls_tokens, batch.seen, batch.groups, batch.rows, auxiliary)
             total = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(total):
-                ids = [dataset.ids[row] for row in rows.tolist()]
+                ids = [dataset.ids[row] for row in batch.rows.tolist()]
                 raise UserError(
                     f"iteration {iteration}: a loss is not finite ({_values(losses)}) on images {ids}: lower train.lr"
                 )
             optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            optimizer.step()
+            scaler.scale(total).backward()
+            scaler.step(optimizer)
+            scaler.update()
             scheduler.step()
             values = {**_values(losses), "total": total.item()}
             log.write(json.dumps({"iteration": iteration, **values}) + "\n")
             for name, value in values.items():
                 board.add_scalar(f"loss/{name}", value, iteration)
-            advance(1, f"loss {values['total']:.3f}" if iteration % LOG_EVERY == 0 else None)
+            pace.step(iteration)
+            advance(1, f"loss {values['total']:.3f}, {pace.note()}" if iteration % LOG_EVERY == 0 else None)
             if iteration % schedule.validate_every == 0 or iteration == schedule.iterations:
                 log.flush()
                 save_student(path, student, text_features, iteration)
@@ -118,14 +101,6 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
 def warm_up_and_poly(step: int, warmup: int, iterations: int) -> float:
     """Learning-rate factor: linear from ~0 over `warmup` iterations, times poly decay of power 1 to 0."""
     return min(1.0, (step + 1) / (warmup + 1)) * (1 - step / iterations)
-
-
-def _readable(loader: DataLoader[Sample]) -> Iterator[dict[str, torch.Tensor]]:
-    """The loader's batches. Its workers wrap what they meet in their traceback: only its last line is the user's."""
-    try:
-        yield from loader  # samples, collated
-    except BrokenFile as error:
-        raise BrokenFile(str(error).strip().rpartition("BrokenFile: ")[2]) from error
 
 
 def _values(losses: dict[str, torch.Tensor]) -> dict[str, float]:

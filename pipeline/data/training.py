@@ -1,46 +1,36 @@
-"""What stage two reads: stored views replayed on images and seen masks, beside what the cache holds for them."""
+"""What stage two reads: stored views replayed on images and seen masks; of what the cache holds, only its rows."""
 
-from typing import TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
-from torchvision.transforms import v2
 
+from configs.schema import Views
 from pipeline.data.dataset import SegmentationDataset
-from pipeline.data.views import inside, normalise, padding_colour, replay
+from pipeline.data.distortion import distort, draw_distortion
+from pipeline.data.views import draw_views, inside, padding_colour, replay, teacher_view
 
 
 class Sample(TypedDict):
-    """One training view; the default collation stacks them into a batch."""
+    """One training view; the default collation stacks them into a batch of tensors.
 
-    pixels: Tensor  # (3, S, S) float32, the student's normalisation
-    seen: Tensor  # (S, S) uint8 seen classes, 255 = unannotated
+    Pixels travel as bytes, a quarter of the floats that they become on the device.
+    """
+
+    pixels: np.ndarray  # (S, S, 3) uint8
+    seen: np.ndarray  # (S, S) uint8 seen classes, 255 = unannotated
     row: int  # which image of the split, hence of the cache
     view: int  # which of its views
+    shown: NotRequired[np.ndarray]  # (S, S, 3) uint8, what a live teacher sees: undistorted, its own padding
+    unannotated: NotRequired[np.ndarray]  # (G, G) bool, of a live teacher's tokens
 
 
-def distort(image: Tensor) -> Tensor:
-    """Photometric distortion of (3, H, W) uint8 after mmsegmentation's: each part half the time, by torch's generator.
+class LiveView(NamedTuple):
+    """What a live teacher is to be shown. `fresh`: draw views from these settings, not the recorded ones again."""
 
-    Brightness +-32, contrast x 0.5-1.5 (before or after the next two), saturation x 0.5-1.5, hue +-18 of OpenCV's 180.
-    Saturation is torchvision's, a blend with grey, where mmsegmentation scales the S of HSV.
-    """
-    if torch.rand(()) < 0.5:
-        image = (image + torch.empty(()).uniform_(-32, 32)).clamp(0, 255).to(torch.uint8)
-    parts = [_saturation, _hue]
-    parts.insert(2 * int(torch.randint(2, ())), _contrast)
-    for part in parts:
-        image = part(image)
-    return image
-
-
-# torchvision's "brightness" multiplies pixels, which is what mmsegmentation calls contrast.
-_contrast, _saturation, _hue = (
-    v2.RandomApply([v2.ColorJitter(**jitter)], p=0.5)
-    for jitter in ({"brightness": 0.5}, {"saturation": 0.5}, {"hue": 0.1})
-)
+    mean: tuple[float, ...]
+    grid: int
+    fresh: Views | None = None
 
 
 class TrainingViews(TorchDataset[Sample]):
@@ -52,11 +42,14 @@ class TrainingViews(TorchDataset[Sample]):
 
     def __init__(
         self, dataset: SegmentationDataset, rows: np.ndarray, views: np.ndarray, size: int, samples: int, seed: int,
-        mean: tuple[float, ...], std: tuple[float, ...],
+        mean: tuple[float, ...], live: LiveView | None = None,
     ) -> None:  # fmt: skip
-        """`rows`: images to train on; `views`: (N, V, 5) of stage one; `samples`: iterations x batch size."""
+        """`rows`: images to train on; `views`: (N, V, 5) of stage one; `samples`: iterations x batch size.
+
+        `mean` is the student's, for the colour of padding.
+        """
         self.dataset, self.rows, self.views, self.size = dataset, rows, views, size
-        self.samples, self.seed, self.mean, self.std = samples, seed, mean, std
+        self.samples, self.seed, self.padding, self.live = samples, seed, padding_colour(mean), live
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
@@ -72,15 +65,19 @@ class TrainingViews(TorchDataset[Sample]):
         row = int(self.rows[kept])
         image, seen = self.dataset.training_pair(row)
         geometry = self.views[row, view]
-        padding = padding_colour(self.mean)
-        shown = replay(geometry, image, self.size, padding)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed((self.seed * 1_000_003 + draw) % 2**63)
-            distorted = distort(torch.from_numpy(shown).permute(2, 0, 1)).permute(1, 2, 0).numpy()
-        distorted[~inside(geometry, self.size)] = padding
-        return {
-            "pixels": normalise(distorted[None], self.mean, self.std)[0],
-            "seen": torch.from_numpy(replay(geometry, seen, self.size)),
-            "row": row,
-            "view": view,
-        }
+        if self.live and self.live.fresh:  # in the first epoch, those recorded
+            geometry = draw_views(self.live.fresh, self.dataset.ids[row], seen, [epoch * views_each + view])[0]
+        how = draw_distortion(np.random.default_rng([self.seed, draw, 1]))  # 1: not the numbers of an epoch's order
+        pixels = distort(replay(geometry, image, self.size, self.padding), how)
+        shown = inside(geometry, self.size)
+        if not shown.all():
+            pixels[~shown] = self.padding
+        sample: Sample = {
+            "pixels": pixels, "seen": replay(geometry, seen, self.size), "row": row, "view": view,
+        }  # fmt: skip
+        if self.live:
+            padding = padding_colour(self.live.mean)
+            sample["shown"], sample["unannotated"] = teacher_view(
+                geometry, image, seen, self.size, padding, self.live.grid
+            )
+        return sample

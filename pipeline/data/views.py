@@ -7,6 +7,7 @@ grid of a flipped image is not the flipped grid.
 
 import hashlib
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,20 +23,24 @@ MAX_CLASS_SHARE, TRIES = 0.75, 10  # the "75 % rule"
 LONG_TO_SHORT = 4  # mmsegmentation's scale (2048, 512): a longer image is shrunk until its long side fits
 
 
-def draw_views(config: Views, image_id: str, seen: np.ndarray) -> np.ndarray:
+def draw_views(
+    config: Views, image_id: str, seen: np.ndarray, numbers: Sequence[int] | None = None
+) -> np.ndarray:
     """(V, 5) float32 views of one image; they depend on the settings, the image's id and its seen mask (H, W) alone.
 
     Each view has a seed of its own, made of (seed, id, number of the view): more views leave the first as they were.
+    `numbers` are those of the views wanted; by default the `config.count` recorded ones.
 
     `whole`: the image, once. `random`: ZegCLIP's training pipeline. The short side is brought to `size` x a ratio drawn
     from `ratio`; a crop of side `size` is drawn up to 10 times, until it shows two classes or more of which none takes
     75 % of its labelled pixels; it is flipped half the time. Images smaller than the crop are padded right and below.
     """
+    numbers = range(config.count) if numbers is None else numbers
     if config.crop == "whole":
-        return np.array([[0, 0, 1, 1, 0]], np.float32)
+        return np.array([[0, 0, 1, 1, 0]] * len(numbers), np.float32)
     digest = hashlib.sha256(os.fsencode(image_id)).digest()
     seed = [config.seed, int.from_bytes(digest[:8], "little")]
-    return np.stack([_draw_crop(config, np.random.default_rng([*seed, view]), seen) for view in range(config.count)])
+    return np.stack([_draw_crop(config, np.random.default_rng([*seed, view]), seen) for view in numbers])
 
 
 def _draw_crop(config: Views, rng: np.random.Generator, seen: np.ndarray) -> View:
@@ -71,9 +76,10 @@ def replay(view: View, picture: np.ndarray, size: int, fill: int | tuple[int, ..
     left, top, right, bottom = (float(value) for value in view[:4])
     box = left * width, top * height, min(right, 1.0) * width, min(bottom, 1.0) * height
     columns, rows = _extent(view, size)
-    shown = np.asarray(Image.fromarray(picture).resize((columns, rows), method, box=box))
-    if view[4]:
-        shown = shown[:, ::-1]
+    resized = Image.fromarray(picture).resize((columns, rows), method, box=box)
+    shown = np.array(resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view[4] else resized)
+    if (columns, rows) == (size, size):
+        return shown
     canvas = np.empty((size, size, *picture.shape[2:]), np.uint8)
     canvas[:] = fill
     canvas[:rows, :columns] = shown
@@ -94,12 +100,12 @@ def padding_colour(mean: tuple[float, ...]) -> tuple[int, ...]:
 
 
 def normalise(
-    images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...], device: str = "cpu"
+    images: np.ndarray | torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], device: str = "cpu"
 ) -> torch.Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 on `device`, (x / 255 - mean) / std."""
-    pixels = torch.from_numpy(images.copy())
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 on `device`, (x / 255 - mean) / std, its memory channels last."""
+    pixels = torch.from_numpy(images.copy()) if isinstance(images, np.ndarray) else images
     if device.startswith("cuda"):  # bytes, a quarter of the floats, from memory that the GPU reads by itself
-        pixels = pixels.pin_memory().to(device, non_blocking=True)
+        pixels = (pixels if pixels.is_pinned() else pixels.pin_memory()).to(device, non_blocking=True)
     pixels = pixels.permute(0, 3, 1, 2).float() / 255
     mean_, std_ = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
     return (pixels - mean_) / std_
@@ -113,6 +119,17 @@ def unannotated_tokens(mask: np.ndarray, shown: np.ndarray, grid: int) -> np.nda
     height, width = mask.shape
     blocks = ((mask == IGNORE) & shown).reshape(grid, height // grid, grid, width // grid)
     return np.asarray(blocks.mean(axis=(1, 3)) > 0.5)
+
+
+def teacher_view(
+    view: View, image: np.ndarray, seen: np.ndarray, size: int, padding: tuple[int, ...], grid: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the teacher is shown of a view, (S, S, 3) uint8, and its unannotated tokens, (G, G) bool.
+
+    `padding` is the `padding_colour` of the teacher's mean, `grid` its G at this size.
+    """
+    shown = replay(view, image, size, padding)
+    return shown, unannotated_tokens(replay(view, seen, size), inside(view, size), grid)
 
 
 def majority_tokens(mask: np.ndarray, grid: int) -> np.ndarray:

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,6 +210,6 @@ def test_find_caches(stage_one, tmp_path):
     (broken.run() / MANIFEST).write_text("{")
     (tmp_path / "manifest.json").write_text("[]")  # somebody else's
     expected = [tmp_path / directory for directory in ("new", "deep/below/old", "new/within")]
-    assert find_caches(tmp_path) == expected
-    assert find_caches(expected[1]) == [expected[1]]
-    assert find_caches(tmp_path / "nowhere") == []
+    assert [Path(cache.location) for cache in find_caches(tmp_path)] == expected
+    assert [Path(cache.location) for cache in find_caches(expected[1])] == [expected[1]]
+    assert list(find_caches(tmp_path / "nowhere")) == []

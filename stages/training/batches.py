@@ -1,0 +1,126 @@
+"""What a training step reads: views that workers make ready, and what the teacher said of them.
+
+CLS tokens and pseudo labels of the whole dataset are in memory as they are stored, 2 KiB a view: no file of the cache
+is opened once training has begun.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cache.reader import Cache
+from configs.errors import UserError
+from configs.schema import Config
+from pipeline.data.dataset import BrokenFile, SegmentationDataset
+from pipeline.data.training import Sample, TrainingViews
+from pipeline.data.views import normalise
+
+
+class Batch(NamedTuple):
+    """One step's input, on its device."""
+
+    pixels: Tensor  # (B, 3, S, S) float32 with the student's normalisation
+    seen: Tensor  # (B, S, S) uint8 seen classes, 255 = unannotated
+    cls_tokens: Tensor  # (B, C) float32
+    groups: Tensor  # (B, G, G) uint8 pseudo labels, 255 = annotated
+    rows: Tensor  # (B,) int64 which images
+
+
+class Teacher(Protocol):
+    """Gives the CLS tokens (B, C) float32 and pseudo labels (B, G, G) uint8 of a loader's batch, on the device."""
+
+    def __call__(self, loaded: dict[str, Tensor]) -> tuple[Tensor, Tensor]: ...
+
+
+class CachedTeacher:
+    """Looks them up.
+
+    Attributes:
+        cls_tokens: (N, V, C) float16.
+        groups: (N, V, G, G) uint8.
+    """
+
+    def __init__(self, cache: Cache, views: int, device: str) -> None:
+        self.cls_tokens = torch.from_numpy(cache.load("cls_tokens", views))
+        self.groups = torch.from_numpy(cache.load("pseudo_labels", views))
+        self._device = device
+
+    def __call__(self, loaded: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        rows, views = loaded["row"], loaded["view"]
+        return self.cls_tokens[rows, views].to(self._device).float(), self.groups[rows, views].to(self._device)
+
+
+class Batches:
+    """The batches of a run from iteration `first` on, in order; to be iterated once.
+
+    Attributes:
+        asked: when (`time.perf_counter`) the step asked for its batch.
+        waited: seconds until the loader had it.
+    """
+
+    def __init__(
+        self, config: Config, cache: Cache, dataset: SegmentationDataset, mean: tuple[float, ...],
+        std: tuple[float, ...], device: str, first: int = 0, worker_init: Callable[[int], None] | None = None,
+    ) -> None:  # fmt: skip
+        """`mean` and `std` are the student's; `worker_init` runs at the start of every loader worker.
+
+        Raises:
+            UserError: the cache has no image that could be read, or lacks an array.
+        """
+        if not len(cache.kept_rows):
+            raise UserError(f"cache {cache.location} holds no image that could be read: mend them and precompute again")
+        self.asked = self.waited = 0.0
+        self._mean, self._std, self._device = mean, std, device
+        self.teacher, live = make_teacher(config, cache, device)
+        schedule, count = config.train, config.views.count  # the cache may hold more views
+        samples = TrainingViews(
+            dataset, cache.kept_rows, cache.load("views", count), config.views.size,
+            schedule.iterations * schedule.batch_size, schedule.seed, mean, live,
+        )  # fmt: skip
+        cuda = device.startswith("cuda")
+        # One pass over it is the whole run: workers live as long as that, and fetch two batches each ahead.
+        self._loader = DataLoader(
+            samples, schedule.batch_size, sampler=range(first * schedule.batch_size, len(samples)),
+            num_workers=schedule.workers, pin_memory=cuda, worker_init_fn=worker_init,
+            multiprocessing_context="spawn" if schedule.workers else None,
+            generator=torch.Generator(),  # its own: where a run starts must not show in what the student draws
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[Batch]:
+        loaded = _readable(self._loader)
+        while True:
+            self.asked = time.perf_counter()
+            ready = next(loaded, None)
+            self.waited = time.perf_counter() - self.asked
+            if ready is None:
+                return
+            cls_tokens, groups = self.teacher(ready)
+            yield Batch(
+                normalise(ready["pixels"], self._mean, self._std, self._device),
+                ready["seen"].to(self._device, non_blocking=True),
+                cls_tokens,
+                groups,
+                ready["row"].to(self._device),
+            )
+
+
+def make_teacher(config: Config, cache: Cache, device: str) -> tuple[Teacher, Any]:
+    """The teacher that `train.teacher` asks for, and what the views must bring for it."""
+    if config.train.teacher == "cached":
+        return CachedTeacher(cache, config.views.count, device), None
+    from stages.training.online import LiveTeacher  # and with it open_clip
+
+    teacher = LiveTeacher(config, device)
+    return teacher, teacher.live
+
+
+def _readable(loader: DataLoader[Sample]) -> Iterator[dict[str, Tensor]]:
+    """The loader's batches. Its workers wrap what they meet in their traceback: only its last line is the user's."""
+    try:
+        yield from loader  # samples, collated
+    except BrokenFile as error:
+        raise BrokenFile(str(error).strip().rpartition("BrokenFile: ")[2]) from error

@@ -1,0 +1,34 @@
+"""The teacher beside the student: what a cache spares, as a reference for its result and its speed.
+
+It is stage one's teacher on stage one's views: the same code but for the cache's float16. Sums depend on the batch in
+their last bits, and so may a pseudo label that they decide.
+"""
+
+from torch import Tensor, from_numpy
+
+from configs.schema import Config
+from pipeline.data.training import LiveView
+from pipeline.data.views import normalise
+from pipeline.pseudo_labels import pseudo_labels
+from pipeline.teacher.clip import FrozenClip
+
+
+class LiveTeacher:
+    """Encodes and labels every batch.
+
+    Attributes:
+        live: what the loader must show it.
+    """
+
+    def __init__(self, config: Config, device: str) -> None:
+        self._device, self._pseudo_labels = device, config.pseudo_labels
+        self._clip = FrozenClip(config.teacher, device, config.precompute.channels_last, config.precompute.compile)
+        fresh = config.views if config.train.teacher == "fresh" else None
+        self.live = LiveView(self._clip.mean, self._clip.grid(config.views.size), fresh)
+
+    def __call__(self, loaded: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """CLS tokens (B, C) float32 and pseudo labels (B, G, G) uint8 of a loader's batch, on the device."""
+        pixels = normalise(loaded["shown"], self._clip.mean, self._clip.std, self._device)
+        cls_tokens, dense_tokens = self._clip.encode(pixels)
+        groups = pseudo_labels(dense_tokens, loaded["unannotated"].numpy(), self._pseudo_labels)[1]
+        return cls_tokens.clone(), from_numpy(groups).to(self._device)  # a clone may take part in autograd

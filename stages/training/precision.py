@@ -1,0 +1,34 @@
+"""The student's forward pass and the optimiser's step at `train.precision`, compiled where `train.compile` says so."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from configs.schema import Train
+from pipeline.student.student import Student
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Forward = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+def student_forward(student: Student, schedule: Train) -> Forward:
+    """`student.with_auxiliary` under autocast; its features come out as float32.
+
+    The losses stay in float32: NEL sums over every pixel and channel, more than float16 can hold, a bfloat16 has 8 bits
+    for the cosines that InfoNCE divides by 0.07, and the teacher's tokens that both are compared with are float32.
+    """
+    dtype = _AUTOCAST.get(schedule.precision)
+    compiled: Forward = torch.compile(student.with_auxiliary) if schedule.compile else student.with_auxiliary
+
+    def forward(pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        with torch.autocast(pixels.device.type, dtype, enabled=dtype is not None):
+            features, auxiliary = compiled(pixels)
+        return features.float(), None if auxiliary is None else auxiliary.float()
+
+    return forward
+
+
+def gradient_scaler(schedule: Train, device: str) -> torch.amp.GradScaler:
+    """Keeps small gradients above float16's smallest number; at other precisions it hands everything through."""
+    return torch.amp.GradScaler(device.partition(":")[0], enabled=schedule.precision == "fp16")
