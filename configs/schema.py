@@ -150,8 +150,12 @@ class Train(Section):
     weight_decay: NonNegativeFloat = 0.01
     warmup: NonNegativeInt = 1500
     workers: NonNegativeInt = 4
-    validate_every: PositiveInt = Field(2000, description="iterations between checkpoints with validation")
+    validate_every: PositiveInt = Field(2000, description="iterations; a checkpoint is saved then too")
     validate_on: str = Field("val", description="split")
+    checkpoint_every: PositiveInt = Field(1000, description="iterations; a killed run goes on at the last one")
+    keep_checkpoints: PositiveInt = Field(2, description="the last ones, beside the best")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, which are then evaluated")
+    wandb: str | None = Field(None, description="project to report to, if the package wandb is installed; unset: none")
     seed: NonNegativeInt = 0
 
 

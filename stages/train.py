@@ -1,14 +1,15 @@
 """Stage two: a student learns from the cache and the images. The teacher is not here, and neither is its library."""
 
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
 from cache.reader import Cache
 from configs.errors import UserError
@@ -19,18 +20,28 @@ from pipeline.learning.criterion import Criterion
 from pipeline.student.student import Student
 from stages.caches import check_cache
 from stages.datasets import open_split
-from stages.evaluate import evaluate_predictor, student_predictor
 from stages.progress import progress_bar, say
-from stages.runs import new_run, save_config, save_student
+from stages.runs import one_trainer, open_run, save_config, save_student
+from stages.training.checkpoints import Checkpoints
+from stages.training.learner import Learner, make_learner
+from stages.training.log import RunLog, is_validated
+from stages.training.pictures import attentions, few
+from stages.training.provenance import record_start
+from stages.training.stopping import Stopped, outlive_signals, stop_on_signals
+from stages.training.validation import Validation
 
 LOG_EVERY = 20
 
 
 def train(config: Config, cache: Cache, data_root: Path, run: Path | None, device: str) -> Path:
-    """Trains the student of `config`.
+    """Trains the student of `config`, or goes on with it where `run` holds a training with these settings.
 
     Returns:
-        The run's folder: config.yaml, student.safetensors, log.jsonl and TensorBoard events.
+        The run's folder: config.yaml, student.safetensors, log.jsonl, scores.jsonl, run.json, checkpoints/ and
+        TensorBoard events.
+
+    Raises:
+        SystemExit: a signal came; the run is saved. 0 after SIGTERM, 130 after Ctrl-C.
     """
     schedule = config.train
     dataset = open_split(config.dataset, data_root, "train")
@@ -38,95 +49,128 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
     torch.manual_seed(schedule.seed)
     text_features = torch.from_numpy(cache.text_features).to(device)
     student = Student(config.student, text_features.shape[1]).to(device)
-    criterion = Criterion(config.loss, text_features[dataset.seen_indices]).to(device)
-    validation = open_split(config.dataset, data_root, schedule.validate_on)
+    learner = make_learner(config, student, Criterion(config.loss, text_features[dataset.seen_indices]).to(device))
+    validation_split = open_split(config.dataset, data_root, schedule.validate_on)
     wanted = slice(config.views.count)  # the cache may hold more views
+    views = cache.load("views")[:, wanted]
     cls_tokens = torch.from_numpy(cache.load("cls_tokens")[:, wanted].astype(np.float32))
     groups = torch.from_numpy(cache.load("pseudo_labels")[:, wanted])
     if not len(cache.kept_rows):
         raise UserError(f"cache {cache.location} holds no image that could be read: mend them and precompute again")
-    samples = TrainingViews(
-        dataset, cache.kept_rows, cache.load("views")[:, wanted], config.views.size,
-        schedule.iterations * schedule.batch_size, schedule.seed, student.mean, student.std,
-    )  # fmt: skip
-    loader = DataLoader(
-        samples, schedule.batch_size, num_workers=schedule.workers, pin_memory=device.startswith("cuda"),
-        multiprocessing_context="spawn" if schedule.workers else None,
-    )  # fmt: skip
-    factor = schedule.head_lr_factor or student.head_lr_factor
-    optimizer = torch.optim.AdamW(
-        [
-            *student.parameter_groups(schedule.lr, factor, schedule.weight_decay),
-            {"params": list(criterion.parameters()), "lr": schedule.lr * factor, "weight_decay": 0.0},
-        ]
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warm_up_and_poly(step, schedule.warmup, schedule.iterations)
-    )
 
-    path = new_run(run, config.dataset.name)
-    save_config(path, config)
-    say(f"run: {path}, from cache {cache.location}")
-    started = time.perf_counter()
-    student.train()
-    with (
-        SummaryWriter(str(path)) as board,
-        (path / "log.jsonl").open("w") as log,
-        progress_bar("train", schedule.iterations, "it") as advance,
-    ):
-        for iteration, batch in enumerate(_readable(loader), start=1):
-            rows, views = batch["row"], batch["view"]
-            features, auxiliary = student.with_auxiliary(batch["pixels"].to(device))
-            losses = criterion(
-                features,
-                cls_tokens[rows, views].to(device),
-                batch["seen"].to(device),
-                groups[rows, views].to(device),
-                rows.to(device),
-                auxiliary,
-            )
-            total = torch.stack(list(losses.values())).sum()
-            if not torch.isfinite(total):
-                ids = [dataset.ids[row] for row in rows.tolist()]
-                raise UserError(
-                    f"iteration {iteration}: a loss is not finite ({_values(losses)}) on images {ids}: lower train.lr"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            optimizer.step()
-            scheduler.step()
-            values = {**_values(losses), "total": total.item()}
-            log.write(json.dumps({"iteration": iteration, **values}) + "\n")
-            for name, value in values.items():
-                board.add_scalar(f"loss/{name}", value, iteration)
-            advance(1, f"loss {values['total']:.3f}" if iteration % LOG_EVERY == 0 else None)
-            if iteration % schedule.validate_every == 0 or iteration == schedule.iterations:
-                log.flush()
-                save_student(path, student, text_features, iteration)
-                predict = student_predictor(student.eval(), text_features, config)
-                scores = evaluate_predictor(predict, validation, [0.0])[0]
+    path = open_run(run, config)
+
+    def show_attention(student: Student) -> Image.Image:
+        return attentions(student, dataset, few(cache.kept_rows), views, cls_tokens, config.views.size)
+
+    def write_run(folder: Path) -> None:
+        save_config(folder, config)
+        save_student(folder, learner.best_student, text_features, learner.iteration)
+
+    with one_trainer(path):
+        checkpoints = Checkpoints(path, schedule.keep_checkpoints)
+        if state := checkpoints.newest():
+            learner.restore(state)
+            write_run(path)
+        if state and learner.iteration == schedule.iterations and is_validated(path, schedule.iterations):
+            say(f"run {path} is finished: nothing to do")
+            return path
+        say(f"run: {path}, from cache {cache.location}" + (f", after iteration {learner.iteration}" if state else ""))
+        first, started = learner.iteration, time.perf_counter()
+        identity = record_start(path, first, cache.location, cache.manifest.fingerprint, device)
+        samples = TrainingViews(
+            dataset, cache.kept_rows, views, config.views.size, schedule.iterations * schedule.batch_size,
+            schedule.seed, student.mean, student.std,
+        )  # fmt: skip
+        loader = DataLoader(
+            samples, schedule.batch_size, sampler=range(first * schedule.batch_size, len(samples)),
+            num_workers=schedule.workers, pin_memory=device.startswith("cuda"), worker_init_fn=outlive_signals,
+            multiprocessing_context="spawn" if schedule.workers else None,
+            generator=torch.Generator(),  # its own: where a run starts must not show in what the student draws
+        )  # fmt: skip
+
+        with (
+            stop_on_signals() as stop,
+            closing(RunLog(path, config, first, identity)) as log,
+            closing(_readable(loader)) as batches,
+            progress_bar("train", schedule.iterations, "it") as advance,
+        ):
+            validation = Validation(config, validation_split, text_features, log, stop, show_attention)
+
+            def validate() -> None:
+                write_run(path)
+                validation(learner.best_student, learner.iteration)
                 student.train()
-                shown = ("miou", "miou_seen", "miou_unseen", "hiou") if config.dataset.unseen else ("miou",)
-                for name in shown:
-                    board.add_scalar(f"{validation.split}/{name}", getattr(scores, name), iteration)
-                values_shown = ", ".join(f"{name} {getattr(scores, name):.1f}" for name in shown)
-                say(f"iteration {iteration}, {validation.split}, gamma 0: {values_shown}")
-    say(f"trained {schedule.iterations} iterations in {time.perf_counter() - started:.0f} s: {path}")
+                checkpoints.prune(validation.best)
+
+            student.train()
+            advance(first)
+            try:
+                if first and validation.due(first) and not validation.done(first):
+                    validate()
+                for batch in batches:
+                    lr = learner.lr
+                    losses = _step(learner, batch, cls_tokens, groups, dataset.ids, device)
+                    iteration = learner.iteration
+                    log.losses(iteration, losses, lr)
+                    advance(1, f"loss {losses['total']:.3f}" if iteration % LOG_EVERY == 0 else None)
+                    if iteration % schedule.checkpoint_every == 0 or validation.due(iteration) or stop:
+                        log.flush()
+                        checkpoints.save(iteration, learner.state(), write_run)
+                        checkpoints.prune(validation.best)
+                    stop.check()
+                    if validation.due(iteration):
+                        validate()
+            except Stopped:
+                say(f"stopped and saved after iteration {learner.iteration}: train --run {path} goes on")
+                raise SystemExit(stop.exit_code) from None
+        say(f"trained {schedule.iterations - first} iterations in {time.perf_counter() - started:.0f} s: {path}")
     return path
 
 
-def warm_up_and_poly(step: int, warmup: int, iterations: int) -> float:
-    """Learning-rate factor: linear from ~0 over `warmup` iterations, times poly decay of power 1 to 0."""
-    return min(1.0, (step + 1) / (warmup + 1)) * (1 - step / iterations)
+def _step(
+    learner: Learner, batch: dict[str, Tensor], cls_tokens: Tensor, groups: Tensor, ids: list[str], device: str
+) -> dict[str, float]:
+    """One iteration: the losses by name, and their `total`.
+
+    Args:
+        cls_tokens, groups: (N, V, C) and (N, V, G, G), of all images.
+        ids: (N,) their names.
+
+    Raises:
+        UserError: a loss is NaN or infinite.
+    """
+    rows, views = batch["row"], batch["view"]
+    features, auxiliary = learner.student.with_auxiliary(batch["pixels"].to(device))
+    losses = learner.criterion(
+        features,
+        cls_tokens[rows, views].to(device),
+        batch["seen"].to(device),
+        groups[rows, views].to(device),
+        rows.to(device),
+        auxiliary,
+    )
+    total = torch.stack(list(losses.values())).sum()
+    if not torch.isfinite(total):
+        values = {name: loss.item() for name, loss in losses.items()}
+        wrong = [name for name, value in values.items() if not np.isfinite(value)] or ["total"]
+        raise UserError(
+            f"iteration {learner.iteration + 1}: loss {', '.join(wrong)} is not finite ({values}) on images "
+            f"{[ids[row] for row in rows.tolist()]}: lower train.lr"
+        )
+    learner.optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    learner.optimizer.step()
+    learner.scheduler.step()
+    if learner.ema:
+        learner.ema.update_parameters(learner.student)
+    learner.iteration += 1
+    return {**{name: loss.item() for name, loss in losses.items()}, "total": total.item()}
 
 
-def _readable(loader: DataLoader[Sample]) -> Iterator[dict[str, torch.Tensor]]:
+def _readable(loader: DataLoader[Sample]) -> Generator[dict[str, Tensor], None, None]:
     """The loader's batches. Its workers wrap what they meet in their traceback: only its last line is the user's."""
     try:
         yield from loader  # samples, collated
     except BrokenFile as error:
         raise BrokenFile(str(error).strip().rpartition("BrokenFile: ")[2]) from error
-
-
-def _values(losses: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {name: loss.item() for name, loss in losses.items()}
