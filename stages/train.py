@@ -23,8 +23,8 @@ from stages.datasets import open_split
 from stages.progress import progress_bar, say
 from stages.runs import one_trainer, open_run, save_config, save_student
 from stages.training.checkpoints import Checkpoints
-from stages.training.learner import Learner, make_learner
-from stages.training.log import RunLog, is_validated
+from stages.training.learner import Learner, make_learner, seed_generators
+from stages.training.log import RunLog, import_wandb, is_validated
 from stages.training.pictures import attentions, few
 from stages.training.provenance import record_start
 from stages.training.stopping import Stopped, outlive_signals, stop_on_signals
@@ -44,9 +44,11 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
         SystemExit: a signal came; the run is saved. 0 after SIGTERM, 130 after Ctrl-C.
     """
     schedule = config.train
+    if schedule.wandb:
+        import_wandb()  # or the run would be made first, with a setting that cannot be
     dataset = open_split(config.dataset, data_root, "train")
     check_cache(cache, config, dataset)
-    torch.manual_seed(schedule.seed)
+    seed_generators(schedule.seed)
     text_features = torch.from_numpy(cache.text_features).to(device)
     student = Student(config.student, text_features.shape[1]).to(device)
     learner = make_learner(config, student, Criterion(config.loss, text_features[dataset.seen_indices]).to(device))
@@ -69,13 +71,12 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
 
     with one_trainer(path):
         checkpoints = Checkpoints(path, schedule.keep_checkpoints)
-        if state := checkpoints.newest():
-            learner.restore(state)
+        if resumed := _resume(learner, checkpoints):
             write_run(path)
-        if state and learner.iteration == schedule.iterations and is_validated(path, schedule.iterations):
+        if learner.iteration == schedule.iterations and is_validated(path, schedule.iterations):
             say(f"run {path} is finished: nothing to do")
             return path
-        say(f"run: {path}, from cache {cache.location}" + (f", after iteration {learner.iteration}" if state else ""))
+        say(f"run: {path}, from cache {cache.location}" + (f", after iteration {learner.iteration}" if resumed else ""))
         first, started = learner.iteration, time.perf_counter()
         identity = record_start(path, first, cache.location, cache.manifest.fingerprint, device)
         samples = TrainingViews(
@@ -126,6 +127,25 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
                 raise SystemExit(stop.exit_code) from None
         say(f"trained {schedule.iterations - first} iterations in {time.perf_counter() - started:.0f} s: {path}")
     return path
+
+
+def _resume(learner: Learner, checkpoints: Checkpoints) -> bool:
+    """Puts the learner where the newest good checkpoint was; False where there is none.
+
+    Raises:
+        UserError: no checkpoint is good, or they are of another version of this program.
+    """
+    state = checkpoints.newest()
+    if state is None:
+        return False
+    try:
+        learner.restore(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{checkpoints.folder} holds checkpoints of another version of this program ({reason}): choose another --run"
+        ) from error
+    return True
 
 
 def _step(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,22 +44,34 @@ class Checkpoints:
     def save(self, iteration: int, state: dict[str, Any], write_run: Callable[[Path], None]) -> None:
         """Returns when the checkpoint is on disk; a kill before that leaves none.
 
-        `write_run` writes what makes the folder a run.
+        Args:
+            iteration: a later one than those that are there.
+            state: nested dicts and lists of tensors and JSON values.
+            write_run: writes what makes the folder that it is given a run.
+
+        Raises:
+            UserError: the disk does not take it.
         """
-        aside, path = self.folder / ".partial", self.path(iteration)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        write_run(aside)
-        tensors: dict[str, Tensor] = {}
-        (aside / STATE).write_text(json.dumps(_take_tensors(state, "", tensors)))
-        save_file(tensors, aside / TENSORS)
-        names = sorted(file.name for file in aside.iterdir())
-        (aside / SUMS).write_text("".join(f"{_sha256(aside / name)}  {name}\n" for name in names))
-        for file in aside.iterdir():
-            _flush(file)
-        _flush(aside)
-        aside.rename(path)
-        _flush(self.folder)
+        path = self.path(iteration)
+        try:
+            aside = self.folder / ".partial"
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            write_run(aside)
+            tensors: dict[str, Tensor] = {}
+            (aside / STATE).write_text(json.dumps(_take_tensors(state, "", tensors)))
+            save_file(tensors, aside / TENSORS)
+            names = sorted(file.name for file in aside.iterdir())
+            (aside / SUMS).write_text("".join(f"{_sha256(aside / name)}  {name}\n" for name in names))
+            for file in aside.iterdir():
+                _flush(file)
+            _flush(aside)
+            aside.rename(path)
+            _flush(self.folder)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot save {path} ({error}): free some space or mend the disk, then train --run {path.parents[1]} goes on"
+            ) from error
 
     def prune(self, best: int | None) -> None:
         """Deletes all but the last ones and `best`."""

@@ -54,7 +54,7 @@ class Learner:
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
                 # Saved tensors are contiguous, but sums of mixed memory formats may differ in their last bit.
-                if torch.is_tensor(value) and value.shape == parameter.shape:
+                if torch.is_tensor(value) and value.ndim > 1:
                     moments[name] = torch.empty_like(parameter).copy_(value)
         self.criterion.bank.restore(state["bank"], self.criterion.alpha.device)
         restore_random_state(state["random"])
@@ -90,8 +90,15 @@ def warm_up_and_poly(step: int, warmup: int, iterations: int) -> float:
     return min(1.0, (step + 1) / (warmup + 1)) * (1 - step / iterations)
 
 
+def seed_generators(seed: int) -> None:
+    """Every generator that a step could draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def random_state() -> dict[str, Any]:
-    """Of every generator that a step could draw from."""
+    """Of the same generators."""
     numpy_state: Any = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),

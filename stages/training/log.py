@@ -25,7 +25,7 @@ class RunLog:
     """
 
     def __init__(self, path: Path, config: Config, start: int, identity: str) -> None:
-        """`identity` is the run's for Weights & Biases. UserError: `train.wandb` is set, and its package missing."""
+        """`identity` is the run's name for Weights & Biases, where no other run may have it."""
         self.path = path
         self._wandb = _start_wandb(path, config, identity) if config.train.wandb else None
         for name in (LOSSES, SCORES):
@@ -49,7 +49,7 @@ class RunLog:
     def picture(self, iteration: int, name: str, picture: Image.Image) -> None:
         self._board.add_image(name, np.asarray(picture), iteration, dataformats="HWC")
         if self._wandb:
-            self._wandb.log({"iteration": iteration, name: _wandb().Image(picture)})
+            self._wandb.log({"iteration": iteration, name: import_wandb().Image(picture)})
 
     def flush(self) -> None:
         """Returns when the losses are on disk."""
@@ -107,7 +107,8 @@ def _flush(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _wandb() -> Any:
+def import_wandb() -> Any:
+    """The package, which is no dependency. UserError: it is not installed."""
     try:
         import wandb
     except ImportError as error:
@@ -117,7 +118,7 @@ def _wandb() -> Any:
 
 def _start_wandb(path: Path, config: Config, identity: str) -> Any:
     """The same run of Weights & Biases each time that this one is continued."""
-    run = _wandb().init(
+    run = import_wandb().init(
         project=config.train.wandb, id=identity, name=path.name, dir=str(path),
         config=as_settings(config), resume="allow",
     )  # fmt: skip
