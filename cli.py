@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from configs.errors import UserError
-from configs.load import as_settings, resolve
+from configs.load import as_settings, named_dataset, resolve
 from stages.verbs import bench, caches, datasets
 from stages.verbs.options import (
     DATA,
@@ -101,11 +101,24 @@ def train(
 ) -> None:
     """Stage two: train a student against a cache. The teacher is not loaded, unless train.teacher is online or fresh.
 
-    Example: clip-zss train --seed 1 --set train.iterations=1000 --set loss.bank=16
-    """
-    from stages.train import train as stage
+    Killed at any moment, a run is continued by --run and its folder, with its own settings and cache. SIGTERM and
+    Ctrl-C save it first.
 
-    opened, settings = open_cache(cache, dataset, config, with_flags(set_, {"train.seed": seed}), runlocal)
+    Example: clip-zss train --seed 1 --set train.iterations=1000 --set loss.bank=16
+
+    Example: clip-zss train --run runs/scenes-001
+    """
+    from stages.caches import choose_cache
+    from stages.runs import is_run, read_settings
+    from stages.train import train as stage
+    from stages.training.provenance import last_cache
+
+    assignments = with_flags(set_, {"train.seed": seed})
+    if run and is_run(run):
+        opened = choose_cache(cache or last_cache(run), named_dataset(dataset, config))
+        settings = resolve(dataset, config, assignments, read_settings(run), runlocal)
+    else:
+        opened, settings = open_cache(cache, dataset, config, assignments, runlocal)
     stage(settings, opened, data_root, run, device_of(device))
 
 

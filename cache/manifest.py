@@ -25,14 +25,16 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(to_json(settings)))
 
 
-def different_settings(cache: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+def different_settings(made: Mapping[str, Any], asked: Mapping[str, Any], ours: str = "cache") -> list[str]:
     """One line per setting that differs, such as "pseudo_labels.lambda: cache 0.8, asked 0.7", sorted by name.
+
+    `ours` is what was made with the settings `made`.
 
     Values are compared as JSON text, as the fingerprint does: 1, 1.0 and true are three values, a tuple is a list.
     """
-    ours, theirs = _flat(cache), _flat(asked)
-    names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    return [f"{name}: cache {_short(ours.get(name))}, asked {_short(theirs.get(name))}" for name in names]
+    old, new = _flat(made), _flat(asked)
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return [f"{name}: {ours} {_short(old.get(name))}, asked {_short(new.get(name))}" for name in names]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

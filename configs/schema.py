@@ -145,6 +145,7 @@ class Train(Section):
 
     iterations: PositiveInt = 20_000
     batch_size: PositiveInt = 16
+    accumulate: PositiveInt = Field(1, description="micro-batches of a step, of batch_size / accumulate images each")
     lr: float = Field(6e-5, gt=0)
     head_lr_factor: float | None = Field(None, gt=0, description="unset: the student's own: 10, or 1 for Swin")
     weight_decay: NonNegativeFloat = 0.01
@@ -155,8 +156,12 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast of the student; losses are fp32")
     compile: bool = Field(False, description="the student by torch.compile")
     workers: NonNegativeInt = Field(4, description="processes that read images; 0: the training's own")
-    validate_every: PositiveInt = Field(2000, description="iterations between checkpoints with validation")
+    validate_every: PositiveInt = Field(2000, description="iterations; a checkpoint is saved then too")
     validate_on: str = Field("val", description="split")
+    checkpoint_every: PositiveInt = Field(1000, description="iterations; a killed run goes on at the last one")
+    keep_checkpoints: PositiveInt = Field(2, description="the last ones, beside the best")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, which are then evaluated")
+    wandb: str | None = Field(None, description="project to report to, if the package wandb is installed; unset: none")
     seed: NonNegativeInt = 0
 
 

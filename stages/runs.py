@@ -1,6 +1,9 @@
 """A run's folder: the resolved configuration, the student's weights, the class features. Enough to run alone."""
 
+import fcntl
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cache.manifest import different_settings
 from configs.errors import UserError
 from configs.load import as_settings, resolve
 from configs.schema import Config
@@ -42,10 +46,66 @@ def new_run(path: Path | None, dataset: str) -> Path:
             int(p.name.rpartition("-")[2]) for p in RUNS.glob(f"{dataset}-*") if p.name.rpartition("-")[2].isdigit()
         ]
         path = RUNS / f"{dataset}-{max(taken, default=0) + 1:03d}"
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
         raise UserError(f"--run {path} is not empty: choose another folder, or delete it")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def is_run(path: Path) -> bool:
+    """Whether a training was started there."""
+    return (path / CONFIG).is_file()
+
+
+def open_run(path: Path | None, config: Config) -> Path:
+    """The folder to train in: a new one, or that of a run with these very settings, which then goes on.
+
+    Raises:
+        UserError: the run has other settings, or the folder holds something else.
+    """
+    if path is None or not is_run(path):
+        path = new_run(path, config.dataset.name)
+        save_config(path, config)
+        return path
+    differences = different_settings(read_settings(path), as_settings(config), ours="run")
+    if differences:
+        raise UserError(
+            f"--run {path} has other settings ({'; '.join(differences)}): drop yours to continue it, or choose another "
+            "folder"
+        )
+    return path
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A run's settings, for `resolve` to start from.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    try:
+        settings = yaml.safe_load((path / CONFIG).read_text())
+        if not isinstance(settings, dict):
+            raise ValueError("no settings in it")
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise UserError(f"{path / CONFIG} is damaged ({error}): train again, in another folder") from error
+    return settings
+
+
+@contextmanager
+def one_trainer(path: Path) -> Iterator[None]:
+    """Holds the run while the block runs; the kernel lets go of it when the process dies, however it does.
+
+    Raises:
+        UserError: another process trains it.
+    """
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"run {path} is being trained by another process: wait for it, or stop it") from error
+    finally:
+        os.close(descriptor)
 
 
 def newest_run() -> Path:
@@ -57,17 +117,18 @@ def newest_run() -> Path:
 
 
 def save_config(path: Path, config: Config) -> None:
-    _replace(path / CONFIG, lambda aside: aside.write_text(yaml.safe_dump(as_settings(config), sort_keys=False)))
+    replace_file(path / CONFIG, lambda aside: aside.write_text(yaml.safe_dump(as_settings(config), sort_keys=False)))
 
 
 def save_student(path: Path, student: Student, text_features: Tensor, iteration: int) -> None:
     """Weights and class features in one file, put in place whole."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
     tensors[_TEXT] = text_features.cpu().contiguous()
-    _replace(path / WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"iteration": str(iteration)}))
+    replace_file(path / WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"iteration": str(iteration)}))
 
 
-def _replace(path: Path, write: Any) -> None:
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Puts in place whole what `write` writes to the path that it is given; a kill leaves the old file or the new."""
     aside = path.with_name(f".{path.name}.partial")
     write(aside)
     with aside.open("rb") as file:
@@ -84,7 +145,7 @@ def load_run(path: Path, device: str = "cpu") -> Run:
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             raise UserError(
-                f"{path} holds no {name}: it is no run, or one killed before its first checkpoint; run train"
+                f"{path} holds no {name}: it is no run, or one without a validation yet: run train --run {path}"
             )
     try:
         settings = yaml.safe_load((path / CONFIG).read_text())
@@ -95,7 +156,9 @@ def load_run(path: Path, device: str = "cpu") -> Run:
                 tensors[name] = file.get_tensor(name)
         text_features = tensors.pop(_TEXT)
     except (yaml.YAMLError, SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"{path}: {CONFIG} or {WEIGHTS} is damaged ({error}): train again") from error
+        raise UserError(
+            f"{path}: {CONFIG} or {WEIGHTS} is damaged ({error}): train --run {path} puts back the last checkpoint's"
+        ) from error
     config = resolve(base=settings)
     student = Student(config.student, text_features.shape[1], load_weights=False)
     try:

@@ -1,12 +1,11 @@
 """Stage two: a student learns from the cache and the images. Unless `train.teacher` says so, no teacher is loaded."""
 
-import json
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from PIL import Image
 
 from cache.reader import Cache
 from configs.errors import UserError
@@ -15,93 +14,157 @@ from pipeline.learning.criterion import Criterion
 from pipeline.student.student import Student
 from stages.caches import check_cache
 from stages.datasets import open_split
-from stages.evaluate import evaluate_predictor, student_predictor
 from stages.progress import progress_bar, say
-from stages.runs import new_run, save_config, save_student
+from stages.runs import one_trainer, open_run, save_config, save_student
 from stages.training.batches import Batches
+from stages.training.checkpoints import Checkpoints
+from stages.training.learner import Learner, make_learner
+from stages.training.log import RunLog, import_wandb, is_validated
 from stages.training.pace import Pace
-from stages.training.precision import gradient_scaler, student_forward
+from stages.training.pictures import attentions, few
+from stages.training.provenance import record_start
+from stages.training.ranks import anywhere, everyone_has, is_main, ranks, wait_for_all
+from stages.training.stopping import Stopped, outlive_signals, stop_on_signals
+from stages.training.validation import Validation
 
 LOG_EVERY = 20
 
 
 def train(config: Config, cache: Cache, data_root: Path, run: Path | None, device: str) -> Path:
-    """Trains the student of `config`.
+    """Trains the student of `config`, or goes on with it where `run` holds a training with these settings.
+
+    Started by torchrun, each process takes its share of every batch, and the first one writes the run.
 
     Returns:
-        The run's folder: config.yaml, student.safetensors, log.jsonl, timing.jsonl and TensorBoard events.
+        The run's folder: config.yaml, student.safetensors, log.jsonl, scores.jsonl, timing.jsonl, run.json, checkpoints/
+        and TensorBoard events.
+
+    Raises:
+        SystemExit: a signal came; the run is saved. 0 after SIGTERM, 130 after Ctrl-C.
     """
+    with ranks(device) as own_device:
+        return _train(config, cache, data_root, run, own_device)
+
+
+def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, device: str) -> Path:
     schedule = config.train
+    if schedule.wandb:
+        import_wandb()  # or the run would be made first, with a setting that cannot be
     dataset = open_split(config.dataset, data_root, "train")
     check_cache(cache, config, dataset)
     torch.manual_seed(schedule.seed)
     text_features = torch.from_numpy(cache.text_features).to(device)
     student = Student(config.student, text_features.shape[1]).to(device)
     criterion = Criterion(config.loss, text_features[dataset.seen_indices]).to(device)
-    validation = open_split(config.dataset, data_root, schedule.validate_on)
-    batches = Batches(config, cache, dataset, student.mean, student.std, device)
-    forward, scaler = student_forward(student, schedule), gradient_scaler(schedule, device)
-    factor = schedule.head_lr_factor or student.head_lr_factor
-    optimizer = torch.optim.AdamW(
-        [
-            *student.parameter_groups(schedule.lr, factor, schedule.weight_decay),
-            {"params": list(criterion.parameters()), "lr": schedule.lr * factor, "weight_decay": 0.0},
-        ]
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warm_up_and_poly(step, schedule.warmup, schedule.iterations)
-    )
+    learner = make_learner(config, student, criterion, device)
+    validation_split = open_split(config.dataset, data_root, schedule.validate_on)
+    path = Path(everyone_has(str(open_run(run, config)) if is_main() else ""))
 
-    path = new_run(run, config.dataset.name)
-    save_config(path, config)
-    say(f"run: {path}, from cache {cache.location}")
-    started = time.perf_counter()
-    student.train()
-    with (
-        SummaryWriter(str(path)) as board,
-        (path / "log.jsonl").open("w") as log,
-        closing(Pace(path, batches)) as pace,
-        progress_bar("train", schedule.iterations, "it") as advance,
-    ):
-        for iteration, batch in enumerate(batches, start=1):
-            features, auxiliary = forward(batch.pixels)
-            losses = criterion(features, batch.cls_tokens, batch.seen, batch.groups, batch.rows, auxiliary)
-            total = torch.stack(list(losses.values())).sum()
-            if not torch.isfinite(total):
-                ids = [dataset.ids[row] for row in batch.rows.tolist()]
-                raise UserError(
-                    f"iteration {iteration}: a loss is not finite ({_values(losses)}) on images {ids}: lower train.lr"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(total).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            scheduler.step()
-            values = {**_values(losses), "total": total.item()}
-            log.write(json.dumps({"iteration": iteration, **values}) + "\n")
-            for name, value in values.items():
-                board.add_scalar(f"loss/{name}", value, iteration)
-            pace.step(iteration)
-            advance(1, f"loss {values['total']:.3f}, {pace.note()}" if iteration % LOG_EVERY == 0 else None)
-            if iteration % schedule.validate_every == 0 or iteration == schedule.iterations:
-                log.flush()
-                save_student(path, student, text_features, iteration)
-                predict = student_predictor(student.eval(), text_features, config)
-                scores = evaluate_predictor(predict, validation, [0.0])[0]
+    def show_attention(student: Student) -> Image.Image:
+        return attentions(student, dataset, cache, few(cache.kept_rows), config.views.size)
+
+    def write_run(folder: Path) -> None:
+        save_config(folder, config)
+        save_student(folder, learner.best_student, text_features, learner.iteration)
+
+    with one_trainer(path) if is_main() else nullcontext():
+        checkpoints = Checkpoints(path, schedule.keep_checkpoints)
+        if is_main() and (resumed := _resume(learner, checkpoints)):
+            write_run(path)
+        wait_for_all()
+        if not is_main():  # only now are the damaged ones gone
+            resumed = _resume(learner, checkpoints)
+        if learner.iteration == schedule.iterations and is_validated(path, schedule.iterations):
+            say(f"run {path} is finished: nothing to do")
+            return path
+        say(f"run: {path}, from cache {cache.location}" + (f", after iteration {learner.iteration}" if resumed else ""))
+        first, started = learner.iteration, time.perf_counter()
+        batches = Batches(config, cache, dataset, student.mean, student.std, device, first, outlive_signals)
+        with (
+            stop_on_signals() as stop,
+            closing(batches),
+            progress_bar("train", schedule.iterations, "it") as advance,
+            closing(_Writer(config, path, first, cache, device, batches)) if is_main() else nullcontext() as writer,
+        ):
+            if writer:
+                validation = Validation(config, validation_split, text_features, writer.log, stop, show_attention)
+
+            def save() -> None:
+                if writer:
+                    writer.log.flush()
+                    checkpoints.save(learner.iteration, learner.state(), write_run)
+                    checkpoints.prune(validation.best)
+
+            def validate() -> None:
+                if writer:
+                    write_run(path)
+                    with suppress(Stopped):
+                        validation(learner.best_student, learner.iteration)
+                        checkpoints.prune(validation.best)
                 student.train()
-                shown = ("miou", "miou_seen", "miou_unseen", "hiou") if config.dataset.unseen else ("miou",)
-                for name in shown:
-                    board.add_scalar(f"{validation.split}/{name}", getattr(scores, name), iteration)
-                values_shown = ", ".join(f"{name} {getattr(scores, name):.1f}" for name in shown)
-                say(f"iteration {iteration}, {validation.split}, gamma 0: {values_shown}")
-    say(f"trained {schedule.iterations} iterations in {time.perf_counter() - started:.0f} s: {path}")
+                if anywhere(bool(stop), device):
+                    raise Stopped
+
+            def due() -> bool:
+                return learner.iteration % schedule.validate_every == 0 or learner.iteration == schedule.iterations
+
+            student.train()
+            advance(first)
+            try:
+                if first and anywhere(writer is not None and due() and not validation.done(first), device):
+                    validate()
+                for parts in batches:
+                    lr = learner.lr
+                    losses = learner.step(parts, dataset.ids)
+                    if writer:
+                        writer.step(learner.iteration, losses, lr)
+                        noted = learner.iteration % LOG_EVERY == 0
+                        advance(1, f"loss {losses['total']:.3f}, {writer.pace.note()}" if noted else None)
+                    stopping = anywhere(bool(stop), device)
+                    if stopping or due() or learner.iteration % schedule.checkpoint_every == 0:
+                        save()
+                    if stopping:
+                        raise Stopped
+                    if due():
+                        validate()
+            except Stopped:
+                say(f"stopped and saved after iteration {learner.iteration}: train --run {path} goes on")
+                raise SystemExit(stop.exit_code) from None
+        say(f"trained {schedule.iterations - first} iterations in {time.perf_counter() - started:.0f} s: {path}")
     return path
 
 
-def warm_up_and_poly(step: int, warmup: int, iterations: int) -> float:
-    """Learning-rate factor: linear from ~0 over `warmup` iterations, times poly decay of power 1 to 0."""
-    return min(1.0, (step + 1) / (warmup + 1)) * (1 - step / iterations)
+class _Writer:
+    """What a run says of its steps."""
+
+    def __init__(self, config: Config, path: Path, first: int, cache: Cache, device: str, batches: Batches) -> None:
+        identity = record_start(path, first, cache.location, cache.manifest.fingerprint, device)
+        self.log = RunLog(path, config, first, identity)
+        self.pace = Pace(path, batches)
+
+    def step(self, iteration: int, losses: dict[str, float], lr: float) -> None:
+        self.log.losses(iteration, losses, lr)
+        self.pace.step(iteration)
+
+    def close(self) -> None:
+        self.log.close()
+        self.pace.close()
 
 
-def _values(losses: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {name: loss.item() for name, loss in losses.items()}
+def _resume(learner: Learner, checkpoints: Checkpoints) -> bool:
+    """Puts the learner where the newest good checkpoint was; False where there is none.
+
+    Raises:
+        UserError: no checkpoint is good, or they are of another version of this program.
+    """
+    state = checkpoints.newest()
+    if state is None:
+        return False
+    try:
+        learner.restore(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{checkpoints.folder} holds checkpoints of another version of this program ({reason}): choose another --run"
+        ) from error
+    return True

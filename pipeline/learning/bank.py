@@ -1,6 +1,7 @@
 """The CLS token bank of section 3.2."""
 
 from collections import deque
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -22,3 +23,13 @@ class TokenBank:
             return like.new_zeros(0, like.shape[1]), torch.zeros(0, dtype=torch.long, device=like.device)
         tokens, image_ids = zip(*self._batches, strict=True)
         return torch.cat(tokens), torch.cat(image_ids)
+
+    def state(self) -> list[tuple[Tensor, Tensor]]:
+        """The batches, oldest first; `restore` takes them back."""
+        return list(self._batches)
+
+    def restore(self, state: Iterable[Iterable[Tensor]], device: torch.device) -> None:
+        """In place of what the bank holds."""
+        self._batches.clear()
+        for cls_token, image_ids in state:
+            self.enqueue(cls_token.to(device), image_ids.to(device))

@@ -7,8 +7,8 @@ from configs.schema import Loss
 from pipeline.learning.bank import TokenBank
 from pipeline.learning.glm import info_nce, predict_cls
 from pipeline.learning.labels import UNLABELLED, at_stride, class_centroids, fuse_labels
-from pipeline.learning.ranks import gathered
 from pipeline.learning.losses import classify, nel, pixel_cross_entropy, prototype_bce
+from pipeline.learning.ranks import gathered
 from pipeline.learning.synthesizer import make_synthesizer
 
 AUXILIARY_WEIGHT = 0.4  # mmsegmentation's

@@ -5,7 +5,7 @@ is opened once training has begun.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from configs.schema import Config
 from pipeline.data.dataset import BrokenFile, SegmentationDataset
 from pipeline.data.training import Sample, TrainingViews
 from pipeline.data.views import normalise
+from stages.training.ranks import micro_batch, own_draws
 
 
 class Batch(NamedTuple):
@@ -55,11 +56,11 @@ class CachedTeacher:
 
 
 class Batches:
-    """The batches of a run from iteration `first` on, in order; to be iterated once.
+    """A rank's batches, from iteration `first` on, in order: of each iteration its micro-batches; to be iterated once.
 
     Attributes:
         asked: when (`time.perf_counter`) the step asked for its batch.
-        waited: seconds until the loader had it.
+        waited: seconds of the step until the loader had it.
     """
 
     def __init__(
@@ -83,29 +84,39 @@ class Batches:
         )  # fmt: skip
         cuda = device.startswith("cuda")
         # One pass over it is the whole run: workers live as long as that, and fetch two batches each ahead.
-        self._loader = DataLoader(
-            samples, schedule.batch_size, sampler=range(first * schedule.batch_size, len(samples)),
+        loader = DataLoader(
+            samples, micro_batch(schedule), sampler=own_draws(schedule, first),
             num_workers=schedule.workers, pin_memory=cuda, worker_init_fn=worker_init,
             multiprocessing_context="spawn" if schedule.workers else None,
             generator=torch.Generator(),  # its own: where a run starts must not show in what the student draws
         )  # fmt: skip
+        self._loaded, self._accumulate = _readable(loader), schedule.accumulate
 
-    def __iter__(self) -> Iterator[Batch]:
-        loaded = _readable(self._loader)
+    def __iter__(self) -> Iterator[list[Batch]]:
         while True:
-            self.asked = time.perf_counter()
-            ready = next(loaded, None)
-            self.waited = time.perf_counter() - self.asked
-            if ready is None:
-                return
-            cls_tokens, groups = self.teacher(ready)
-            yield Batch(
-                normalise(ready["pixels"], self._mean, self._std, self._device),
-                ready["seen"].to(self._device, non_blocking=True),
-                cls_tokens,
-                groups,
-                ready["row"].to(self._device),
-            )
+            self.asked, self.waited, parts = time.perf_counter(), 0.0, []
+            for _ in range(self._accumulate):
+                asked = time.perf_counter()
+                ready = next(self._loaded, None)
+                self.waited += time.perf_counter() - asked
+                if ready is None:
+                    return
+                parts.append(self._on_device(ready))
+            yield parts
+
+    def _on_device(self, ready: dict[str, Tensor]) -> Batch:
+        cls_tokens, groups = self.teacher(ready)
+        return Batch(
+            normalise(ready["pixels"], self._mean, self._std, self._device),
+            ready["seen"].to(self._device, non_blocking=True),
+            cls_tokens,
+            groups,
+            ready["row"].to(self._device),
+        )
+
+    def close(self) -> None:
+        """Ends the loader's workers."""
+        self._loaded.close()
 
 
 def make_teacher(config: Config, cache: Cache, device: str) -> tuple[Teacher, Any]:
@@ -118,7 +129,7 @@ def make_teacher(config: Config, cache: Cache, device: str) -> tuple[Teacher, An
     return teacher, teacher.live
 
 
-def _readable(loader: DataLoader[Sample]) -> Iterator[dict[str, Tensor]]:
+def _readable(loader: DataLoader[Sample]) -> Generator[dict[str, Tensor], None, None]:
     """The loader's batches. Its workers wrap what they meet in their traceback: only its last line is the user's."""
     try:
         yield from loader  # samples, collated

@@ -27,10 +27,11 @@ def losses(run: Path) -> list[dict[str, float]]:
 
 
 def test_a_run_holds_what_it_needs(trained: Path) -> None:
-    assert {"config.yaml", "student.safetensors", "log.jsonl"} <= {path.name for path in trained.iterdir()}
+    wanted = {"config.yaml", "student.safetensors", "log.jsonl", "scores.jsonl", "run.json", "checkpoints"}
+    assert wanted <= {path.name for path in trained.iterdir()}
     assert list(trained.glob("events.out.tfevents*"))
     assert len(losses(trained)) == 4
-    assert set(losses(trained)[0]) == {"iteration", "global", "bce", "nel", "ce", "total"}
+    assert set(losses(trained)[0]) == {"iteration", "global", "bce", "nel", "ce", "total", "lr"}
 
 
 def test_same_seed_gives_equal_losses_and_weights_another_seed_does_not(world: World, trained: Path) -> None:
@@ -174,9 +175,12 @@ def test_damaged_runs_are_refused(world: World, trained: Path, tmp_path: Path) -
     weights = tmp_path / "run" / "student.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    assert "train again" in world.fails("evaluate", "--run", tmp_path / "run")
+    assert f"train --run {tmp_path}" in world.fails("evaluate", "--run", tmp_path / "run")
     weights.unlink()
     assert "student.safetensors" in world.fails("evaluate", "--run", tmp_path / "run")
+    assert "nothing to do" in world.run("train", "--run", tmp_path / "run").stderr  # but to put the weights back
+    assert weights.read_bytes() == whole
+    (tmp_path / "run" / "config.yaml").unlink()
     assert "not empty" in world.fails(*TRAIN, "--config", world.config, "--run", tmp_path / "run")
 
 

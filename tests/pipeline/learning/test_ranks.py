@@ -63,9 +63,8 @@ def learn(synthesizer: str, index: int, world: int, folder: Path) -> None:
     for step in range(STEPS):
         share = {name: whole.chunk(world)[index] for name, whole in batch(step).items()}
         features = student(share["pixels"])
-        losses = criterion(
-            features, share["cls_token"], share["seen"], share["groups"], share["ids"], auxiliary=features[:, :, ::2, ::2]
-        )
+        given = (share[name] for name in ("cls_token", "seen", "groups", "ids"))
+        losses = criterion(features, *given, auxiliary=features[:, :, ::2, ::2])
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         average_gradients(parameters)

@@ -1,0 +1,126 @@
+"""What a run says while it trains: log.jsonl and scores.jsonl, TensorBoard, and Weights & Biases by option."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from configs.errors import UserError
+from configs.load import as_settings
+from configs.schema import Config
+from pipeline.metrics import Scores
+
+LOSSES, SCORES = "log.jsonl", "scores.jsonl"
+
+
+class RunLog:
+    """Continues the files of a run after iteration `start`; what they hold of later ones, which were lost, goes.
+
+    The JSON lines hold no times: those of a resumed run equal an undisturbed one's byte for byte.
+    """
+
+    def __init__(self, path: Path, config: Config, start: int, identity: str) -> None:
+        """`identity` is the run's name for Weights & Biases, where no other run may have it."""
+        self.path = path
+        self._wandb = _start_wandb(path, config, identity) if config.train.wandb else None
+        for name in (LOSSES, SCORES):
+            _cut(path / name, start)
+        self._losses = (path / LOSSES).open("a", buffering=1)
+        self._board = SummaryWriter(str(path), purge_step=start + 1 if start else None)
+
+    def losses(self, iteration: int, losses: dict[str, float], lr: float) -> None:
+        """One step's; `lr` is that of the encoder."""
+        self._losses.write(json.dumps({"iteration": iteration, **losses, "lr": lr}) + "\n")
+        self._scalars({**{f"loss/{name}": value for name, value in losses.items()}, "lr": lr}, iteration)
+
+    def scores(self, iteration: int, split: str, scores: Scores, names: tuple[str, ...]) -> None:
+        """One validation's, at gamma 0; it counts as done once this returns."""
+        shown = {name: getattr(scores, name) for name in names}
+        self._scalars({f"{split}/{name}": value for name, value in shown.items()}, iteration)
+        with (self.path / SCORES).open("a") as file:
+            file.write(json.dumps({"iteration": iteration, "split": split, **shown}) + "\n")
+            _flush(file)
+
+    def picture(self, iteration: int, name: str, picture: Image.Image) -> None:
+        self._board.add_image(name, np.asarray(picture), iteration, dataformats="HWC")
+        if self._wandb:
+            self._wandb.log({"iteration": iteration, name: import_wandb().Image(picture)})
+
+    def flush(self) -> None:
+        """Returns when the losses are on disk."""
+        _flush(self._losses)
+        self._board.flush()
+
+    def close(self) -> None:
+        self._losses.close()
+        self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _scalars(self, values: dict[str, float], iteration: int) -> None:
+        for name, value in values.items():
+            self._board.add_scalar(name, value, iteration)
+        if self._wandb:
+            self._wandb.log({"iteration": iteration, **values})
+
+
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """A run's validations so far, one dict each."""
+    return [line for line, _ in _lines(path / SCORES)]
+
+
+def is_validated(path: Path, iteration: int) -> bool:
+    return any(line["iteration"] == iteration for line in read_scores(path))
+
+
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each line and where it ends in the file, up to one that is damaged or, after a kill, half written."""
+    if not path.exists():
+        return
+    end = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            end += len(line)
+            try:
+                content = json.loads(line)
+            except ValueError:
+                return
+            if not line.endswith(b"\n") or not isinstance(content, dict) or "iteration" not in content:
+                return
+            yield content, end
+
+
+def _cut(path: Path, iteration: int) -> None:
+    """Drops what stands after the line of `iteration`."""
+    ends = [end for line, end in _lines(path) if line["iteration"] <= iteration]
+    if path.exists():
+        os.truncate(path, max(ends, default=0))
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def import_wandb() -> Any:
+    """The package, which is no dependency. UserError: it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("train.wandb: the package wandb is not installed: pip install wandb, or unset it") from error
+    return wandb
+
+
+def _start_wandb(path: Path, config: Config, identity: str) -> Any:
+    """The same run of Weights & Biases each time that this one is continued."""
+    run = import_wandb().init(
+        project=config.train.wandb, id=identity, name=path.name, dir=str(path),
+        config=as_settings(config), resume="allow",
+    )  # fmt: skip
+    run.define_metric("*", step_metric="iteration")
+    return run

@@ -1,0 +1,80 @@
+"""run.json: which cache, machine, packages and code each start of a run had."""
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.runs import replace_file
+
+CODE = Path(__file__).parents[2]
+FILE = "run.json"
+PACKAGES = ("clip-zss", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "zarr")
+
+
+def record_start(run: Path, iteration: int, cache: str, fingerprint: str, device: str) -> str:
+    """Adds a start, from after `iteration`, to the run's record; returns a name for the run that no other has."""
+    start = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "after_iteration": iteration,
+        "command": sys.argv,
+        "cache": cache,
+        "cache_fingerprint": fingerprint,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "threads": torch.get_num_threads(),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "git": git_state(CODE),
+    }
+    found = [*starts(run), start]
+    replace_file(run / FILE, lambda aside: aside.write_text(json.dumps({"starts": found}, indent=2) + "\n"))
+    return f"{run.absolute().name}-{re.sub('[^0-9]', '', found[0]['time'])}-{found[0]['host']}"
+
+
+def starts(run: Path) -> list[dict[str, Any]]:
+    """Those recorded so far; of a record that is damaged, none."""
+    try:
+        found = json.loads((run / FILE).read_text())["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return found if isinstance(found, list) else []
+
+
+def last_cache(run: Path) -> str | None:
+    """The location of the cache that the run was last started with; None where no record says so."""
+    found = starts(run)
+    return str(found[-1]["cache"]) if found else None
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit, and the files that differ from it, of the checkout whose root `folder` is; None where it is none."""
+    try:
+        if Path(_git(folder, "rev-parse", "--show-toplevel").strip()).resolve() != folder.resolve():
+            return None  # installed somewhere below another project
+        changed = _git(folder, "status", "--porcelain").splitlines()
+        return {"commit": _git(folder, "rev-parse", "HEAD").strip(), "changed": changed}
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git, or no commit
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
