@@ -36,8 +36,8 @@ def train(config: Config, cache: Cache, data_root: Path, run: Path | None, devic
     Started by torchrun, each process takes its share of every batch, and the first one writes the run.
 
     Returns:
-        The run's folder: config.yaml, student.safetensors, log.jsonl, scores.jsonl, timing.jsonl, run.json, checkpoints/
-        and TensorBoard events.
+        The run's folder: config.yaml, student.safetensors, log.jsonl, scores.jsonl, timing.jsonl, run.json,
+        checkpoints/ and TensorBoard events.
 
     Raises:
         SystemExit: a signal came; the run is saved. 0 after SIGTERM, 130 after Ctrl-C.

@@ -1,6 +1,6 @@
-"""A batch that is split among processes: sums over their shares, with which the losses are those of the whole batch.
+"""A batch that is split among processes: sums over their shares, with which losses are those of the whole batch.
 
-Each rank's loss is what the mean over ranks makes the loss of the whole batch, because gradients are averaged: a term of
+Gradients are averaged over ranks, and so the mean of the ranks' losses must be the loss of the whole batch: a sum over
 the rank's own pixels is divided by the *mean* count over ranks, and a term that all ranks compute alike counts once.
 In a single process all of this does nothing.
 """
@@ -47,7 +47,7 @@ def gathered(share: Tensor) -> Tensor:
 
 
 def mean_count(count: Tensor) -> Tensor:
-    """The mean over ranks of a count, by which a sum over the rank's own share is divided; at least 1 over all ranks."""
+    """The mean over ranks of a count, by which a sum over the rank's own share is divided; at least 1 in all."""
     return averaged(count).clamp(min=1 / world_size()).float()
 
 
