@@ -18,7 +18,7 @@ from pipeline.learning.losses import classify
 # ZegCLIP's NEL: 100 x sigmoid focal loss + 1 x dice loss.
 FOCAL_WEIGHT, FOCAL_ALPHA, FOCAL_GAMMA = 100.0, 0.25, 2.0
 # Logits of a band: a CPU's caches hold a few tensors of it; a GPU needs many for each of the kernels it starts.
-CPU_BAND, GPU_BAND = 2**18, 2**24
+CPU_BAND, GPU_BAND = 2**19, 2**24
 
 
 def count_labelled(labels: Tensor) -> Tensor:
@@ -59,19 +59,18 @@ def pixel_sums(
     """
     sums: dict[str, list[Tensor]] = {"nel": [], "ce": []}
     for image, own_labels in zip(features, labels, strict=True):
-        logits = classify(image[None], text_seen, prototypes, alpha, beta)[0]
+        logits = classify(image[None], text_seen, prototypes, alpha, beta)[0].permute(1, 2, 0).contiguous()
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        sizes = _sizes(own_labels, len(logits))
+        sizes = _sizes(own_labels, logits.shape[2])
         present = sizes.nonzero()[:, 0]
-        reduced = _Upsampled.apply(logits, own_labels, present, nel, ce)
-        negatives, scores, own, log_sum = reduced
+        negatives, scores, own, log_sum = _Upsampled.apply(logits, own_labels, present, nel, ce)
         labelled = own_labels != UNLABELLED
         if nel:
             # Every logit as a negative, then the labelled pixels' own corrected: no one-hot target is ever built.
             corrections = torch.where(labelled, _positive(own) - _negative(own), 0.0).sum()
             focal = (negatives + corrections) / own.numel()
             hits = torch.where(labelled, own.sigmoid(), 0.0).flatten()
-            intersections = hits.new_zeros(len(logits)).index_add(0, own_labels.clamp(min=0).flatten(), hits)[present]
+            intersections = hits.new_zeros(len(sizes)).index_add(0, own_labels.clamp(min=0).flatten(), hits)[present]
             dice = (1 - (2 * intersections + 1) / (scores + sizes[present] + 1)).sum()
             sums["nel"].append(FOCAL_WEIGHT * focal + dice)
         if ce:
@@ -98,7 +97,8 @@ class _Upsampled(torch.autograd.Function):
     Rows are upsampled first, of all the image, then columns, of a band: bilinear interpolation is separable.
 
     Args:
-        logits: (N, h, w). labels: (H, W). present: (M,) channels. nel, ce: what the reductions are for.
+        logits: (h, w, N), channels last: so upsampling costs a CPU next to nothing. labels: (H, W).
+        present: (M,) channels. nel, ce: what the reductions are for.
 
     Returns:
         The focal loss of all upsampled logits as negatives, a sum; (M,) sigmoids summed over pixels; (H, W) the logit
@@ -112,15 +112,15 @@ class _Upsampled(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         negatives, scores = logits.new_zeros(()), logits.new_zeros(len(present))
         own, log_sum = logits.new_zeros(labels.shape), logits.new_zeros(labels.shape)
-        tall = _tall(logits, len(labels))
+        tall = _resize(logits, len(labels), logits.shape[1])
         for rows in _bands(logits, labels):
-            x = _wide(tall[:, rows], labels.shape[1])
-            own[rows] = x.gather(0, labels[None, rows].clamp(min=0))[0]
+            x = _resize(tall[rows], len(labels[rows]), labels.shape[1])
+            own[rows] = x.gather(2, labels[rows, :, None].clamp(min=0))[..., 0]
             if ce:
-                log_sum[rows] = x.logsumexp(0)
+                log_sum[rows] = x.logsumexp(2)
             if nel:
                 score = x.sigmoid()
-                scores += score[present].sum(dim=(1, 2))
+                scores += score.index_select(2, present).sum(dim=(0, 1))
                 negatives += F.softplus(x).mul_(score).mul_(score).sum()
         ctx.save_for_backward(logits, labels, present, log_sum)
         ctx.wanted = nel, ce
@@ -135,23 +135,24 @@ class _Upsampled(torch.autograd.Function):
         nel, ce = ctx.wanted
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
-            tall = _tall(leaf, len(labels))
+            tall = _resize(leaf, len(labels), logits.shape[1])
         of_tall = torch.empty_like(tall)
         for rows in _bands(logits, labels):
             with torch.enable_grad():
-                band = tall[:, rows].detach().requires_grad_()
-                wide = _wide(band, labels.shape[1])
+                band = tall[rows].detach().requires_grad_()
+                wide = _resize(band, len(labels[rows]), labels.shape[1])
             x = wide.detach()
-            gradient = torch.zeros_like(x)
             if nel:
                 score = x.sigmoid()
                 gradient = _negative_gradient(x, score).mul_(of_negatives)
-                few = score[present]
-                gradient[present] += of_scores[:, None, None] * few * (1 - few)
+                few = score.index_select(2, present)
+                gradient.index_add_(2, present, of_scores * few * (1 - few))
+            else:
+                gradient = torch.zeros_like(x)
             if ce:
-                gradient.addcmul_(x.sub(log_sum[rows]).exp_(), of_log_sum[rows])
-            gradient.scatter_add_(0, labels[None, rows].clamp(min=0), of_own[None, rows])
-            of_tall[:, rows] = torch.autograd.grad(wide, band, gradient)[0]
+                gradient.addcmul_(x.sub_(log_sum[rows, :, None]).exp_(), of_log_sum[rows, :, None])
+            gradient.scatter_add_(2, labels[rows, :, None].clamp(min=0), of_own[rows, :, None])
+            of_tall[rows] = torch.autograd.grad(wide, band, gradient)[0]
         return *torch.autograd.grad(tall, leaf, of_tall), None, None, None, None
 
 
@@ -163,19 +164,13 @@ def _negative_gradient(x: Tensor, score: Tensor) -> Tensor:
     return gradient.mul_(score).mul_(score).mul_(1 - FOCAL_ALPHA)
 
 
-def _tall(logits: Tensor, height: int) -> Tensor:
-    """(N, h, w) -> (N, H, w)."""
-    if logits.shape[1] == height:
-        return logits * 1
-    return F.interpolate(logits[None], (height, logits.shape[2]), mode="bilinear", align_corners=False)[0]
-
-
-def _wide(rows: Tensor, width: int) -> Tensor:
-    """(N, R, w) -> (N, R, W)."""
-    return F.interpolate(rows, width, mode="linear", align_corners=False)
+def _resize(maps: Tensor, height: int, width: int) -> Tensor:
+    """(h, w, N) -> (H, W, N)."""
+    channels_first = maps[None].permute(0, 3, 1, 2)
+    return F.interpolate(channels_first, (height, width), mode="bilinear", align_corners=False).squeeze(0).permute(1, 2, 0)
 
 
 def _bands(logits: Tensor, labels: Tensor) -> list[slice]:
     height, width = labels.shape
-    step = max(1, (CPU_BAND if logits.device.type == "cpu" else GPU_BAND) // (len(logits) * width))
+    step = max(1, (CPU_BAND if logits.device.type == "cpu" else GPU_BAND) // (logits.shape[2] * width))
     return [slice(top, top + step) for top in range(0, height, step)]
