@@ -7,7 +7,8 @@ from configs.schema import Loss
 from pipeline.learning.bank import TokenBank
 from pipeline.learning.glm import info_nce, predict_cls
 from pipeline.learning.labels import UNLABELLED, at_stride, class_centroids, fuse_labels
-from pipeline.learning.losses import classify, nel, pixel_cross_entropy, prototype_bce
+from pipeline.learning.losses import prototype_bce
+from pipeline.learning.pixel_loss import count_labelled, count_pairs, pixel_sums
 from pipeline.learning.synthesizer import make_synthesizer
 
 AUXILIARY_WEIGHT = 0.4  # mmsegmentation's
@@ -62,22 +63,22 @@ class Criterion(nn.Module):
         if self.config.bce:
             losses["bce"] = prototype_bce(prototypes[is_seen], rows[is_seen], text_seen)
         if self.config.nel or self.config.ce:
-            logits = classify(features, text_seen, prototypes[~is_seen], self.alpha, self.config.beta)
+            pseudo = prototypes[~is_seen]
+            channels = num_seen + len(pseudo)
             # Labels become channels of the logits: a group without a centroid has no channel.
             channel = torch.full((count + 1,), UNLABELLED, device=labels.device)
             channel[:num_seen] = torch.arange(num_seen, device=labels.device)
-            channel[rows[~is_seen]] = torch.arange(num_seen, logits.shape[1], device=labels.device)
+            channel[rows[~is_seen]] = torch.arange(num_seen, channels, device=labels.device)
             size = (-(-seen.shape[1] // self.config.label_stride), -(-seen.shape[2] // self.config.label_stride))
             target = channel[at_stride(labels, size)]  # UNLABELLED = -1 finds the last entry, which is UNLABELLED too
-            if logits.shape[2:] != size:
-                logits = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            wanted = {"nel": self.config.nel, "ce": self.config.ce}
+            sums = pixel_sums(features, text_seen, pseudo, self.alpha, self.config.beta, target, **wanted)
             if self.config.nel:
-                losses["nel"] = self.config.nel_weight * nel(logits, target)
+                losses["nel"] = self.config.nel_weight * sums["nel"] / count_pairs(target, channels)
             if self.config.ce:
-                losses["ce"] = pixel_cross_entropy(logits, target)
+                losses["ce"] = sums["ce"] / count_labelled(target)
             if self.config.ce and auxiliary is not None:
-                coarse = self.alpha * torch.einsum("bchw,kc->bkhw", auxiliary, text_seen)
-                coarse = nn.functional.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
                 own = torch.where(target < num_seen, target, UNLABELLED)
-                losses["auxiliary"] = AUXILIARY_WEIGHT * pixel_cross_entropy(coarse, own)
+                of_seen = pixel_sums(auxiliary, text_seen, pseudo[:0], self.alpha, self.config.beta, own, nel=False)
+                losses["auxiliary"] = AUXILIARY_WEIGHT * of_seen["ce"] / count_labelled(own)
         return losses
