@@ -166,8 +166,9 @@ def _negative_gradient(x: Tensor, score: Tensor) -> Tensor:
 
 def _resize(maps: Tensor, height: int, width: int) -> Tensor:
     """(h, w, N) -> (H, W, N)."""
-    channels_first = maps[None].permute(0, 3, 1, 2)
-    return F.interpolate(channels_first, (height, width), mode="bilinear", align_corners=False).squeeze(0).permute(1, 2, 0)
+    channels_first = maps.unsqueeze(0).permute(0, 3, 1, 2)
+    resized = F.interpolate(channels_first, (height, width), mode="bilinear", align_corners=False)
+    return resized.squeeze(0).permute(1, 2, 0)
 
 
 def _bands(logits: Tensor, labels: Tensor) -> list[slice]:

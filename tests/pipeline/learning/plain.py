@@ -1,4 +1,4 @@
-"""NEL and cross-entropy as plain torch on whole logits at label size: what pixel_loss.py must equal, in 10 x the memory."""
+"""NEL and cross-entropy as plain torch on whole logits at label size: what pixel_loss.py must equal."""
 
 import torch
 from torch import Tensor, nn
