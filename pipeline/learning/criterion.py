@@ -7,7 +7,8 @@ from configs.schema import Loss
 from pipeline.learning.bank import TokenBank
 from pipeline.learning.glm import info_nce, predict_cls
 from pipeline.learning.labels import UNLABELLED, at_stride, class_centroids, fuse_labels
-from pipeline.learning.losses import classify, nel, pixel_cross_entropy, prototype_bce
+from pipeline.learning.losses import prototype_bce
+from pipeline.learning.pixel_loss import count_labelled, count_pairs, pixel_sums
 from pipeline.learning.ranks import gathered
 from pipeline.learning.synthesizer import make_synthesizer
 
@@ -35,7 +36,7 @@ class Criterion(nn.Module):
         image_ids: Tensor,
         auxiliary: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Each loss that is switched on, under its name in Eq. 8; their sum is the objective.
+        """Each loss that is switched on, under its name in Eq. 8; their sum, or its mean over ranks, is the objective.
 
         Args:
             features: (B, C, h, w) the student's R.
@@ -47,39 +48,39 @@ class Criterion(nn.Module):
                 `loss.ce` is off.
         """
         losses: dict[str, Tensor] = {}
+        cls_tokens, all_ids = gathered(cls_token), gathered(image_ids)
         if self.config.global_:
             predicted = gathered(predict_cls(features, cls_token, self.config.glm))
-            cls_token, image_ids = gathered(cls_token), gathered(image_ids)
             bank, bank_ids = self.bank.tokens(like=cls_token)
-            losses["global"] = info_nce(predicted, cls_token, bank, self.config.tau, image_ids, bank_ids)
-            self.bank.enqueue(cls_token, image_ids)
+            losses["global"] = info_nce(predicted, cls_tokens, bank, self.config.tau, all_ids, bank_ids)
+            self.bank.enqueue(cls_tokens, all_ids)
 
         text_seen: Tensor = self.text_seen  # type: ignore[assignment]
         num_seen = len(text_seen)
         labels, count = fuse_labels(seen, groups, num_seen)
         centroids, present = class_centroids(features, at_stride(labels, (features.shape[2], features.shape[3])), count)
         rows = present.nonzero()[:, 0]
-        prototypes = self.synthesizer(centroids[rows], cls_token) if len(rows) else centroids[rows]
+        prototypes = self.synthesizer(centroids[rows], cls_tokens) if len(rows) else centroids[rows]
         is_seen = rows < num_seen
         if self.config.bce:
             losses["bce"] = prototype_bce(prototypes[is_seen], rows[is_seen], text_seen)
         if self.config.nel or self.config.ce:
-            logits = classify(features, text_seen, prototypes[~is_seen], self.alpha, self.config.beta)
+            pseudo = prototypes[~is_seen]
+            channels = num_seen + len(pseudo)
             # Labels become channels of the logits: a group without a centroid has no channel.
             channel = torch.full((count + 1,), UNLABELLED, device=labels.device)
             channel[:num_seen] = torch.arange(num_seen, device=labels.device)
-            channel[rows[~is_seen]] = torch.arange(num_seen, logits.shape[1], device=labels.device)
+            channel[rows[~is_seen]] = torch.arange(num_seen, channels, device=labels.device)
             size = (-(-seen.shape[1] // self.config.label_stride), -(-seen.shape[2] // self.config.label_stride))
             target = channel[at_stride(labels, size)]  # UNLABELLED = -1 finds the last entry, which is UNLABELLED too
-            if logits.shape[2:] != size:
-                logits = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            wanted = {"nel": self.config.nel, "ce": self.config.ce}
+            sums = pixel_sums(features, text_seen, pseudo, self.alpha, self.config.beta, target, **wanted)
             if self.config.nel:
-                losses["nel"] = self.config.nel_weight * nel(logits, target)
+                losses["nel"] = self.config.nel_weight * sums["nel"] / count_pairs(target, channels)
             if self.config.ce:
-                losses["ce"] = pixel_cross_entropy(logits, target)
+                losses["ce"] = sums["ce"] / count_labelled(target)
             if self.config.ce and auxiliary is not None:
-                coarse = self.alpha * torch.einsum("bchw,kc->bkhw", auxiliary, text_seen)
-                coarse = nn.functional.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
                 own = torch.where(target < num_seen, target, UNLABELLED)
-                losses["auxiliary"] = AUXILIARY_WEIGHT * pixel_cross_entropy(coarse, own)
+                of_seen = pixel_sums(auxiliary, text_seen, pseudo[:0], self.alpha, self.config.beta, own, nel=False)
+                losses["auxiliary"] = AUXILIARY_WEIGHT * of_seen["ce"] / count_labelled(own)
         return losses

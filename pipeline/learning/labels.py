@@ -49,10 +49,16 @@ def class_centroids(features: Tensor, labels: Tensor, count: int) -> tuple[Tenso
     Returns:
         (L, C), zero for absent labels, and (L,) bool: present.
     """
+    sums, sizes = class_sums(features, labels, count)
+    return sums / sizes.clamp(min=1)[:, None], sizes > 0
+
+
+def class_sums(features: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What the means of `class_centroids` are made of: (L, C) sums in float32 or float64, (L,) numbers of pixels."""
     flat = features.permute(0, 2, 3, 1).flatten(0, 2)  # (B * h * w, C)
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     index = labels.flatten()
     keep = index != UNLABELLED
     index = index[keep]
-    sums = summed(flat.new_zeros(count, flat.shape[1]).index_add(0, index, flat[keep]))
-    sizes = summed(torch.bincount(index, minlength=count))
-    return sums / sizes.clamp(min=1)[:, None], sizes > 0
+    sums = flat.new_zeros(count, flat.shape[1]).index_add(0, index, flat[keep])
+    return summed(sums), summed(torch.bincount(index, minlength=count))

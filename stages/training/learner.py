@@ -23,7 +23,7 @@ from stages.training.precision import Forward, gradient_scaler, student_forward
 class Learner:
     """Everything that decides how a training goes on, besides its settings.
 
-    Samples follow from `iteration` alone, and so do random numbers: every step of every rank has a seed of its own.
+    Samples follow from `iteration` alone, and so do random numbers: every step has its own seeds.
 
     Attributes:
         ema: the exponential moving average of the student's weights, where `train.ema` is on; norms' running statistics
@@ -62,11 +62,12 @@ class Learner:
         Raises:
             UserError: a loss is NaN or infinite.
         """
-        torch.manual_seed(_step_seed(self.seed, self.iteration))
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-        for part in parts:
+        for number, part in enumerate(parts):
+            torch.manual_seed(_seed(self.seed, self.iteration, number, 1 + rank()))
             features, auxiliary = self.forward(part.pixels)
+            torch.manual_seed(_seed(self.seed, self.iteration, number, 0))  # all ranks synthesize the same prototypes
             losses = self.criterion(features, part.cls_tokens, part.seen, part.groups, part.rows, auxiliary)
             shown = averaged(torch.stack(list(losses.values()))).cpu() / len(parts)
             for name, value in zip(losses, shown, strict=True):
@@ -140,6 +141,6 @@ def warm_up_and_poly(step: int, warmup: int, iterations: int) -> float:
     return min(1.0, (step + 1) / (warmup + 1)) * (1 - step / iterations)
 
 
-def _step_seed(seed: int, iteration: int) -> int:
-    """Of a rank's generators; no two steps share one."""
-    return int(np.random.SeedSequence([seed, iteration, rank()]).generate_state(1, np.uint64)[0])
+def _seed(*numbers: int) -> int:
+    """Of torch's generators, which torch.manual_seed takes; others for other numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

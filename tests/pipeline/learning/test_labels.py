@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.learning.labels import at_stride, class_centroids, fuse_labels
+from pipeline.learning.labels import at_stride, class_centroids, class_sums, fuse_labels
 from tests import reference
 from tests.pipeline.draws import draw, draw_classes
 from tests.pipeline.learning.gradients import assert_gradients, leaf
@@ -110,3 +110,10 @@ def test_class_centroids_gradient() -> None:
         plain = plain + (torch.from_numpy(weight[label]) * sum(pixels) / len(pixels)).sum()
     centroids, _ = class_centroids(features, torch.from_numpy(labels), 6)
     assert_gradients((torch.from_numpy(weight) * centroids).sum(), plain, features)
+
+
+def test_class_sums_of_halves_are_singles() -> None:
+    """Where bfloat16 would stop counting at 256."""
+    sums, sizes = class_sums(torch.ones(1, 2, 32, 32, dtype=torch.bfloat16), torch.zeros(1, 32, 32).long(), 2)
+    assert sums.dtype == torch.float32
+    assert sums.tolist() == [[1024, 1024], [0, 0]] and sizes.tolist() == [1024, 0]

@@ -1,0 +1,178 @@
+"""NEL (as in ZegCLIP) and cross-entropy of Eq. 8 on logits at label size, which never exist all at once.
+
+Upsampled logits are 16 times those at the features' stride 4, and the formulas written plainly hold about ten tensors
+of that size. Here they exist in bands of rows of one image, once for the losses and once more for their gradient.
+Of each band four reductions are kept, from which both losses follow by plain formulas.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from pipeline.learning.labels import UNLABELLED
+from pipeline.learning.losses import classify
+from pipeline.learning.ranks import mean_count
+
+# ZegCLIP's NEL: 100 x sigmoid focal loss + 1 x dice loss.
+FOCAL_WEIGHT, FOCAL_ALPHA, FOCAL_GAMMA = 100.0, 0.25, 2.0
+# Logits of a band: a CPU's caches hold a few tensors of it; a GPU needs many for each of the kernels it starts.
+CPU_BAND, GPU_BAND = 2**19, 2**24
+
+
+def count_labelled(labels: Tensor) -> Tensor:
+    """Pixels with a label: what the sum of cross-entropies is divided by; see `mean_count`. (B, H, W) -> ()."""
+    return mean_count((labels != UNLABELLED).sum())
+
+
+def count_pairs(labels: Tensor, channels: int) -> Tensor:
+    """(image, class) pairs that are present: what NEL's sum is divided by; see `mean_count`. (B, H, W) -> ()."""
+    return mean_count(torch.stack([(_sizes(image, channels) > 0).sum() for image in labels]).sum())
+
+
+def pixel_sums(
+    features: Tensor,
+    text_seen: Tensor,
+    prototypes: Tensor,
+    alpha: Tensor,
+    beta: float,
+    labels: Tensor,
+    nel: bool = True,
+    ce: bool = True,
+) -> dict[str, Tensor]:
+    """NEL and cross-entropy of the logits of Eq. 7, upsampled bilinearly to the labels' size, before their division.
+
+    nel: 100 x sigmoid focal loss, a mean over pixels and a sum over images and channels, unlabelled pixels being
+    negatives of every class, + dice over the classes present in each image. To be divided by `count_pairs`.
+    ce: cross-entropy summed over labelled pixels. To be divided by `count_labelled`.
+
+    Whatever autocast makes of the logits at the features' size, all that follows is in float32 (float64 stays).
+
+    Args:
+        features: (B, C, h, w). text_seen: (K, C). prototypes: (P, C), P may be 0. alpha, beta: as `classify` takes.
+        labels: (B, H, W), 0..K+P-1 or UNLABELLED.
+        nel, ce: which are wanted.
+
+    Returns:
+        Those under their names, scalars.
+    """
+    sums: dict[str, list[Tensor]] = {"nel": [], "ce": []}
+    for image, own_labels in zip(features, labels, strict=True):
+        logits = classify(image[None], text_seen, prototypes, alpha, beta)[0].permute(1, 2, 0).contiguous()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        sizes = _sizes(own_labels, logits.shape[2])
+        present = sizes.nonzero()[:, 0]
+        negatives, scores, own, log_sum = _Upsampled.apply(logits, own_labels, present, nel, ce)
+        labelled = own_labels != UNLABELLED
+        if nel:
+            # Every logit as a negative, then the labelled pixels' own corrected: no one-hot target is ever built.
+            corrections = torch.where(labelled, _positive(own) - _negative(own), 0.0).sum()
+            focal = (negatives + corrections) / own.numel()
+            hits = torch.where(labelled, own.sigmoid(), 0.0).flatten()
+            intersections = hits.new_zeros(len(sizes)).index_add(0, own_labels.clamp(min=0).flatten(), hits)[present]
+            dice = (1 - (2 * intersections + 1) / (scores + sizes[present] + 1)).sum()
+            sums["nel"].append(FOCAL_WEIGHT * focal + dice)
+        if ce:
+            sums["ce"].append(torch.where(labelled, log_sum - own, 0.0).sum())
+    return {name: torch.stack(values).sum() for name, values in sums.items() if values}
+
+
+def _sizes(labels: Tensor, channels: int) -> Tensor:
+    """(H, W) -> (N,) pixels of each class."""
+    return torch.bincount((labels + 1).flatten(), minlength=channels + 1)[1:]
+
+
+def _negative(x: Tensor) -> Tensor:
+    return (1 - FOCAL_ALPHA) * x.sigmoid() ** FOCAL_GAMMA * F.softplus(x)
+
+
+def _positive(x: Tensor) -> Tensor:
+    return FOCAL_ALPHA * (-x).sigmoid() ** FOCAL_GAMMA * F.softplus(-x)
+
+
+class _Upsampled(torch.autograd.Function):
+    """Reductions of one image's logits, upsampled bilinearly; the gradient upsamples them once more.
+
+    Rows are upsampled first, of all the image, then columns, of a band: bilinear interpolation is separable.
+
+    Args:
+        logits: (h, w, N), channels last: so upsampling costs a CPU next to nothing. labels: (H, W).
+        present: (M,) channels. nel, ce: what the reductions are for.
+
+    Returns:
+        The focal loss of all upsampled logits as negatives, a sum; (M,) sigmoids summed over pixels; (H, W) the logit
+        of the label, of channel 0 where there is none; (H, W) log-sum-exp over channels. The first two are zero
+        without `nel`, the last without `ce`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, present: Tensor, nel: bool, ce: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        negatives, scores = logits.new_zeros(()), logits.new_zeros(len(present))
+        own, log_sum = logits.new_zeros(labels.shape), logits.new_zeros(labels.shape)
+        tall = _resize(logits, len(labels), logits.shape[1])
+        for rows in _bands(logits, labels):
+            x = _resize(tall[rows], len(labels[rows]), labels.shape[1])
+            own[rows] = x.gather(2, labels[rows, :, None].clamp(min=0))[..., 0]
+            if ce:
+                log_sum[rows] = x.logsumexp(2)
+            if nel:
+                score = x.sigmoid()
+                scores += score.index_select(2, present).sum(dim=(0, 1))
+                negatives += F.softplus(x).mul_(score).mul_(score).sum()
+        ctx.save_for_backward(logits, labels, present, log_sum)
+        ctx.wanted = nel, ce
+        return negatives.mul_(1 - FOCAL_ALPHA), scores, own, log_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, of_negatives: Tensor, of_scores: Tensor, of_own: Tensor, of_log_sum: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        logits, labels, present, log_sum = ctx.saved_tensors
+        nel, ce = ctx.wanted
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            tall = _resize(leaf, len(labels), logits.shape[1])
+        of_tall = torch.empty_like(tall)
+        for rows in _bands(logits, labels):
+            with torch.enable_grad():
+                band = tall[rows].detach().requires_grad_()
+                wide = _resize(band, len(labels[rows]), labels.shape[1])
+            x = wide.detach()
+            if nel:
+                score = x.sigmoid()
+                gradient = _negative_gradient(x, score).mul_(of_negatives)
+                few = score.index_select(2, present)
+                gradient.index_add_(2, present, of_scores * few * (1 - few))
+            else:
+                gradient = torch.zeros_like(x)
+            if ce:
+                gradient.addcmul_(x.sub_(log_sum[rows, :, None]).exp_(), of_log_sum[rows, :, None])
+            gradient.scatter_add_(2, labels[rows, :, None].clamp(min=0), of_own[rows, :, None])
+            of_tall[rows] = torch.autograd.grad(wide, band, gradient)[0]
+        return *torch.autograd.grad(tall, leaf, of_tall), None, None, None, None
+
+
+def _negative_gradient(x: Tensor, score: Tensor) -> Tensor:
+    """That of `_negative`: with s = sigmoid(x) and gamma = 2, (1 - alpha) s^2 (s + 2 (1 - s) softplus(x))."""
+    gradient = F.softplus(x)
+    gradient.addcmul_(gradient, score, value=-1)
+    torch.add(score, gradient, alpha=2, out=gradient)
+    return gradient.mul_(score).mul_(score).mul_(1 - FOCAL_ALPHA)
+
+
+def _resize(maps: Tensor, height: int, width: int) -> Tensor:
+    """(h, w, N) -> (H, W, N)."""
+    channels_first = maps.unsqueeze(0).permute(0, 3, 1, 2)
+    resized = F.interpolate(channels_first, (height, width), mode="bilinear", align_corners=False)
+    return resized.squeeze(0).permute(1, 2, 0)
+
+
+def _bands(logits: Tensor, labels: Tensor) -> list[slice]:
+    height, width = labels.shape
+    step = max(1, (CPU_BAND if logits.device.type == "cpu" else GPU_BAND) // (logits.shape[2] * width))
+    return [slice(top, top + step) for top in range(0, height, step)]
