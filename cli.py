@@ -6,13 +6,29 @@ Heavy libraries are imported inside the verbs: help stays quick, and training ne
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from configs.errors import UserError
 from configs.load import as_settings, named_dataset, resolve
-from configs.schema import Config
+from stages.verbs import bench, caches, datasets
+from stages.verbs.options import (
+    DATA,
+    CacheOption,
+    ConfigOption,
+    DataRootOption,
+    DatasetOption,
+    DeviceOption,
+    OnErrorOption,
+    RunlocalOption,
+    RunOption,
+    SeedOption,
+    SetOption,
+    device_of,
+    open_cache,
+    with_flags,
+)
 
 app = typer.Typer(
     name="clip-zss",
@@ -22,64 +38,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-DatasetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--dataset", metavar="NAME|FILE.yaml", help="Dataset; default: that of the cache or run, else scenes."
-    ),
-]
-DataRootOption = Annotated[Path, typer.Option("--data-root", metavar="DIR", help="Folder that holds the datasets.")]
-CacheOption = Annotated[
-    str | None,
-    typer.Option(
-        "--cache",
-        metavar="DIR|URL",
-        help="Cache, a folder or s3://...; default: named by its settings (precompute), else the newest below caches/.",
-    ),
-]
-RunOption = Annotated[
-    Path | None,
-    typer.Option("--run", metavar="DIR", help="Run; default: a new one below runs/ (train), else the newest."),
-]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="FILE.yaml", help="Settings; default: configs/experiments/DATASET.yaml."),
-]
-SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="One setting; repeatable.")]
-OnErrorOption = Annotated[
-    Literal["stop", "skip"] | None,
-    typer.Option("--on-error", help="What to do at an image that cannot be read; default: stop."),
-]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of this stage.")]
-RunlocalOption = Annotated[
-    bool, typer.Option("--runlocal", help="A few small images and iterations: two minutes on a CPU, to try things.")
-]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-DATA = Path("data")
-
-
-def _with_flags(assignments: list[str], flags: dict[str, Any]) -> list[str]:
-    """Flags that are short for a setting come before `--set`, which is the more precise."""
-    return [*(f"{key}={value}" for key, value in flags.items() if value is not None), *assignments]
-
-
-def _device(asked: str) -> str:
-    from stages.devices import choose_device, keep_freed_memory
-
-    keep_freed_memory()
-    return choose_device(asked)
-
-
-def _open_cache(
-    cache: str | None, dataset: str | None, config: Path | None, assignments: list[str], runlocal: bool = False
-) -> tuple[Any, Config]:
-    """The cache a command works on, and the configuration: the cache's settings under those that are asked for."""
-    from stages.caches import cached_settings, choose_cache
-
-    opened = choose_cache(cache, named_dataset(dataset, config))
-    return opened, resolve(dataset, config, assignments, cached_settings(opened.manifest), runlocal)
-
+for name, group in (("datasets", datasets), ("cache", caches), ("bench", bench)):
+    app.add_typer(group.app, name=name)
 
 @app.command()
 def precompute(
@@ -117,14 +77,14 @@ def precompute(
 
         if scheduler or dry_run:
             raise UserError("--only pseudo-labels runs in this process: drop --scheduler and --dry-run")
-        opened, settings = _open_cache(cache, dataset, config, _with_flags(set_, flags), runlocal)
+        opened, settings = open_cache(cache, dataset, config, with_flags(set_, flags), runlocal)
         recluster(settings, opened)
         return
     from stages.precompute import precompute as stage
 
-    settings = resolve(dataset, config, _with_flags(set_, flags), runlocal=runlocal)
+    settings = resolve(dataset, config, with_flags(set_, flags), runlocal=runlocal)
     # A cluster's workers choose their own device: this machine may have another.
-    stage(settings, data_root, cache, device if scheduler else _device(device), scheduler, dry_run)
+    stage(settings, data_root, cache, device if scheduler else device_of(device), scheduler, dry_run)
 
 
 @app.command()
@@ -153,13 +113,13 @@ def train(
     from stages.train import train as stage
     from stages.training.provenance import last_cache
 
-    assignments = _with_flags(set_, {"train.seed": seed})
+    assignments = with_flags(set_, {"train.seed": seed})
     if run and is_run(run):
         opened = choose_cache(cache or last_cache(run), named_dataset(dataset, config))
         settings = resolve(dataset, config, assignments, read_settings(run), runlocal)
     else:
-        opened, settings = _open_cache(cache, dataset, config, assignments, runlocal)
-    stage(settings, opened, data_root, run, _device(device))
+        opened, settings = open_cache(cache, dataset, config, assignments, runlocal)
+    stage(settings, opened, data_root, run, device_of(device))
 
 
 @app.command()
@@ -187,7 +147,7 @@ def evaluate(
     from stages.report import score_report, score_table
     from stages.runs import load_run, newest_run
 
-    on = _device(device)
+    on = device_of(device)
     if teacher_dense:
         base = None if run is None and (dataset or config) else as_settings(load_run(run or newest_run()).config)
         settings = resolve(dataset, config, set_, base, runlocal)
@@ -206,47 +166,48 @@ def evaluate(
         json_file.write_text(json.dumps(score_report(name, settings, gamma, scores), indent=2, allow_nan=False) + "\n")
 
 
-datasets = typer.Typer(help="What datasets there are, where their files go, and what is wrong with them.")
-app.add_typer(datasets, name="datasets", no_args_is_help=True)
-DatasetArgument = Annotated[str, typer.Argument(metavar="NAME|FILE.yaml")]
+@app.command()
+def predict(
+    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="Photos, or folders of photos.")],
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes",
+            metavar="WORDS|FILE",
+            help="Words, with commas between, synonyms by |; or a text file, a class a line. Default: as trained.",
+        ),
+    ] = None,
+    run: RunOption = None,
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where results go.")] = Path("predictions"),
+    gamma: Annotated[
+        float | None,
+        typer.Option("--gamma", help="Subtracted from seen classes' logits; default: that of the run."),
+    ] = None,
+    rle: Annotated[bool, typer.Option("--rle", help="COCO run lengths as JSON too.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="CLIP's own dense prediction beside; loads CLIP.")] = False,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="What GLM attends to for CLIP's CLS token; loads CLIP.")
+    ] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Segment your own photos by your own words: an overlay with a legend and a mask of class indices for each.
 
+    Classes of the training need no CLIP; new words meet its text tower once. Photos of any kind and size.
 
-@datasets.command("list")
-def datasets_list() -> None:
-    """Every dataset known by name."""
-    from stages.report import dataset_list
-
-    dataset_list()
-
-
-@datasets.command("show")
-def datasets_show(name: DatasetArgument, data_root: DataRootOption = DATA) -> None:
-    """Where its files are looked for, its classes, their mask values and prompts, its seen and unseen split.
-
-    Example: clip-zss datasets show coco-stuff
+    Example: clip-zss predict holiday/ --classes "cow|bull|calf, grass, sky" --output found
     """
-    from stages.report import dataset_layout
+    from stages.predict import Segmenter
+    from stages.predict import predict as stage
+    from stages.runs import newest_run
+    from stages.words import read_words
 
-    dataset_layout(resolve(name).dataset, data_root)
-
-
-@datasets.command("check")
-def datasets_check(name: DatasetArgument, data_root: DataRootOption = DATA) -> None:
-    """Read every image and mask; print a class histogram and what is missing, damaged, mis-sized or miscounted.
-
-    Exit code 2 on any fault. Example: clip-zss datasets check my-photos.yaml --data-root ~/photos
-    """
-    from stages.datasets import check
-    from stages.report import check_table
-
-    config = resolve(name).dataset
-    found = check(config, data_root)
-    check_table(config, found)
-    if found.faults:
-        count = len(found.faults)
-        raise UserError(
-            f"{config.name} has {count} fault{'s' if count > 1 else ''}, listed above: mend the files or the YAML"
-        )
+    segmenter = Segmenter.load(run or newest_run(), device_of(device), gamma)
+    failures = stage(segmenter, photos, read_words(classes) if classes else None, output, rle, compare, attention)
+    for line in failures:
+        typer.echo(f"left out: {line}", err=True)
+    typer.echo(f"results: {output}")
+    if failures:
+        raise UserError(f"{len(failures)} photos could not be read, listed above: replace them; the others are done")
 
 
 @app.command("inspect-pseudolabels")
@@ -273,119 +234,10 @@ def inspect_pseudolabels(
 
     if output.suffix.lower() != ".png":
         raise UserError(f"--output {output}: the picture is a PNG, give a name that ends in .png")
-    opened, settings = _open_cache(cache, dataset, None, set_)
+    opened, settings = open_cache(cache, dataset, None, set_)
     rows = choose_rows(opened, image, count, seed or 0)
     pseudo_label_table(table(settings, opened, data_root, rows))
     typer.echo(f"picture: {sheet(settings, opened, data_root, rows, output)}")
-
-
-caches = typer.Typer(help="What a cache holds, whether every byte of it is as it was written, and how to mend it.")
-app.add_typer(caches, name="cache", no_args_is_help=True)
-LocationArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Its folder or URL.")]
-
-
-@caches.command("info")
-def cache_info(location: LocationArgument) -> None:
-    """What it was made from, how much of it is done, and its size.
-
-    Example: clip-zss cache info caches/scenes-1a2b3c4d5e6f
-    """
-    from cache.verify import info
-    from stages.report import cache_table
-
-    cache_table(info(location))
-
-
-@caches.command("verify")
-def cache_verify(location: LocationArgument) -> None:
-    """Read every byte again and name each file that is missing or changed, or that nothing vouches for.
-
-    Exit code 2 on damage. Example: clip-zss cache verify caches/scenes-1a2b3c4d5e6f
-    """
-    from cache.verify import verify
-    from stages.report import damage_list
-
-    found = verify(location)
-    damage_list(found)
-    damaged = sum(damage.kind != "stray" for damage in found)
-    if damaged:
-        raise UserError(f"{location}: {damaged} files are damaged, listed above: run `cache repair {location}`")
-
-
-@caches.command("repair")
-def cache_repair(location: LocationArgument, data_root: DataRootOption = DATA, device: DeviceOption = "auto") -> None:
-    """Restore small files from their copies, and recompute the shards that are damaged or missing, and only those.
-
-    Example: clip-zss cache repair caches/scenes-1a2b3c4d5e6f --data-root ~/data
-    """
-    from stages.maintenance import repair
-    from stages.report import damage_list
-
-    damage_list(repair(location, data_root, _device(device)))
-
-
-@caches.command("gc")
-def cache_gc(location: LocationArgument) -> None:
-    """Delete what kills left behind: temporary files, and files of shards that never were completed.
-
-    Example: clip-zss cache gc caches/scenes-1a2b3c4d5e6f
-    """
-    from cache.verify import gc
-
-    deleted, freed = gc(location)
-    for path in deleted:
-        typer.echo(f"deleted: {path}")
-    typer.echo(f"{len(deleted)} files, {freed:,} bytes freed")
-
-
-bench = typer.Typer(help="How fast things are, side by side in one process.")
-app.add_typer(bench, name="bench", no_args_is_help=True)
-
-
-@bench.command("inference")
-def bench_inference(
-    student: Annotated[list[str], typer.Option("--student", help="As student.model (timm:NAME, ...); repeatable.")] = [  # noqa: B006
-        "segformer-b0",
-        "segformer-b4",
-        "segnext-b",
-        "swin-b",
-    ],
-    classes: Annotated[str, typer.Option("--classes", help="Numbers of classes, separated by commas.")] = "20,171,847",
-    size: Annotated[int, typer.Option("--size", min=32, help="Side of the image; a multiple of 16.")] = 512,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds, after one that warms up.")] = 5,
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option("--precision", help="Of every model.")] = "fp32",
-    output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE.md", help="Write the table here too, and as CSV.")
-    ] = None,
-    device: DeviceOption = "auto",
-) -> None:
-    """Time the student alone against CLIP's own dense prediction, and against CLIP in the loop of the kind of ZegCLIP.
-
-    Example: clip-zss bench inference --student segformer-b4 --classes 171
-    """
-    from stages.bench import bench_inference as stage
-    from stages.bench import write_table
-    from stages.report import bench_table
-
-    try:
-        counts = [int(count) for count in classes.split(",")]
-    except ValueError as error:
-        raise UserError(f"--classes {classes}: write numbers separated by commas") from error
-    if not 1 <= min(counts) <= max(counts) <= 100_000:
-        raise UserError(f"--classes {classes}: from 1 to 100000 classes")
-    if size % 16:
-        raise UserError(f"--size {size}: CLIP's tokens are 16 pixels wide, use {size - size % 16}")
-    if output and not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}, make it first")
-    on = _device(device)
-    rows = stage(student, counts, size, rounds, on, precision)
-    bench_table(rows)
-    if output:
-        asked = " ".join(f"--student {name}" for name in student)
-        write_table(
-            rows, output, f"clip-zss bench inference {asked} --classes {classes} --size {size} --rounds {rounds} "
-            f"--precision {precision}", on,
-        )  # fmt: skip
 
 
 @app.command()
@@ -407,7 +259,7 @@ def demo(
         chosen = [int(seed) for seed in seeds.split(",")]
     except ValueError as error:
         raise UserError(f"--seeds {seeds}: write numbers separated by commas") from error
-    stage(output, chosen, set_, _device(device))
+    stage(output, chosen, set_, device_of(device))
 
 
 def main() -> None:

@@ -109,14 +109,15 @@ def _become_precompute(folder: Path, log: Path, arguments: Sequence[str]) -> Non
 
 
 def _processes() -> dict[int, tuple[int, int]]:
-    """Pid -> (parent, session) of all that run, zombies left out."""
+    """Pid -> (parent, session) of all that run, zombies left out; not those with threads that still hold files."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            threads = len(list((stat.parent / "task").iterdir()))
         except OSError:
             continue  # it has just ended
-        if state != "Z":
+        if state != "Z" or threads > 1:
             found[int(stat.parent.name)] = (int(parent), int(session))
     return found
 

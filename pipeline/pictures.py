@@ -1,7 +1,7 @@
 """Pictures for people: class and group colours, overlays, contact sheets. No step of the method uses them."""
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -58,15 +58,22 @@ def contact_sheet(
     return sheet
 
 
-def legend(names: Sequence[str], columns: int = 10) -> Image.Image:
-    """A strip of colour swatches with class names."""
+def lit(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The image (H, W, 3), dark where the weights (h, w) are low; full light is the highest one."""
+    light = Image.fromarray(np.asarray(weights / weights.max(), np.float32))
+    light = light.resize((image.shape[1], image.shape[0]), Image.Resampling.BILINEAR)
+    return np.asarray((image * (0.15 + 0.85 * np.asarray(light)[..., None])).round().astype(np.uint8))
+
+
+def legend(names: Mapping[int, str], columns: int = 10) -> Image.Image:
+    """A strip of colour swatches with class names, by class index."""
     font = ImageFont.load_default(14)
-    width = 34 + max(int(font.getlength(name)) for name in names)
+    width = 34 + max(int(font.getlength(name)) for name in names.values())
     lines = -(-len(names) // columns)
     strip = Image.new("RGB", (width * min(columns, len(names)) + 6, 24 * lines + 6), "white")
     draw = ImageDraw.Draw(strip)
-    for index, name in enumerate(names):
-        x, y = 6 + width * (index % columns), 6 + 24 * (index // columns)
+    for place, (index, name) in enumerate(names.items()):
+        x, y = 6 + width * (place % columns), 6 + 24 * (place // columns)
         draw.rectangle((x, y, x + 16, y + 16), fill=tuple(int(part) for part in palette()[index]))
         draw.text((x + 22, y), name, "black", font)
     return strip

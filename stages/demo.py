@@ -107,7 +107,7 @@ def _predictions(config: Config, predictors: tuple[tuple[Predictor, float], ...]
     titles = ("image", "true mask", "unseen classes only", "student, no CLIP", "teacher's dense")
     ids = [dataset.ids[row] for row in list(rows)[:PICTURES]]
     names = [f"{name}*" if name in config.dataset.unseen else name for name in config.dataset.classes]
-    stacked([contact_sheet(lines, titles, ids), legend(names)]).save(path)
+    stacked([contact_sheet(lines, titles, ids), legend(dict(enumerate(names)))]).save(path)
     return path
 
 

@@ -141,7 +141,7 @@ class SegmentationDataset:
     def image(self, row: int) -> np.ndarray:
         """(H, W, 3) uint8 RGB, upright."""
         path = self.image_path(row)
-        with _opened(path, "image") as picture:
+        with opened(path, "image") as picture:
             mode = picture.mode
             if not mode.startswith(("I", "F")):
                 return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
@@ -150,7 +150,7 @@ class SegmentationDataset:
     def mask(self, row: int) -> np.ndarray:
         """(H, W) uint8, class indices of *all* classes, IGNORE where there is none. For evaluation and reports."""
         path, masks = self._mask_file(row)
-        with _opened(path, "mask") as picture:
+        with opened(path, "mask") as picture:
             mode = picture.mode
             spread = max((_SPREAD.get(tile[3], 1) for tile in getattr(picture, "tile", ())), default=1)
             values = np.asarray(picture)
@@ -210,7 +210,7 @@ def _size(path: Path) -> int:
 
 
 @contextmanager
-def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
+def opened(path: Path, kind: str) -> Iterator[Image.Image]:
     """A picture whose decoding, within the block, ends in BrokenFile if it fails."""
     try:
         with Image.open(path) as picture:

@@ -97,7 +97,7 @@ def test_contact_sheet_leaves_its_pictures_alone() -> None:
 def test_legend(count: int, columns: int) -> None:
     """One swatch for each name, in reading order, in the class's colour."""
     names = [f"class {index}" for index in range(count)]
-    strip = legend(names, columns)
+    strip = legend(dict(enumerate(names)), columns)
     pixels = np.asarray(strip)
     lines = -(-count // columns)
     assert strip.height == 24 * lines + 6
@@ -112,7 +112,7 @@ def test_legend(count: int, columns: int) -> None:
 
 
 def test_long_names_fit_into_the_legend() -> None:
-    short, long = legend(["a", "b"]), legend(["a", "a very long class name"])
+    short, long = legend({0: "a", 1: "b"}), legend({0: "a", 1: "a very long class name"})
     assert long.width > short.width and long.height == short.height
     assert (np.asarray(long)[:, -1] == 255).all()
 

@@ -121,3 +121,42 @@ def test_results_and_errors(here: World) -> None:
             on_a_worker(client, _die, 0)
         with pytest.raises(UserError, match="install clip-zss where they run"):
             on_a_worker(client, _lack, 0)
+
+
+def test_only_a_few_jobs_are_with_the_scheduler(here: World) -> None:
+    drawn = []
+    with workers(None, "cpu", 2) as client:
+        found = for_all(client, _one_or_fail, (drawn.append(number) or number + 4 for number in range(50)))
+        next(found)
+        assert len(drawn) <= 2 * 4
+        assert len(list(found)) == 49 and len(drawn) == 50
+
+
+def test_a_run_without_workers_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages.workers, "_PATIENCE", 0.2)
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+        pytest.raises(UserError, match="no worker is left"),
+    ):
+        list(for_all(client, _one_or_fail, [1]))
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_workers_killed_while_they_start_are_started_again(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    tries = []
+
+    def start(**options: object) -> LocalCluster:
+        tries.append(options)
+        if len(tries) <= failures:
+            raise RuntimeError("Nanny failed to start.")
+        return LocalCluster(processes=False, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stages.workers, "LocalCluster", start)
+    if failures == 3:
+        with pytest.raises(UserError, match=r"did not start, in 3 tries \(Nanny failed"), workers(None, "cpu", 2):
+            pass
+    else:
+        with workers(None, "cpu", 2) as client:
+            assert on_every_worker(client, _one_or_fail, 1) == [1, 1]
+    assert len(tries) == 3

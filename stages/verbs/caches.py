@@ -1,0 +1,67 @@
+"""The verbs of `clip-zss cache`."""
+
+from typing import Annotated
+
+import typer
+
+from configs.errors import UserError
+from stages.verbs.options import DATA, DataRootOption, DeviceOption, device_of
+
+app = typer.Typer(
+    no_args_is_help=True, help="What a cache holds, whether every byte of it is as it was written, and how to mend it."
+)
+LocationArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Its folder or URL.")]
+
+
+@app.command("info")
+def cache_info(location: LocationArgument) -> None:
+    """What it was made from, how much of it is done, and its size.
+
+    Example: clip-zss cache info caches/scenes-1a2b3c4d5e6f
+    """
+    from cache.verify import info
+    from stages.report import cache_table
+
+    cache_table(info(location))
+
+
+@app.command("verify")
+def cache_verify(location: LocationArgument) -> None:
+    """Read every byte again and name each file that is missing or changed, or that nothing vouches for.
+
+    Exit code 2 on damage. Example: clip-zss cache verify caches/scenes-1a2b3c4d5e6f
+    """
+    from cache.verify import verify
+    from stages.report import damage_list
+
+    found = verify(location)
+    damage_list(found)
+    damaged = sum(damage.kind != "stray" for damage in found)
+    if damaged:
+        raise UserError(f"{location}: {damaged} files are damaged, listed above: run `cache repair {location}`")
+
+
+@app.command("repair")
+def cache_repair(location: LocationArgument, data_root: DataRootOption = DATA, device: DeviceOption = "auto") -> None:
+    """Restore small files from their copies, and recompute the shards that are damaged or missing, and only those.
+
+    Example: clip-zss cache repair caches/scenes-1a2b3c4d5e6f --data-root ~/data
+    """
+    from stages.maintenance import repair
+    from stages.report import damage_list
+
+    damage_list(repair(location, data_root, device_of(device)))
+
+
+@app.command("gc")
+def cache_gc(location: LocationArgument) -> None:
+    """Delete what kills left behind: temporary files, and files of shards that never were completed.
+
+    Example: clip-zss cache gc caches/scenes-1a2b3c4d5e6f
+    """
+    from cache.verify import gc
+
+    deleted, freed = gc(location)
+    for path in deleted:
+        typer.echo(f"deleted: {path}")
+    typer.echo(f"{len(deleted)} files, {freed:,} bytes freed")

@@ -1,0 +1,52 @@
+"""The verbs of `clip-zss datasets`."""
+
+from typing import Annotated
+
+import typer
+
+from configs.errors import UserError
+from configs.load import resolve
+from stages.verbs.options import DATA, DataRootOption
+
+app = typer.Typer(
+    no_args_is_help=True, help="What datasets there are, where their files go, and what is wrong with them."
+)
+DatasetArgument = Annotated[str, typer.Argument(metavar="NAME|FILE.yaml")]
+
+
+@app.command("list")
+def datasets_list() -> None:
+    """Every dataset known by name."""
+    from stages.report import dataset_list
+
+    dataset_list()
+
+
+@app.command("show")
+def datasets_show(name: DatasetArgument, data_root: DataRootOption = DATA) -> None:
+    """Where its files are looked for, its classes, their mask values and prompts, its seen and unseen split.
+
+    Example: clip-zss datasets show coco-stuff
+    """
+    from stages.report import dataset_layout
+
+    dataset_layout(resolve(name).dataset, data_root)
+
+
+@app.command("check")
+def datasets_check(name: DatasetArgument, data_root: DataRootOption = DATA) -> None:
+    """Read every image and mask; print a class histogram and what is missing, damaged, mis-sized or miscounted.
+
+    Exit code 2 on any fault. Example: clip-zss datasets check my-photos.yaml --data-root ~/photos
+    """
+    from stages.datasets import check
+    from stages.report import check_table
+
+    config = resolve(name).dataset
+    found = check(config, data_root)
+    check_table(config, found)
+    if found.faults:
+        count = len(found.faults)
+        raise UserError(
+            f"{config.name} has {count} fault{'s' if count > 1 else ''}, listed above: mend the files or the YAML"
+        )

@@ -1,0 +1,32 @@
+"""The short form of benchmarks/kills.py, on the world's few images."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, World
+
+
+def kill(world: World, folder: Path, *options: str) -> str:
+    """What the script says of runs with one image a shard."""
+    precompute = ["--config", world.config, "--data-root", world.data, "--set", "storage.shard_images=1"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "kills.py", *options, "--", *precompute], cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "byte-identical" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_what_is_killed_and_resumed_is_whole(world: World, tmp_path: Path, seed: str) -> None:
+    assert "3  kills" in kill(world, tmp_path, "--kills", "3", "--seed", seed)
+
+
+def test_a_run_that_loses_a_worker_completes(world: World, tmp_path: Path) -> None:
+    said = kill(world, tmp_path, "--kills", "1", "--seed", "3", "--hit", "a worker")
+    assert "1  a worker, " in said and "1  runs completed" in said.split("kills")[1]
