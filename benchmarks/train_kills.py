@@ -64,11 +64,11 @@ def run_killed(folder: Path, arguments: Sequence[str], kills: int, seed: int, wo
     of = _lines(whole)
     while tally["kills"] < kills:
         attempt = Attempt(folder, [*arguments, "--run", str(killed)], spawn=False)
-        # A few while it starts; most at a step and a little later, where it saves and validates too.
+        # A few while it starts; most a little after a step, where it may save or validate; none if no step is left.
         starting = draw.random() < 0.1
         saved = _saved(killed)
-        step = draw.randint(min(saved + 1, of), of)
-        pause = draw.uniform(0, START * duration if starting else 3 * duration / of)
+        step = draw.randint(saved + 1, of) if saved < of else of + 1
+        pause = draw.uniform(0, START * duration if starting else 2 * duration / of)
         begun = time.monotonic()
         reached, cut = begun if starting else None, False
         while (code := attempt.ended()) is None:

@@ -165,6 +165,6 @@ def _resume(learner: Learner, checkpoints: Checkpoints) -> bool:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{checkpoints.folder} holds checkpoints of another version of this program ({reason}): choose another --run"
+            f"{checkpoints.folder} is of another version of this program ({reason}): choose another --run"
         ) from error
     return True

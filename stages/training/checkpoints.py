@@ -70,7 +70,8 @@ class Checkpoints:
             _flush(self.folder)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"cannot save {path} ({error}): free some space or mend the disk, then train --run {path.parents[1]} goes on"
+                f"cannot save {path} ({error}): free some space or mend the disk; then train --run "
+                f"{path.parents[1]} goes on"
             ) from error
 
     def prune(self, best: int | None) -> None:
