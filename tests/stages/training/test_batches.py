@@ -51,7 +51,7 @@ def views_of(batch: Batch, cache: Cache) -> Iterator[tuple[int, list[int]]]:
 
 
 def test_batches_are_the_samples_in_order_with_what_the_cache_holds(world: World, crops: str) -> None:
-    config, cache, dataset = opened(world, crops)
+    _, cache, dataset = opened(world, crops)
     samples = TrainingViews(dataset, cache.kept_rows, cache.load("views"), 64, 32, 0, MEAN)
     found = read(world, crops)
     assert len(found) == 8
@@ -106,16 +106,16 @@ def test_fresh_views_are_the_recorded_ones_first_and_new_ones_in_every_epoch(wor
 
 
 def test_cached_and_online_losses_are_equal_to_the_rounding_of_the_cache(world: World, crops: str) -> None:
+    """At every step of a training so slow that it does not amplify the rounding."""
     logs = {}
     for teacher in ("cached", "online"):
         run = world.folder / "runs" / teacher
         shutil.rmtree(run, ignore_errors=True)
-        settings = [f"--set={setting}" for setting in (*CROPS, f"train.teacher={teacher}")]
+        settings = [f"--set={setting}" for setting in (*CROPS, "train.lr=1e-8", f"train.teacher={teacher}")]
         world.run("train", "--cache", crops, "--config", world.config, "--run", run, *settings)
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         logs[teacher] = np.array([[line[name] for name in ("global", "bce", "nel", "ce", "total")] for line in lines])
-    np.testing.assert_allclose(logs["online"], logs["cached"], rtol=2e-3)
-    np.testing.assert_allclose(logs["online"][0], logs["cached"][0], rtol=2**-11)
+    np.testing.assert_allclose(logs["online"], logs["cached"], rtol=2**-11)
     assert not np.array_equal(logs["online"], logs["cached"])
 
 
