@@ -3,9 +3,9 @@
     python benchmarks/coco_stuff_size.py                       # ten minutes on two cores
     python benchmarks/coco_stuff_size.py --images 1000 --steps 300
 
-The images are links to a few small pictures, the cache is written with random CLS tokens (512 float16) and pseudo labels
-(32 x 32), 2 KiB a view, and `train` is run on it as a user starts it, by --cache: all its checks, all its loading. The
-student is small and its views are of 64 pixels, so that thousands of steps take minutes.
+The images are links to a few small pictures, the cache is written with random CLS tokens (512 float16) and pseudo
+labels (32 x 32), 2 KiB a view, and `train` is run on it as a user starts it, by --cache: all its checks, all its
+loading. The student is small and its views are of 32 pixels, so that thousands of steps take minutes.
 
 Start-up: seconds from the command to the end of its first step, by the clock, and CPU of the main process. Memory:
 anonymous resident MiB of the main process and of its loader workers together, after the steps named.
@@ -37,8 +37,8 @@ from stages.caches import split_settings
 ROOT = Path(__file__).parent.parent
 PICTURES, SIDE, WIDTH, GRID, GROUPS = 32, 96, 512, 32, 8
 SETTINGS = [
-    "views.size=64", "views.count=1", "student.model=timm:tf_efficientnet_lite0", "student.weights=none",
-    "student.channels=32", "loss.label_stride=4", "train.batch_size=4", "train.workers=1", "train.warmup=0",
+    "views.size=32", "views.count=1", "student.model=timm:tf_efficientnet_lite0", "student.weights=none",
+    "student.channels=32", "loss.label_stride=4", "train.batch_size=2", "train.workers=1", "train.warmup=0",
 ]  # fmt: skip
 
 

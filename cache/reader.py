@@ -55,7 +55,8 @@ class Cache:
     def load(self, name: str, views: int | None = None) -> np.ndarray:
         """The whole array `name` as stored, (N, V, *tail), checked against the completion records.
 
-        V is that of the manifest, or less for an array of which only the first views are stored, or at most `views`.
+        V is that of the manifest, or less for an array of which only the first views are stored. With `views`, only the
+        files of the first so many are read, and V is no more.
 
         Raises:
             UserError: there is no such array, or a shard is missing or damaged.

@@ -7,6 +7,7 @@ mask that training gets to see (generalised zero-label: unseen pixels become "ig
 import glob
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,21 +123,29 @@ class SegmentationDataset:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def _located(self, pattern: str, row: int) -> Path:
+    def _located(self, pattern: str, row: int) -> str:
+        """Text, not a Path: training looks at every file as it starts, and a Path takes longer than a look at one."""
         name = pattern.replace("{id}", self.ids[row])
-        return self.root / (self._scan(pattern).get(self.ids[row], name) if pattern.endswith(".*") else name)
+        found = self._scan(pattern).get(self.ids[row], name) if pattern.endswith(".*") else name
+        return os.path.join(self.root, found)
 
     def image_path(self, row: int) -> Path:
-        return self._located(self._files.images, row)
+        return Path(self._located(self._files.images, row))
 
     def mask_path(self, row: int) -> Path:
-        return self._mask_file(row)[0]
+        return Path(self._mask_file(row)[0])
 
-    def _mask_file(self, row: int) -> tuple[Path, Masks]:
-        """The first of the split's mask patterns that has a file, or the first pattern."""
-        found = ((self._located(masks.files, row), masks) for masks in self._files.masks)
-        first = next(found)
-        return first if _size(first[0]) >= 0 else next((other for other in found if _size(other[0]) >= 0), first)
+    def _mask_file(self, row: int) -> tuple[str, int, Masks]:
+        """The first of the split's mask patterns that has a file, or the first pattern; and the file's bytes."""
+        first: tuple[str, int, Masks] | None = None
+        for masks in self._files.masks:
+            path = self._located(masks.files, row)
+            found = path, _size(path), masks
+            if found[1] >= 0:
+                return found
+            first = first or found
+        assert first is not None  # a split has a pattern
+        return first
 
     def image(self, row: int) -> np.ndarray:
         """(H, W, 3) uint8 RGB, upright."""
@@ -149,7 +158,8 @@ class SegmentationDataset:
 
     def mask(self, row: int) -> np.ndarray:
         """(H, W) uint8, class indices of *all* classes, IGNORE where there is none. For evaluation and reports."""
-        path, masks = self._mask_file(row)
+        name, _, masks = self._mask_file(row)
+        path = Path(name)
         with opened(path, "mask") as picture:
             mode = picture.mode
             spread = max((_SPREAD.get(tile[3], 1) for tile in getattr(picture, "tile", ())), default=1)
@@ -190,7 +200,10 @@ class SegmentationDataset:
 
         Missing files have -1 bytes.
         """
-        return [(name, _size(self.image_path(row)), _size(self.mask_path(row))) for row, name in enumerate(self.ids)]
+        images = self._files.images
+        return [
+            (name, _size(self._located(images, row)), self._mask_file(row)[1]) for row, name in enumerate(self.ids)
+        ]
 
 
 def _class_lookup(config: Dataset, values: str | None) -> np.ndarray:
@@ -201,10 +214,10 @@ def _class_lookup(config: Dataset, values: str | None) -> np.ndarray:
     return lookup
 
 
-def _size(path: Path) -> int:
+def _size(path: str) -> int:
     """Bytes of the file, -1 if there is none."""
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except (OSError, ValueError):  # ValueError, and some OSErrors: an id that can be the name of no file
         return -1
 

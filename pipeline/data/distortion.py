@@ -33,12 +33,12 @@ def distort(image: np.ndarray, how: Distortion) -> np.ndarray:
     first, last = (1.0, how.contrast) if how.contrast_last else (how.contrast, 1.0)
     values = np.arange(256)
     brighter = np.clip(np.clip(values + how.added, 0, 255) * first, 0, 255)
-    image = brighter.astype(np.uint8)[image]  # truncated, as mmsegmentation does
+    image = np.take(brighter.astype(np.uint8), image)  # truncated, as mmsegmentation does
     if how.saturation != 1 or how.hue != 0:
         for start in range(0, len(image), _ROWS):
             rows = image[start : start + _ROWS]
             rows[:] = _saturation_and_hue(rows, how.saturation, how.hue)
-    return image if last == 1 else np.clip(values * last, 0, 255).astype(np.uint8)[image]
+    return image if last == 1 else np.take(np.clip(values * last, 0, 255).astype(np.uint8), image)
 
 
 def _saturation_and_hue(image: np.ndarray, saturation: float, hue: float) -> np.ndarray:

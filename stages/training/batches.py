@@ -6,7 +6,7 @@ is opened once training has begun.
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from cache.reader import Cache
 from configs.errors import UserError
 from configs.schema import Config
 from pipeline.data.dataset import BrokenFile, SegmentationDataset
-from pipeline.data.training import Sample, TrainingViews
+from pipeline.data.training import TrainingViews
 from pipeline.data.views import normalise
 from stages.training.ranks import micro_batch, own_draws
 
@@ -59,6 +59,7 @@ class Batches:
     """A rank's batches, from iteration `first` on, in order: of each iteration its micro-batches; to be iterated once.
 
     Attributes:
+        teacher: cached, or live, as `train.teacher` says.
         asked: when (`time.perf_counter`) the step asked for its batch.
         waited: seconds of the step until the loader had it.
     """
@@ -76,7 +77,12 @@ class Batches:
             raise UserError(f"cache {cache.location} holds no image that could be read: mend them and precompute again")
         self.asked = self.waited = 0.0
         self._mean, self._std, self._device = mean, std, device
-        self.teacher, live = make_teacher(config, cache, device)
+        live = None
+        if config.train.teacher != "cached":
+            from stages.training.online import LiveTeacher  # and with it open_clip
+
+            self.teacher: Teacher = LiveTeacher(config, device)
+            live = self.teacher.live
         schedule, count = config.train, config.views.count  # the cache may hold more views
         samples = TrainingViews(
             dataset, cache.kept_rows, cache.load("views", count), config.views.size,
@@ -90,7 +96,9 @@ class Batches:
             multiprocessing_context="spawn" if schedule.workers else None,
             generator=torch.Generator(),  # its own: where a run starts must not show in what the student draws
         )  # fmt: skip
-        self._loaded, self._accumulate = _readable(loader), schedule.accumulate
+        self._loaded, self._accumulate = _readable(iter(loader)), schedule.accumulate
+        if live is None:  # while the workers start
+            self.teacher = CachedTeacher(cache, count, device)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while True:
@@ -119,19 +127,9 @@ class Batches:
         self._loaded.close()
 
 
-def make_teacher(config: Config, cache: Cache, device: str) -> tuple[Teacher, Any]:
-    """The teacher that `train.teacher` asks for, and what the views must bring for it."""
-    if config.train.teacher == "cached":
-        return CachedTeacher(cache, config.views.count, device), None
-    from stages.training.online import LiveTeacher  # and with it open_clip
-
-    teacher = LiveTeacher(config, device)
-    return teacher, teacher.live
-
-
-def _readable(loader: DataLoader[Sample]) -> Generator[dict[str, Tensor], None, None]:
+def _readable(loaded: Iterator[dict[str, Tensor]]) -> Generator[dict[str, Tensor], None, None]:
     """The loader's batches. Its workers wrap what they meet in their traceback: only its last line is the user's."""
     try:
-        yield from loader  # samples, collated
+        yield from loaded
     except BrokenFile as error:
         raise BrokenFile(str(error).strip().rpartition("BrokenFile: ")[2]) from error

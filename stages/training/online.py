@@ -5,6 +5,7 @@ their last bits, and so may a pseudo label that they decide.
 """
 
 from torch import Tensor, from_numpy
+from torch.random import fork_rng
 
 from configs.schema import Config
 from pipeline.data.training import LiveView
@@ -22,7 +23,9 @@ class LiveTeacher:
 
     def __init__(self, config: Config, device: str) -> None:
         self._device, self._pseudo_labels = device, config.pseudo_labels
-        self._clip = FrozenClip(config.teacher, device, config.precompute.channels_last, config.precompute.compile)
+        how = config.precompute
+        with fork_rng(devices=[]):  # its random weights, where it has such, must not show in what the student draws
+            self._clip = FrozenClip(config.teacher, device, how.channels_last, how.compile)
         fresh = config.views if config.train.teacher == "fresh" else None
         self.live = LiveView(self._clip.mean, self._clip.grid(config.views.size), fresh)
 

@@ -31,4 +31,5 @@ def student_forward(student: Student, schedule: Train) -> Forward:
 
 def gradient_scaler(schedule: Train, device: str) -> torch.amp.GradScaler:
     """Keeps small gradients above float16's smallest number; at other precisions it hands everything through."""
-    return torch.amp.GradScaler(device.partition(":")[0], enabled=schedule.precision == "fp16")
+    # torch's first scale, 65,536, overflows at the first steps, which are then lost.
+    return torch.amp.GradScaler(device.partition(":")[0], init_scale=2.0**10, enabled=schedule.precision == "fp16")

@@ -35,6 +35,7 @@ def test_borrowed_arrays(stage_one):
     assert cache.names == sorted(lender.specs) and 4 not in cache.kept_rows and len(cache.kept_rows) == 7
     for name, array in {**lender.arrays, **stage.arrays}.items():
         np.testing.assert_array_equal(cache.load(name), array, strict=True)
+        np.testing.assert_array_equal(cache.load(name, 1), array[:, :1], strict=True)
         np.testing.assert_array_equal(cache.load_shard(name, 1), array[3:6], strict=True)
         np.testing.assert_array_equal(cache.read(name, 2), array[2], strict=True)
     assert verify(stage.path) == []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cache.layout import ARRAYS, IMAGE_IDS, MANIFEST
+from cache.layout import ARRAYS, IMAGE_IDS, MANIFEST, shard_key
 from cache.reader import find_caches, open_cache
 from cache.sealed import seal, unseal
 from cache.verify import prepare_repair
@@ -29,6 +29,19 @@ def test_round_trip(stage_one, images, shard_images):
         np.testing.assert_array_equal(cache.load(name), array, strict=True)
         for row in range(images):
             np.testing.assert_array_equal(cache.read(name, row), array[row], strict=True)
+
+
+def test_only_the_files_of_the_first_views_are_read(stage_one):
+    stage = stage_one(dense_views=1)
+    cache = open_cache(stage.run())
+    for name, array in stage.arrays.items():
+        np.testing.assert_array_equal(cache.load(name, 1), array[:, :1], strict=True)
+        np.testing.assert_array_equal(cache.load(name, 9), array, strict=True)
+    second = stage.path / shard_key("views", 0, 1, stage.specs["views"])
+    second.write_bytes(second.read_bytes()[1:])
+    np.testing.assert_array_equal(cache.load("views", 1), stage.arrays["views"][:, :1], strict=True)
+    with pytest.raises(UserError, match="views/c.0.1"):
+        cache.load("views")
 
 
 def test_special_values_survive(stage_one):

@@ -22,7 +22,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.metrics import Scores
 from stages.runs import one_trainer
 from stages.training.checkpoints import Checkpoints
-from stages.training.learner import random_state, restore_random_state, seed_generators
 from stages.training.log import RunLog
 from stages.training.provenance import git_state
 from stages.training.stopping import Stop
@@ -317,18 +316,3 @@ def test_every_kind_of_state_survives_a_checkpoint(tmp_path: Path) -> None:
         assert found[name].dtype == state[name].dtype and torch.equal(found[name], state[name])
     assert torch.equal(found["nested"][3]["x"], torch.arange(3))
     assert torch.equal(found["list"][0], torch.ones(2)) and found["list"][1] == [1, 2]
-
-
-def test_generators_go_on() -> None:
-    def draw() -> tuple[float, float, float, float]:
-        return torch.rand(()).item(), float(np.random.rand()), float(np.random.randn()), random.random()
-
-    seed_generators(5)
-    first = draw()
-    state = json.loads(json.dumps({key: value for key, value in random_state().items() if key in ("numpy", "python")}))
-    state |= {"torch": torch.get_rng_state(), "cuda": []}
-    second = draw()
-    restore_random_state(state)
-    assert draw() == second != first
-    seed_generators(5)
-    assert draw() == first
