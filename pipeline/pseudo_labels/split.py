@@ -25,8 +25,10 @@ def split_empty(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     total = float(sizes.sum() - k)
     left, chance = sizes.tolist(), ((sizes - 1) / total).astype(np.float32)  # lists: faster one element at a time
     source, even, odd, drawn = list(range(k)), [1.0] * k, [1.0] * k, 0
-    for empty in np.flatnonzero(sizes == 0).tolist():
-        hits = _stream(drawn + 10 * k)[drawn:].reshape(10, k) < chance
+    empties = np.flatnonzero(sizes == 0).tolist()
+    stream = _stream(10 * k * len(empties))
+    for empty in empties:
+        hits = stream[drawn : drawn + 10 * k].reshape(10, k) < chance
         attempt = int(hits.argmax())
         if hits.flat[attempt]:
             drawn += attempt + 1
@@ -38,7 +40,7 @@ def split_empty(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         even[empty], odd[empty] = even[donor] * (1 + EPSILON), odd[donor] * (1 - EPSILON)
         even[donor], odd[donor] = even[donor] * (1 - EPSILON), odd[donor] * (1 + EPSILON)
         left[empty] = left[donor] = left[donor] / 2
-        chance[[empty, donor]] = (left[donor] - 1) / total
+        chance[empty] = chance[donor] = (left[donor] - 1) / total
     return np.array(source), np.stack([even, odd], axis=1)
 
 
