@@ -25,7 +25,7 @@ from pipeline.pseudo_labels.split import split_empty
 
 MARGIN = 1e-5  # no two float32 inner products or squared distances of unit vectors are wrong by this much together
 TIE = 1e-12
-BLOCK = 64
+BLOCK = 64  # undecided tokens compared exactly at a time
 VANISHED = 1e-9
 
 
@@ -51,7 +51,7 @@ def kmeans(tokens: np.ndarray, seeds: np.ndarray, iterations: int) -> tuple[np.n
     if n <= k:
         return np.arange(n), tokens.astype(np.float64)
     tokens = np.ascontiguousarray(tokens, np.float32)
-    exact = tokens.astype(np.float64)
+    exact = tokens.astype(np.float64)  # once: sums and undecided tokens need it at every step
     centroids, sums = direction(seeds.astype(np.float64)), np.zeros(seeds.shape)
     distances, parity, none = np.empty((k, n), np.float32), np.arange(tokens.shape[1]) % 2, np.zeros(k, bool)
     labels, before, altered = _assign(tokens, exact, centroids, ~none, distances), None, none
