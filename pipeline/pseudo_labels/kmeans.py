@@ -13,7 +13,8 @@ so to the BLAS, the processor and the number of threads, both paths are exact, a
   negative.) Once no token moves nothing changes any more, which is where the loop ends.
 
 It is faster than faiss.Clustering by leaving out what cannot change: centroids whose tokens stay the same keep their
-distances.
+distances. Tokens that float32 leaves undecided are compared exactly in blocks of tokens that are alike, with those
+centroids alone that float32 leaves to one of the block.
 """
 
 import faiss
@@ -54,7 +55,8 @@ def kmeans(tokens: np.ndarray, seeds: np.ndarray, iterations: int) -> tuple[np.n
     exact = tokens.astype(np.float64)  # once: sums and undecided tokens need it at every step
     centroids, sums = direction(seeds.astype(np.float64)), np.zeros(seeds.shape)
     distances, parity, none = np.empty((k, n), np.float32), np.arange(tokens.shape[1]) % 2, np.zeros(k, bool)
-    labels, before, altered = _assign(tokens, exact, centroids, ~none, distances), None, none
+    labels, before = _assign(tokens, exact, centroids, ~none, distances), np.full(n, -1)
+    altered = ~none  # the first update moves every centroid: none is a mean yet
     for _ in range(iterations):
         changed = _move(exact, before, labels, sums) | altered
         sizes, altered = np.bincount(labels, minlength=k), none
@@ -76,17 +78,16 @@ def direction(vectors: np.ndarray) -> np.ndarray:
     return vectors * np.where(length < VANISHED, 0, 1 / np.maximum(length, VANISHED))
 
 
-def _move(tokens: np.ndarray, before: np.ndarray | None, labels: np.ndarray, sums: np.ndarray) -> np.ndarray:
+def _move(tokens: np.ndarray, before: np.ndarray, labels: np.ndarray, sums: np.ndarray) -> np.ndarray:
     """Brings the clusters' sums (k, C) up to date (torch adds rows fast); which gained or lost tokens (k,) bool."""
-    into, changed = torch.from_numpy(sums), np.zeros(len(sums), bool)
-    moved = np.arange(len(labels)) if before is None else np.flatnonzero(before != labels)
-    if 3 * len(moved) > len(labels):
+    moved, changed, into = np.flatnonzero(before != labels), np.zeros(len(sums), bool), torch.from_numpy(sums)
+    if 3 * len(moved) > len(labels):  # where many move, adding all anew costs less
         into.zero_().index_add_(0, torch.from_numpy(labels), torch.from_numpy(tokens))
     else:
         rows = torch.from_numpy(tokens[moved])
         into.index_add_(0, torch.from_numpy(labels[moved]), rows)
         into.index_add_(0, torch.from_numpy(before[moved]), rows, alpha=-1)
-    changed[labels[moved]] = changed[slice(None) if before is None else before[moved]] = True
+    changed[labels[moved]] = changed[before[moved]] = True
     return changed
 
 
