@@ -22,7 +22,7 @@ def fuse(centroids: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarr
     alive = np.flatnonzero(sizes)
     # In float64: near-duplicates differ by less than float32's rounding, and the order of merging depends on them.
     exact = centroids[alive].astype(np.float64)
-    unit = exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-12)
+    unit = exact / np.maximum(np.sqrt(np.vecdot(exact, exact))[:, None], 1e-12)
     # By torch, whose threads stage one sets (NumPy's BLAS takes all cores); equals must tie, whatever its last digits.
     similarity = (torch.from_numpy(unit) @ torch.from_numpy(unit).T).clamp(-1, 1).numpy().round(12)
     np.fill_diagonal(similarity, -np.inf)

@@ -13,7 +13,8 @@ so to the BLAS, the processor and the number of threads, both paths are exact, a
   negative.) Once no token moves nothing changes any more, which is where the loop ends.
 
 It is faster than faiss.Clustering by leaving out what cannot change: centroids whose tokens stay the same keep their
-distances.
+distances. Tokens that float32 leaves undecided are compared exactly in blocks of tokens that are alike, with those
+centroids alone that float32 leaves to one of the block.
 """
 
 import faiss
@@ -25,6 +26,7 @@ from pipeline.pseudo_labels.split import split_empty
 
 MARGIN = 1e-5  # no two float32 inner products or squared distances of unit vectors are wrong by this much together
 TIE = 1e-12
+BLOCK = 64  # undecided tokens compared exactly at a time
 VANISHED = 1e-9
 
 
@@ -50,11 +52,13 @@ def kmeans(tokens: np.ndarray, seeds: np.ndarray, iterations: int) -> tuple[np.n
     if n <= k:
         return np.arange(n), tokens.astype(np.float64)
     tokens = np.ascontiguousarray(tokens, np.float32)
+    exact = tokens.astype(np.float64)  # once: sums and undecided tokens need it at every step
     centroids, sums = direction(seeds.astype(np.float64)), np.zeros(seeds.shape)
     distances, parity, none = np.empty((k, n), np.float32), np.arange(tokens.shape[1]) % 2, np.zeros(k, bool)
-    labels, before, altered = _assign(tokens, centroids, ~none, distances), None, none
+    labels, before = _assign(tokens, exact, centroids, ~none, distances), np.full(n, -1)
+    altered = ~none  # the first update moves every centroid: none is a mean yet
     for _ in range(iterations):
-        changed = _move(tokens, before, labels, sums) | altered
+        changed = _move(exact, before, labels, sums) | altered
         sizes, altered = np.bincount(labels, minlength=k), none
         centroids[changed] = direction(sums[changed])
         if (sizes == 0).any():
@@ -62,7 +66,7 @@ def kmeans(tokens: np.ndarray, seeds: np.ndarray, iterations: int) -> tuple[np.n
             altered = factors[:, 0] != 1  # also at the next update, which undoes it
             centroids[altered] = direction(centroids[source[altered]] * factors[altered][:, parity])
             changed |= altered
-        before, labels = labels, _assign(tokens, centroids, changed, distances)
+        before, labels = labels, _assign(tokens, exact, centroids, changed, distances)
         if np.array_equal(labels, before):
             break
     return labels, centroids
@@ -74,36 +78,39 @@ def direction(vectors: np.ndarray) -> np.ndarray:
     return vectors * np.where(length < VANISHED, 0, 1 / np.maximum(length, VANISHED))
 
 
-def _move(tokens: np.ndarray, before: np.ndarray | None, labels: np.ndarray, sums: np.ndarray) -> np.ndarray:
+def _move(tokens: np.ndarray, before: np.ndarray, labels: np.ndarray, sums: np.ndarray) -> np.ndarray:
     """Brings the clusters' sums (k, C) up to date (torch adds rows fast); which gained or lost tokens (k,) bool."""
-    into = torch.from_numpy(sums)
-    if before is None:
-        into.index_add_(0, torch.from_numpy(labels), torch.from_numpy(tokens).double())
-        return np.ones(len(sums), bool)
-    moved, changed = np.flatnonzero(before != labels), np.zeros(len(sums), bool)
-    rows = torch.from_numpy(tokens[moved]).double()
-    into.index_add_(0, torch.from_numpy(labels[moved]), rows)
-    into.index_add_(0, torch.from_numpy(before[moved]), rows, alpha=-1)
+    moved, changed, into = np.flatnonzero(before != labels), np.zeros(len(sums), bool), torch.from_numpy(sums)
+    if 3 * len(moved) > len(labels):  # where many move, adding all anew costs less
+        into.zero_().index_add_(0, torch.from_numpy(labels), torch.from_numpy(tokens))
+    else:
+        rows = torch.from_numpy(tokens[moved])
+        into.index_add_(0, torch.from_numpy(labels[moved]), rows)
+        into.index_add_(0, torch.from_numpy(before[moved]), rows, alpha=-1)
     changed[labels[moved]] = changed[before[moved]] = True
     return changed
 
 
-def _assign(tokens: np.ndarray, centroids: np.ndarray, changed: np.ndarray, distances: np.ndarray) -> np.ndarray:
+def _assign(
+    tokens: np.ndarray, exact: np.ndarray, centroids: np.ndarray, changed: np.ndarray, distances: np.ndarray
+) -> np.ndarray:
     """Labels (n,): the largest inner product of each token, the first within TIE.
 
     Brings `distances` up to date: (k, n), FAISS's squared distances |c|^2 + |t|^2 - 2 c.t, as if all |c| were 1.
     """
     if changed.any():
-        distances[changed] = faiss.pairwise_distances(centroids[changed].astype(np.float32), tokens)
-        distances[~centroids.any(axis=1)] = np.vecdot(tokens, tokens) + 1
+        moved = centroids[changed].astype(np.float32)
+        distances[changed] = faiss.pairwise_distances(moved, tokens) + ~moved.any(axis=1, keepdims=True)
     close = distances <= distances.min(axis=0) + np.float32(MARGIN)  # (k, n)
     label, token = np.divmod(np.flatnonzero(close), len(tokens))
     labels = np.empty(len(tokens), np.int64)
     labels[token] = label
     if len(token) > len(tokens):
         unsure = np.flatnonzero(np.bincount(token) > 1)
-        few = np.flatnonzero(close[:, unsure].any(axis=1))
-        wide = torch.from_numpy(tokens[unsure]).double()
-        exact = torch.mm(wide, torch.from_numpy(centroids[few]).T).numpy()
-        labels[unsure] = few[(exact >= exact.max(axis=1, keepdims=True) - TIE).argmax(axis=1)]
+        unsure = unsure[labels[unsure].argsort(kind="stable")]  # alike tokens side by side: few candidates in a block
+        for start in range(0, len(unsure), BLOCK):
+            rows = unsure[start : start + BLOCK]
+            few = np.flatnonzero(close[:, rows].any(axis=1))
+            products = torch.mm(torch.from_numpy(centroids[few]), torch.from_numpy(exact[rows]).T).numpy()
+            labels[rows] = few[(products >= products.max(axis=0) - TIE).argmax(axis=0)]
     return labels

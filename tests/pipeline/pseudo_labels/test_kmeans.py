@@ -1,5 +1,6 @@
 """Spherical K-means against a plain one that mirrors FAISS."""
 
+import sys
 from collections.abc import Callable
 
 import faiss
@@ -14,6 +15,7 @@ from tests.pipeline.draws import draw_unit
 from tests.reference import Array
 
 EmptyClusters = Callable[[], int]
+KMEANS = kmeans.__module__  # the package names its function like the module
 
 
 def assert_reference(tokens: Array, seeds: Array, iterations: int) -> None:
@@ -154,6 +156,23 @@ def test_ties_go_to_the_smallest_index(seed: int) -> None:
     tokens, seeds = few[rng.integers(0, 9, 120)], few[rng.integers(0, 9, 12)] * np.float32(2)
     for iterations in (1, 10):
         assert_reference(tokens, seeds, iterations)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("spread", [1e-3, 1e-5])
+@pytest.mark.parametrize("block", [7, 64])
+def test_tokens_that_are_nearly_equal(
+    block: int, spread: float, seed: int, empty_clusters: EmptyClusters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float32 decides none of them, and most clusters run empty: objects without noise, each under several seeds."""
+    monkeypatch.setattr(sys.modules[KMEANS], "BLOCK", block)
+    rng = np.random.default_rng(seed)
+    centres, owner = draw_unit(rng, 5, 24), rng.permutation(np.arange(300) % 5)
+    tokens = reference.unit(centres[owner] + spread * rng.normal(size=(300, 24))).astype(np.float32)
+    seeds = np.stack([tokens[rng.choice(300, 9)].mean(axis=0) if i % 2 else tokens[i] for i in range(20)])
+    for iterations in (1, 3, 10):
+        assert_reference(tokens, seeds, iterations)
+    assert empty_clusters() > 0
 
 
 def test_input_is_left_alone_and_may_be_strided() -> None:
