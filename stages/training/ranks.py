@@ -77,7 +77,7 @@ def micro_batch(schedule: Train) -> int:
     if schedule.accumulate > 1:
         say(
             f"train.accumulate {schedule.accumulate}: negatives of InfoNCE, centroids, NEL's and cross-entropy's "
-            f"counts and batch norm see {together} images at a time; this is not the training of {schedule.batch_size} at once"
+            f"counts and batch norm see {together} images at a time; {schedule.batch_size} at once learn otherwise"
         )
     return together // world_size()
 
