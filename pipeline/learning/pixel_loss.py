@@ -1,6 +1,6 @@
 """NEL (as in ZegCLIP) and cross-entropy of Eq. 8 on logits at label size, which never exist all at once.
 
-Upsampled logits are 16 times those at the features' stride 4, and the formulas written plainly hold about ten tensors
+Upsampled logits are 16 times those at the features' stride 4, and the formulas written plainly hold seven tensors
 of that size. Here they exist in bands of rows of one image, once for the losses and once more for their gradient.
 Of each band four reductions are kept, from which both losses follow by plain formulas.
 """
