@@ -28,8 +28,8 @@ CROPS = ("views.crop=random", "views.count=3", "views.ratio=[0.5, 1.5]")
 def crops(world: World) -> str:
     """A cache of three random crops an image, some of them padded."""
     settings = [f"--set={setting}" for setting in CROPS]
-    world.run("precompute", "--config", world.config, "--cache", "caches/crops", *settings)
-    return "caches/crops"
+    world.run("precompute", "--config", world.config, "--cache", "caches/cropped", *settings)
+    return "caches/cropped"
 
 
 def opened(world: World, cache: str, *settings: str) -> tuple[Config, Cache, SegmentationDataset]:
