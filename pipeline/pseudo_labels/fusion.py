@@ -43,5 +43,5 @@ def similarities(centroids: np.ndarray) -> np.ndarray:
     unit = exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-12)
     # By torch, whose threads stage one sets (NumPy's BLAS takes all cores); equals must tie, whatever its last digits.
     product = (torch.from_numpy(unit) @ torch.from_numpy(unit).T).clamp(-1, 1).numpy().round(12)
-    upper = np.triu(product)  # the halves of a BLAS product may differ in the last digit, and rounding lets some through
+    upper = np.triu(product)  # the halves of a BLAS product may differ in the last digit, which rounding can widen
     return upper + np.triu(product, 1).T

@@ -18,4 +18,4 @@ def make_gallery(config: Config, cache: Cache, data_root: Path, rows: list[int],
     check_folder(folder)
     with progress_bar("gallery", len(rows) * cache.manifest.views, "views") as advance:
         views = collect(config, cache, data_root, rows)
-        return write_gallery(config, cache, (view for view in views if advance() is None), folder)
+        return write_gallery(config, cache.location, (view for view in views if advance() is None), folder)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cache.reader import Cache
 from configs.errors import UserError
 from configs.schema import Config
 from pipeline.data.dataset import IGNORE
@@ -35,12 +34,12 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"--output {folder} holds other files: name a new folder, or empty this one")
 
 
-def write_gallery(config: Config, cache: Cache, views: Iterable[View], folder: Path) -> Path:
-    """Writes the page, and returns its path. Views are taken one at a time."""
+def write_gallery(config: Config, location: str, views: Iterable[View], folder: Path) -> Path:
+    """Writes the page about the cache at `location`, and returns its path. Views are taken one at a time."""
     check_folder(folder)
     shutil.rmtree(folder / VIEWS, ignore_errors=True)
     (folder / VIEWS).mkdir(parents=True)
-    table, histogram, refused, differing = [], np.zeros(BINS, np.int64), 0, 0
+    table, histogram, fusable, differing = [], np.zeros(BINS, np.int64), 0, 0
     hidden = [config.dataset.classes.index(name) for name in config.dataset.unseen]
     for number, view in enumerate(views):
         picture = Image.fromarray(view.picture)
@@ -49,19 +48,19 @@ def write_gallery(config: Config, cache: Cache, views: Iterable[View], folder: P
         (folder / VIEWS / f"{number}.js").write_text(_call("view", number, _data(view)))
         table.append(_line(view, hidden))
         if view.regions is not None:
-            refused += 1
+            fusable += 1
             differing += not view.regions.same
             pairs = view.regions.similarity[np.triu_indices(len(view.regions.lengths), 1)]
             histogram += np.histogram(pairs, BINS, (-1, 1))[0]
     index = {
         "dataset": config.dataset.name,
-        "cache": cache.location,
+        "cache": location,
         "lambda": config.pseudo_labels.threshold,
         "classes": config.dataset.classes,
         "hidden": hidden,
         "views": table,
         "similarities": histogram.tolist(),
-        "withTokens": refused,
+        "withTokens": fusable,
         "differing": differing,
     }
     for name in PARTS:

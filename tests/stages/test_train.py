@@ -129,7 +129,8 @@ def test_evaluate_teacher_dense_and_newest_run(world: World, trained: Path) -> N
 
 def test_inspect_writes_the_picture_and_the_table(world: World, tmp_path: Path) -> None:
     picture = tmp_path / "regions.png"
-    shown = world.run("inspect-pseudolabels", "--image", "train-0", "--image", "train-3", "--terminal", "--png", picture)
+    images = ("--image", "train-0", "--image", "train-3")
+    shown = world.run("inspect-pseudolabels", *images, "--terminal", "--png", picture)
     assert "train-0" in shown.stdout
     assert "purity" in shown.stdout
     assert Image.open(picture).size[0] > 5 * 192

@@ -95,21 +95,22 @@ const draw = {
     }
   },
 
-  // A label's text stands where it is farthest from another label, if there is room.
+  // In each patch of a label its text stands where it is farthest from another label, if there is room.
   texts(context, flat, grid, scale, nameOf) {
     const best = new Map();
+    const patches = draw.patches(flat, grid);
     draw.depths(flat, grid).forEach((depth, cell) => {
-      if (flat[cell] === IGNORE) return;
-      if (!best.has(flat[cell]) || depth > best.get(flat[cell]).depth) best.set(flat[cell], { depth, cell });
+      const patch = patches[cell];
+      if (flat[cell] !== IGNORE && !(best.has(patch) && depth <= best.get(patch).depth)) best.set(patch, { depth, cell });
     });
     context.textAlign = "center";
     context.textBaseline = "middle";
     context.lineJoin = "round";
     const size = Math.max(11, Math.round(TEXT_HEIGHT * context.canvas.width));
     context.font = `600 ${size}px sans-serif`;
-    for (const [label, { depth, cell }] of best) {
+    for (const { depth, cell } of best.values()) {
       if (2 * depth * scale < 0.9 * size) continue;
-      const text = nameOf(label);
+      const text = nameOf(flat[cell]);
       const half = context.measureText(text).width / 2 + 3;
       const x = Math.min(Math.max((cell % grid + 0.5) * scale, half), context.canvas.width - half);
       const y = (Math.floor(cell / grid) + 0.5) * scale;
@@ -119,6 +120,26 @@ const draw = {
       context.fillStyle = "#000";
       context.fillText(text, x, y);
     }
+  },
+
+  // A number for each cell, the same where cells of one label touch.
+  patches(flat, grid) {
+    const patch = new Int32Array(flat.length).fill(-1);
+    for (let first = 0; first < flat.length; first++) {
+      if (patch[first] >= 0) continue;
+      patch[first] = first;
+      for (const reached = [first]; reached.length; ) {
+        const cell = reached.pop();
+        const column = cell % grid;
+        const beside = [cell - grid, cell + grid, column > 0 ? cell - 1 : -1, column + 1 < grid ? cell + 1 : -1];
+        for (const other of beside) {
+          if (other < 0 || other >= flat.length || patch[other] >= 0 || flat[other] !== flat[cell]) continue;
+          patch[other] = first;
+          reached.push(other);
+        }
+      }
+    }
+    return patch;
   },
 
   // Steps from each cell to another label or the edge, at least 0.5.

@@ -145,12 +145,14 @@ const gallery = (() => {
     }
   }
 
+  const many = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+
   function title(card) {
     const [line, cached] = [lines[card.number], index.views[card.number]];
     const changed = line.groups === cached.groups ? "" : ` (cache: ${cached.groups})`;
     const purity = line.purity === null ? "no purity" : `purity ${line.purity.toFixed(2)}`;
     const small = document.createElement("small");
-    small.textContent = `view ${line.view} · ${line.regions} regions · ${line.groups} groups${changed} · ` +
+    small.textContent = `view ${line.view} · ${many(line.regions, "region")} · ${many(line.groups, "group")}${changed} · ` +
       `coverage ${(100 * line.coverage).toFixed(0)} % · ${purity}`;
     card.title.replaceChildren(line.id, " ", small);
   }
@@ -260,7 +262,7 @@ const gallery = (() => {
     const tokens = [...flat.keys()].filter((token) => flat[token] === label);
     const share = ((100 * tokens.length) / flat.length).toFixed(0);
     const kind = panel === "K-means regions" ? "region" : "group";
-    const parts = [`${kind} ${label}: ${tokens.length} tokens, ${share} % of the view`];
+    const parts = [`${kind} ${label}: ${many(tokens.length, "token")}, ${share} % of the view`];
     if (card.view.similarity) {
       const members = [...new Set(tokens.map((token) => card.view.regions.indexOf(card.view.clusters[token])))];
       const found = [...labels.likeness(card.view, members)].map((cosine, name) => [cosine, index.classes[name]]);
@@ -283,12 +285,14 @@ const gallery = (() => {
 
   function choose(card, panel, label) {
     const before = card.chosen;
-    if (before && before.panel === panel && before.label === label) return;
+    if (before ? before.panel === panel && before.label === label : label === null) return;
     card.chosen = label === null ? null : { panel, label };
     if (card.canvases) paint(card, [panel, ...(before ? [before.panel] : [])]);
   }
 
-  let noted = null;
+  let noted = null;  // the card that the note is about
+  let underCanvas = null;  // puts it there again, if keys brought it: focus scrolls
+
   function showNote(card, text, x, y) {
     if (noted && noted !== card) hideNote();
     noted = card;
@@ -301,11 +305,12 @@ const gallery = (() => {
 
   function hideNote() {
     at("note").hidden = true;
-    if (noted) choose(noted, "fused groups", null);
-    noted = null;
+    if (noted) choose(noted, noted.chosen && noted.chosen.panel, null);
+    noted = underCanvas = null;
   }
 
   function point(event) {
+    underCanvas = null;
     const frame = event.target.closest && event.target.closest(".picture");
     const card = frame && cards[frame.closest("article").dataset.number];
     if (!card || !card.view || !card.canvases) return hideNote();
@@ -325,8 +330,14 @@ const gallery = (() => {
     const now = card.chosen && card.chosen.panel === "fused groups" ? there.indexOf(card.chosen.label) : step > 0 ? -1 : 0;
     const label = there[(now + step + there.length) % there.length];
     choose(card, "fused groups", label);
-    const box = card.canvases.get("fused groups").getBoundingClientRect();
-    showNote(card, tellLabel(card, "fused groups", label), box.left, box.bottom - 18);
+    const canvas = card.canvases.get("fused groups");
+    canvas.scrollIntoView({ block: "nearest", inline: "nearest" });
+    const text = tellLabel(card, "fused groups", label);
+    underCanvas = () => {
+      const box = canvas.getBoundingClientRect();
+      showNote(card, text, box.left, box.bottom - 18);
+    };
+    underCanvas();
   }
 
   function key(event) {
@@ -368,9 +379,10 @@ const gallery = (() => {
     document.addEventListener("pointermove", point);
     document.addEventListener("pointerdown", point);
     document.addEventListener("keydown", key);
-    document.addEventListener("scroll", hideNote, { passive: true });
+    document.addEventListener("scroll", () => (underCanvas || hideNote)(), { passive: true });
   }
 
   listen();
-  return { start, view };
+  // The last is for the console: the groups that a view's tokens have now, null until its data are there.
+  return { start, view, groups: (number) => (cards[number].view ? [...groupsOf(cards[number])] : null) };
 })();
