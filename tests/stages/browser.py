@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PATIENCE = 60  # seconds until an answer is given up
+PATIENCE = 600  # seconds until Chromium is given up
 
 
 class Browser:
@@ -70,12 +70,12 @@ class Browser:
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
-    def until(self, condition: str) -> None:
+    def until(self, condition: str, seconds: float = 30) -> None:
         """Waits for an expression to become true."""
         poll = f"""new Promise((resolve) => {{
             const look = () => (({condition}) ? resolve(true) : setTimeout(look, 20));
             look();
-            setTimeout(() => resolve(false), {1000 * PATIENCE // 2});
+            setTimeout(() => resolve(false), {1000 * seconds});
         }})"""
         assert self.run(poll), condition
 

@@ -22,7 +22,7 @@ from tests.conftest import World
 from tests.stages.browser import CHROMIUM, Browser, chromium
 
 VIEWS, WIDTH, THRESHOLD = 50, 6, 0.8
-ODD_IDS = ['a <b> & "c"', "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\u2028 \udc80 'd'", "é/ß"]
+ODD_IDS = ['a <b> & "c"', "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\u2028 \udc80", "é/ß"]
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: the page cannot be opened")
 
 
@@ -231,7 +231,7 @@ def test_names_of_a_group_are_the_nearest_classes(page: Browser, made: Made) -> 
 @NEEDS_CHROMIUM
 def test_filter_and_order(page: Browser, made: Made) -> None:
     rows = [view.row for view in made.views]
-    assert shown_ids(page) == [row.image_id.replace("\udc80", "\ufffd") for row in rows]  # no text of UTF-8 has it
+    assert shown_ids(page) == [row.image_id for row in rows]
     set_to(page, "groups-least", 3)
     set_to(page, "groups-most", 9)
     expected = {row.image_id for row in rows if 3 <= row.groups <= 9}

@@ -88,6 +88,18 @@ const charts = {
     return [counts, counts.map((_, place) => [place, place ? `${2 ** place}–${2 ** (place + 1) - 1}` : "1"])];
   },
 
+  similarities(index, lambda) {
+    const bins = index.similarities.length;
+    const first = Math.min(index.similarities.findIndex((count) => count > 0), bins / 2);
+    const place = (value) => ((value + 1) / 2) * bins - first;
+    const ticks = [-1, -0.5, 0, 0.5, 1].map((value) => [place(value) - 0.5, `${value}`]).filter((tick) => tick[0] > -1);
+    const made = charts.bars("similarity of two regions of a view (all views)", index.similarities.slice(first), ticks, {
+      mark: [place(lambda), `λ ${lambda}`], unit: " pairs",
+    });
+    made.id = "similarities";
+    return made;
+  },
+
   // The four charts of the views' lines (as in the index, at the lambda that is shown).
   all(lines, index, lambda) {
     const hidden = new Map(index.hidden.map((label) => [label, [0, 0]]));
@@ -107,16 +119,7 @@ const charts = {
         unit: " groups",
       }),
     ];
-    if (index.withTokens) {
-      const bins = index.similarities.length;
-      const ticks = [-1, -0.5, 0, 0.5, 1].map((value) => [((value + 1) / 2) * bins - 0.5, `${value}`]);
-      const first = Math.min(index.similarities.findIndex((count) => count > 0), 0.5 * bins);
-      found.push(
-        charts.bars("similarity of two regions of a view (all views)", index.similarities.slice(first),
-          ticks.map(([place, text]) => [place - first, text]).filter(([place]) => place >= -0.5),
-          { mark: [((lambda + 1) / 2) * bins - first, `λ ${lambda}`], unit: " pairs" }),
-      );
-    }
+    if (index.withTokens) found.push(charts.similarities(index, lambda));
     found.push(charts.shares("hidden classes: tokens in groups that are mostly theirs", shares));
     return found;
   },

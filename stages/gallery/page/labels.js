@@ -5,7 +5,10 @@ const IGNORE = 255;
 
 const labels = {
   bytes(text) {
-    return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    const letters = atob(text);
+    const found = new Uint8Array(letters.length);
+    for (let i = 0; i < letters.length; i++) found[i] = letters.charCodeAt(i);
+    return found;
   },
 
   // By turns a label and how often it comes: a square of labels.

@@ -4,6 +4,7 @@
 const PANELS = ["image", "seen mask", "K-means regions", "fused groups", "true mask"];
 const NAMES_SHOWN = 3;
 const LOADED_AT_ONCE = 24;
+const SLIDER_REST = 200;  // milliseconds
 
 const gallery = (() => {
   const at = (id) => document.getElementById(id);
@@ -197,6 +198,7 @@ const gallery = (() => {
   }
 
   function drawCharts() {
+    at("charts").ariaBusy = "false";
     if (!at("summary").open) return;
     at("charts").replaceChildren(...charts.all(shown.map((card) => lines[card.number]), index, lambda));
   }
@@ -212,33 +214,35 @@ const gallery = (() => {
     lines = index.views.slice();
     for (const card of cards) {
       card.chosen = null;
-      if (card.view) describe(card);
-      if (card.canvases && card.view) paint(card, ["fused groups"]);
-      if (card.element.isConnected) title(card);
+      if (!card.canvases || !card.view) continue;
+      describe(card);
+      paint(card, ["fused groups"]);
+      title(card);
     }
-    drawCharts();
+    at("charts").ariaBusy = "true";
+    if (at("similarities")) at("similarities").replaceWith(charts.similarities(index, lambda));
     fuseAll(++round);
   }
 
   function describe(card) {
-    const line = index.views[card.number];
-    if (asCached() || !card.view.similarity) return;
-    lines[card.number] = { ...line, ...labels.describe(groupsOf(card), card.view.truth, index.hidden) };
+    if (asCached() || !card.view || !card.view.similarity) return;
+    const found = labels.describe(groupsOf(card), card.view.truth, index.hidden);
+    lines[card.number] = { ...index.views[card.number], ...found };
   }
 
-  // Views that are not loaded yet are fused in the background; then filter, order and charts are of this lambda.
+  // The others are loaded and fused in the background, a few at a time; then filter, order and charts are of this lambda.
   async function fuseAll(mine) {
-    const left = asCached() ? [] : [...shown, ...cards].filter((card) => !card.view);
-    const todo = [...new Set(left)];
-    for (let first = 0; first < todo.length; first += LOADED_AT_ONCE) {
+    const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+    await pause(SLIDER_REST);  // while the slider moves, cards stay where they are
+    const todo = asCached() ? [] : [...new Set([...shown, ...cards])];
+    for (let first = 0; first < todo.length && mine === round; first += LOADED_AT_ONCE) {
       const some = todo.slice(first, first + LOADED_AT_ONCE);
       await Promise.allSettled(some.map(load));
-      await new Promise((resolve) => setTimeout(resolve));
+      await pause(0);
       if (mine !== round) return;
-      some.filter((card) => card.view).forEach(describe);
-      count(` · fusing at λ ${lambda}: ${(first + some.length).toLocaleString("en")} of ${todo.length.toLocaleString("en")}`);
+      some.forEach(describe);
+      count(` · fusing at λ ${lambda}: ${first.toLocaleString("en")} of ${todo.length.toLocaleString("en")}`);
     }
-    await new Promise((resolve) => setTimeout(resolve, 200));  // while the slider moves, cards stay where they are
     if (mine === round) update();
   }
 
