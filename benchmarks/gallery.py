@@ -54,7 +54,8 @@ def _view(rng: np.random.Generator, text: np.ndarray) -> View:
     kinds = rng.normal(size=(10, WIDTH))[rng.integers(0, 10, 256)] + 0.3 * rng.normal(size=(256, WIDTH))
     tokens = (kinds[clusters] + 0.5 * rng.normal(size=(GRID, GRID, WIDTH))).astype(np.float32)
     regions = find_regions(tokens, clusters, clusters, text, THRESHOLD)
-    return View(describe("", 0, clusters, clusters, truth), picture, mask, truth, clusters, clusters, regions)
+    row, seeds = describe("", 0, clusters, clusters, truth), [(7, 16), (3, 64)]
+    return View(row, picture, mask, truth, clusters, clusters, seeds, regions)
 
 
 def use(browser: Browser, page: Path) -> dict[str, float]:
@@ -62,8 +63,7 @@ def use(browser: Browser, page: Path) -> dict[str, float]:
     start = time.perf_counter()
     browser.open(page)
     browser.until("document.querySelector('article canvas') && gallery.groups(0)")
-    # A click that is answered and drawn: the page is no longer busy with itself.
-    browser.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    browser.settle()
     found = {"open, first views drawn": time.perf_counter() - start}
     for name, control, value in (
         ("filter by 10 letters of the id", "search", "0000000001"),

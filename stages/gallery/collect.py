@@ -45,6 +45,8 @@ class View:
         mask: (S, S) uint8, true class indices, IGNORE where none is known.
         truth: (G, G) uint8, the commonest class of each token.
         clusters, groups: (G, G) uint8 as cached, IGNORE for annotated tokens.
+        seeds: (window, how many of its places gave a seed) of each window of pseudo_labels.windows, in the order of the
+            K-means labels; empty where every token is a region of its own.
         regions: None without dense tokens of this view.
     """
 
@@ -54,6 +56,7 @@ class View:
     truth: np.ndarray
     clusters: np.ndarray
     groups: np.ndarray
+    seeds: list[tuple[int, int]]
     regions: Regions | None
 
 
@@ -85,6 +88,7 @@ def collect(config: Config, cache: Cache, data_root: Path, rows: Sequence[int]) 
                 truth=truth,
                 clusters=clusters[view],
                 groups=groups[view],
+                seeds=count_seeds(groups[view] != IGNORE, config.pseudo_labels.windows),
                 regions=regions,
             )
 
@@ -110,3 +114,18 @@ def find_regions(
         text=centroids @ text_features.T.astype(np.float64),
         same=bool(np.array_equal(fused[index], groups[unannotated])),
     )
+
+
+def count_seeds(unannotated: np.ndarray, windows: Sequence[int]) -> list[tuple[int, int]]:
+    """View.seeds, from (G, G) bool: which window a K-means label's seed came from follows from how many they are.
+
+    Eq. 4 as in pipeline/pseudo_labels/seeds.py: places without an unannotated token give none.
+    """
+    grid = len(unannotated)
+    found = []
+    for window in windows:
+        size = min(window, grid)
+        starts = range(0, grid - size + 1, window + 1)
+        places = [unannotated[y : y + size, x : x + size] for y in starts for x in starts]
+        found.append((window, sum(bool(place.any()) for place in places)))
+    return found if unannotated.sum() > sum(count for _, count in found) > 0 else []

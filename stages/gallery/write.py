@@ -21,7 +21,7 @@ from pipeline.data.dataset import IGNORE
 from stages.gallery.collect import Regions, View
 
 PAGE, INDEX, VIEWS = "index.html", "gallery-index.js", "views"
-PARTS = ("page.css", "labels.js", "charts.js", "draw.js", "page.js")
+PARTS = ("page.css", "labels.js", "charts.js", "draw.js", "note.js", "page.js")
 PICTURE_SIDE, MASK_SIDE, JPEG_QUALITY = 384, 128, 85
 BINS = 100  # of the similarities, from -1 to 1
 
@@ -118,6 +118,7 @@ def _data(view: View) -> dict[str, Any]:
         "truth": _runs(view.truth),
         "clusters": _runs(view.clusters),
         "groups": _runs(view.groups),
+        "seeds": view.seeds,
     }
     return data if view.regions is None else data | _fusable(view.regions)
 

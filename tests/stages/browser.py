@@ -79,6 +79,10 @@ class Browser:
         }})"""
         assert self.run(poll), condition
 
+    def settle(self) -> None:
+        """Waits for two frames: what was under way is drawn, and its events have come."""
+        self.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
     def press(self, key: str) -> None:
         """A real key: a name such as ArrowDown, or a character."""
         text = {"text": key} if len(key) == 1 else {}

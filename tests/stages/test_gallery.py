@@ -10,100 +10,17 @@ import numpy as np
 import pytest
 
 from cache.reader import open_cache
-from configs.load import resolve
 from pipeline.data.dataset import IGNORE
 from pipeline.metrics import purity
 from pipeline.pseudo_labels.fusion import fuse, similarities
-from stages.gallery.collect import View, find_regions
-from stages.gallery.write import hidden_classes_found, write_gallery
-from stages.inspect import describe
+from stages.gallery.collect import count_seeds
+from stages.gallery.write import hidden_classes_found
 from tests import reference
 from tests.conftest import World
 from tests.stages.browser import CHROMIUM, Browser, chromium
+from tests.stages.galleries import ODD_IDS, VIEWS, Made, expand, reference_centroids
 
-VIEWS, WIDTH, THRESHOLD = 50, 6, 0.8
-ODD_IDS = ['a <b> & "c"', "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\u2028 \udc80", "é/ß"]
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: the page cannot be opened")
-
-
-def draw_tokens(rng: np.random.Generator, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (G, G, C) and K-means labels (G, G) with gaps in their numbers; some views are degenerate."""
-    grid = int(rng.choice([4, 8, 12]))
-    k = int(rng.integers(2, 40))
-    clusters = rng.choice(255, k, replace=False)[rng.integers(0, k, (grid, grid))].astype(np.uint8)
-    clusters[rng.random((grid, grid)) < 0.3] = IGNORE
-    centres = rng.normal(size=(5, WIDTH))[rng.integers(0, 5, 255)] + 0.4 * rng.normal(size=(255, WIDTH))
-    if number % 5 == 1:  # equal similarities: the order of merging is decided by ties
-        centres = rng.integers(-1, 2, (255, WIDTH)).astype(float)
-    tokens = centres[np.minimum(clusters, 254)]
-    if number % 5 == 2:
-        tokens += 0.3 * rng.normal(size=tokens.shape)
-    if number == 3:
-        clusters[:] = IGNORE
-    if number == 4:
-        clusters[:] = 7
-    if number == 5:
-        tokens[:] = 0
-    return tokens.astype(np.float32), clusters
-
-
-def reference_centroids(tokens: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """(k, C), of the labels that occur, ascending."""
-    found = []
-    for label in sorted({*clusters.ravel().tolist()} - {IGNORE}):
-        total = np.zeros(WIDTH)
-        for token in tokens[clusters == label]:
-            total += (token / (np.sqrt((token.astype(float) ** 2).sum()) or 1)).astype(np.float32)
-        length = np.sqrt((total**2).sum())
-        found.append(total / length if length > 1e-9 else np.zeros(WIDTH))
-    return np.array(found).reshape(-1, WIDTH)
-
-
-def expand(clusters: np.ndarray, group_of: np.ndarray) -> np.ndarray:
-    """Groups (G, G) of the tokens."""
-    groups = np.full(clusters.shape, IGNORE, np.uint8)
-    for label, group in zip(sorted({*clusters.ravel().tolist()} - {IGNORE}), group_of, strict=True):
-        groups[clusters == label] = group
-    return groups
-
-
-class Made:
-    """Random views, what they are made of, and the gallery of them."""
-
-    def __init__(self, folder: Path, with_tokens: bool = True, views: int = VIEWS) -> None:
-        self.config = resolve("scenes").model_copy(deep=True)
-        self.hidden = [self.config.dataset.classes.index(name) for name in self.config.dataset.unseen]
-        rng = np.random.default_rng(0)
-        self.text = rng.normal(size=(len(self.config.dataset.classes), WIDTH))
-        self.text = (self.text / np.linalg.norm(self.text, axis=1, keepdims=True)).astype(np.float32)
-        self.tokens, self.clusters, self.views = [], [], list[View]()
-        for number in range(views):
-            tokens, clusters = draw_tokens(rng, number)
-            grid = len(clusters)
-            groups = self.fused(tokens, clusters, THRESHOLD)
-            truth = rng.integers(0, len(self.text), 3)[rng.integers(0, 3, clusters.shape)].astype(np.uint8)
-            truth[rng.random(clusters.shape) < 0.2] = IGNORE
-            picture = rng.integers(0, 256, (grid * 4, grid * 4, 3), dtype=np.uint8)
-            image_id = ODD_IDS[number] if number < len(ODD_IDS) else f"image-{number}"
-            self.tokens.append(tokens)
-            self.clusters.append(clusters)
-            self.views.append(
-                View(
-                    row=describe(image_id, 0, clusters, groups, truth),
-                    picture=picture,
-                    mask=truth.repeat(4, axis=0).repeat(4, axis=1),
-                    truth=truth,
-                    clusters=clusters,
-                    groups=groups,
-                    regions=find_regions(tokens, clusters, groups, self.text, THRESHOLD) if with_tokens else None,
-                )
-            )
-        self.page = write_gallery(self.config, "caches/<i>odd</i>", self.views, folder)
-
-    @staticmethod
-    def fused(tokens: np.ndarray, clusters: np.ndarray, threshold: float) -> np.ndarray:
-        centroids = reference_centroids(tokens, clusters)
-        return expand(clusters, reference.fuse(centroids, np.ones(len(centroids)), threshold))
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +211,7 @@ def test_keys(page: Browser) -> None:
 def test_the_mouse_asks_for_a_class(page: Browser, made: Made) -> None:
     page.until("gallery.groups(0)")
     page.run("document.querySelector('article').scrollIntoView()")
+    page.settle()
     grid = len(made.clusters[0])
     for panel, name_of in (("true mask", lambda label: True), ("seen mask", lambda label: label not in made.hidden)):
         place = f"document.querySelector('article [data-panel=\"{panel}\"]').getBoundingClientRect()"
@@ -308,6 +226,40 @@ def test_the_mouse_asks_for_a_class(page: Browser, made: Made) -> None:
                 assert note == f"{made.config.dataset.classes[label]} ({kind} class)"
             else:
                 assert note in ("no class known", "not annotated")
+
+
+@NEEDS_CHROMIUM
+def test_a_region_tells_its_seed(page: Browser, made: Made) -> None:
+    page.until("gallery.groups(0)")
+    page.run("document.querySelector('article').scrollIntoView()")
+    page.settle()
+    box = page.run("""(() => {
+        const box = document.querySelector('article [data-panel="K-means regions"]').getBoundingClientRect();
+        return [box.left, box.top, box.width];
+    })()""")
+    clusters, seen = made.clusters[0], set()
+    for label in (clusters[clusters < 100].min(), clusters[(clusters >= 100) & (clusters != IGNORE)].max()):
+        row, column = np.argwhere(clusters == label)[0] + 0.5
+        page.point(box[0] + column * box[2] / len(clusters), box[1] + row * box[2] / len(clusters))
+        page.until(f"document.getElementById('note').textContent.startsWith('region {label}:')")
+        seen.add((label < 100, page.run("document.getElementById('note').textContent").splitlines()[1]))
+    assert seen == {(True, "seeded by a window of 7 × 7 tokens"), (False, "seeded by a window of 3 × 3 tokens")}  # noqa: RUF001
+
+
+def test_seeds_of_each_window() -> None:
+    rng = np.random.default_rng(1)
+    for grid, windows in ((8, (3, 2)), (16, (7, 3)), (4, (9, 1)), (12, (3,))):
+        for share in (0.9, 0.5, 0.1, 0.02, 0.0):
+            free = rng.random((grid, grid)) < share
+            tokens = np.where(free[..., None], rng.normal(size=(grid, grid, 2)), 0)
+            first = [reference.window_seeds(tokens, free, windows[:1]), reference.window_seeds(tokens, free, windows)]
+            found = count_seeds(free, windows)
+            if found:
+                assert [window for window, _ in found] == list(windows)
+                assert sum(count for _, count in found) == len(first[1])
+                assert found[0][1] in (len(first[0]), 0)  # alone, a window without a seed takes the mean of all tokens
+            else:
+                assert free.sum() <= len(first[1])
 
 
 @NEEDS_CHROMIUM

@@ -9,8 +9,9 @@ const charts = {
     return made;
   },
 
-  // Upright bars of `counts`; under the bars of `ticks` ([place, text]) stands a text. `mark`: [place, text] of a line.
-  bars(title, counts, ticks, { mark = null, unit = "" } = {}) {
+  // Upright bars of `counts`; `ticks`: [place, text under it]; `names`: of all bars, which show when pointed at, with the
+  // count in `unit`; `mark`: [place, text] of a line.
+  bars(title, counts, ticks, { names = [], unit = "", mark = null } = {}) {
     const [width, height, left, top, bottom] = [320, 150, 8, 22, 20];
     const most = Math.max(...counts, 1);
     const step = (width - 2 * left) / Math.max(counts.length, 1);
@@ -21,7 +22,7 @@ const charts = {
       const bar = charts.element("rect", {
         x: left + place * step, y: top + tall - high, width: Math.max(step - 1, 0.5), height: high, class: "bar",
       });
-      bar.append(charts.element("title", {}, `${charts.tickOf(ticks, place)}${count.toLocaleString("en")}${unit}`));
+      bar.append(charts.element("title", {}, `${names[place]}: ${count.toLocaleString("en")} ${unit}`));
       svg.append(bar);
     });
     svg.append(charts.element("line", { x1: left, x2: width - left, y1: top + tall, y2: top + tall, class: "axis" }));
@@ -36,11 +37,6 @@ const charts = {
       svg.append(charts.element("text", place, mark[1]));
     }
     return charts.figure(title, svg);
-  },
-
-  tickOf(ticks, place) {
-    const tick = ticks.find((each) => each[0] === place);
-    return tick ? `${tick[1]}: ` : "";
   },
 
   // Lines of a name, a bar of a share from 0 to 1, and a text.
@@ -66,26 +62,28 @@ const charts = {
     return figure;
   },
 
-  // How often each number from 0 comes: [counts, ticks], in bins of equal width if they are many.
-  numbers(values) {
-    const most = values.reduce((a, b) => Math.max(a, b), 0);
-    const bin = Math.ceil((most + 1) / 30);
-    const counts = new Array(Math.floor(most / bin) + 1).fill(0);
-    for (const value of values) counts[Math.floor(value / bin)]++;
+  // Bars of how often each number comes, in bins of equal width if they are many.
+  numbers(title, values, unit) {
+    const bin = Math.ceil((values.reduce((a, b) => Math.max(a, b), 0) + 1) / 30);
+    const counts = [];
+    for (const value of values) charts.add(counts, Math.floor(value / bin));
+    const names = counts.map((_, place) => (bin > 1 ? `${place * bin} to ${place * bin + bin - 1}` : `${place}`));
     const every = Math.ceil(counts.length / 10);
-    const names = counts.map((_, place) => [place, bin > 1 ? `${place * bin}–${place * bin + bin - 1}` : `${place}`]);
-    return [counts, names.filter((_, place) => place % (bin > 1 ? 2 * every : every) === 0)];
+    const ticks = counts.map((_, place) => [place, `${place * bin}`]).filter(([place]) => place % every === 0);
+    return charts.bars(title, counts, ticks, { names, unit });
   },
 
-  // The same by doubling: 1, 2–3, 4–7, ...
-  doublings(values) {
+  // The same by doubling: 1, 2 to 3, 4 to 7, ...
+  doublings(title, values, unit) {
     const counts = [];
-    for (const value of values) {
-      const place = Math.floor(Math.log2(value));
-      while (counts.length <= place) counts.push(0);
-      counts[place]++;
-    }
-    return [counts, counts.map((_, place) => [place, place ? `${2 ** place}–${2 ** (place + 1) - 1}` : "1"])];
+    for (const value of values) charts.add(counts, Math.floor(Math.log2(value)));
+    const names = counts.map((_, place) => (place ? `${2 ** place} to ${2 ** (place + 1) - 1}` : "1"));
+    return charts.bars(title, counts, counts.map((_, place) => [place, `${2 ** place}`]), { names, unit });
+  },
+
+  add(counts, place) {
+    while (counts.length <= place) counts.push(0);
+    counts[place]++;
   },
 
   similarities(index, lambda) {
@@ -94,7 +92,9 @@ const charts = {
     const place = (value) => ((value + 1) / 2) * bins - first;
     const ticks = [-1, -0.5, 0, 0.5, 1].map((value) => [place(value) - 0.5, `${value}`]).filter((tick) => tick[0] > -1);
     const made = charts.bars("similarity of two regions of a view (all views)", index.similarities.slice(first), ticks, {
-      mark: [place(lambda), `λ ${lambda}`], unit: " pairs",
+      names: index.similarities.map((_, bin) => ((2 * (bin + 0.5)) / bins - 1).toFixed(2)).slice(first),
+      unit: "pairs",
+      mark: [place(lambda), `λ ${lambda}`],
     });
     made.id = "similarities";
     return made;
@@ -114,10 +114,8 @@ const charts = {
       .sort((a, b) => b[1] - a[1])
       .map(([name, share, tokens]) => [name, share, `${(100 * share).toFixed(0)} % of ${tokens.toLocaleString("en")}`]);
     const found = [
-      charts.bars("groups in a view", ...charts.numbers(lines.map((line) => line.groups)), { unit: " views" }),
-      charts.bars("size of a group, in tokens", ...charts.doublings(lines.flatMap((line) => line.sizes)), {
-        unit: " groups",
-      }),
+      charts.numbers("groups in a view", lines.map((line) => line.groups), "views"),
+      charts.doublings("size of a group, in tokens", lines.flatMap((line) => line.sizes), "groups"),
     ];
     if (index.withTokens) found.push(charts.similarities(index, lambda));
     found.push(charts.shares("hidden classes: tokens in groups that are mostly theirs", shares));

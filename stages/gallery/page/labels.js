@@ -2,6 +2,7 @@
 // Labels of one view: decoding, mask fusion (the port of pipeline/pseudo_labels/fusion.py), and what follows from it.
 
 const IGNORE = 255;
+const NAMES_SHOWN = 3;
 
 const labels = {
   bytes(text) {
@@ -28,6 +29,7 @@ const labels = {
     const view = {};
     for (const name of ["mask", "truth", "clusters", "groups"]) view[name] = labels.runs(data[name]);
     view.regions = [...new Set(view.clusters)].filter((label) => label !== IGNORE).sort((a, b) => a - b);
+    view.seeds = data.seeds;
     if (data.similarities === undefined) return view;
     const k = view.regions.length;
     const above = new Float64Array(labels.bytes(data.similarities).buffer);
@@ -135,5 +137,45 @@ const labels = {
       }
     }
     return sums.map((sum) => (square > 0 ? sum / Math.sqrt(square) : 0));
+  },
+
+  many(count, noun) {
+    return `${count} ${noun}${count === 1 ? "" : "s"}`;
+  },
+
+  // Lines about one label of `flat`, which is a region or a group (`kind`).
+  tell(view, flat, label, kind, classes) {
+    const tokens = [...flat.keys()].filter((token) => flat[token] === label);
+    const share = ((100 * tokens.length) / flat.length).toFixed(0);
+    const lines = [`${kind} ${label}: ${labels.many(tokens.length, "token")}, ${share} % of the view`];
+    const window = kind === "region" ? labels.seedOf(view, label) : null;
+    if (window) lines.push(`seeded by a window of ${window} × ${window} tokens`);
+    if (view.similarity) {
+      const members = [...new Set(tokens.map((token) => view.regions.indexOf(view.clusters[token])))];
+      const found = [...labels.likeness(view, members)].map((cosine, name) => [cosine, classes[name]]);
+      const names = found.sort((a, b) => b[0] - a[0]).slice(0, NAMES_SHOWN);
+      lines.push(`this ${kind} looks like: ${names.map(([cosine, name]) => `${name} ${cosine.toFixed(2)}`).join(", ")}`);
+    }
+    const table = new Map();
+    for (const token of tokens) {
+      const truth = view.truth[token];
+      if (truth !== IGNORE) table.set(truth, (table.get(truth) || 0) + 1);
+    }
+    if (table.size) {
+      const [commonest, most] = labels.commonest(table);
+      const known = [...table.values()].reduce((a, b) => a + b);
+      lines.push(`in truth: ${classes[commonest]} ${((100 * most) / known).toFixed(0)} %`);
+    }
+    return lines;
+  },
+
+  // The side of the window that gave a region's seed; null where regions have none. Seeds come window by window.
+  seedOf(view, label) {
+    let end = 0;
+    for (const [window, seeds] of view.seeds) {
+      end += seeds;
+      if (label < end) return window;
+    }
+    return null;
   },
 };

@@ -2,7 +2,6 @@
 // The gallery: cards that are built when they come near, filters, sorting, the note, and fusion at another lambda.
 
 const PANELS = ["image", "seen mask", "K-means regions", "fused groups", "true mask"];
-const NAMES_SHOWN = 3;
 const LOADED_AT_ONCE = 24;
 const SLIDER_REST = 200;  // milliseconds
 
@@ -146,14 +145,12 @@ const gallery = (() => {
     }
   }
 
-  const many = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
-
   function title(card) {
     const [line, cached] = [lines[card.number], index.views[card.number]];
     const changed = line.groups === cached.groups ? "" : ` (cache: ${cached.groups})`;
     const purity = line.purity === null ? "no purity" : `purity ${line.purity.toFixed(2)}`;
     const small = document.createElement("small");
-    small.textContent = `view ${line.view} · ${many(line.regions, "region")} · ${many(line.groups, "group")}${changed} · ` +
+    small.textContent = `view ${line.view} · ${labels.many(line.regions, "region")} · ${labels.many(line.groups, "group")}${changed} · ` +
       `coverage ${(100 * line.coverage).toFixed(0)} % · ${purity}`;
     card.title.replaceChildren(line.id, " ", small);
   }
@@ -184,7 +181,7 @@ const gallery = (() => {
   }
 
   function update() {
-    hideNote();
+    note.hide();
     shown = cards.filter((card) => passes(lines[card.number])).sort(compare);
     shown.forEach(title);
     at("cards").replaceChildren(...shown.map((card) => card.element));
@@ -210,7 +207,7 @@ const gallery = (() => {
     lambda = value;
     at("slider").value = value;
     if (Number(at("lambda").value) !== value) at("lambda").value = value;
-    hideNote();
+    note.hide();
     lines = index.views.slice();
     for (const card of cards) {
       card.chosen = null;
@@ -246,121 +243,6 @@ const gallery = (() => {
     if (mine === round) update();
   }
 
-  // ---- the note
-
-  // What is known of the token (x, y in [0, 1)) of a panel: [text, label to light up or null].
-  function tell(card, panel, x, y) {
-    const flat = labelsOf(card, panel);
-    const grid = Math.sqrt(flat.length);
-    const label = flat[Math.floor(y * grid) * grid + Math.floor(x * grid)];
-    if (panel.endsWith("mask")) {
-      if (label === IGNORE) return [panel === "seen mask" ? "not annotated" : "no class known", null];
-      return [`${index.classes[label]} (${seen[label] ? "seen" : "hidden"} class)`, label];
-    }
-    if (label === IGNORE) return ["annotated: takes no part in pseudo labels", null];
-    return [tellLabel(card, panel, label), label];
-  }
-
-  function tellLabel(card, panel, label) {
-    const flat = labelsOf(card, panel);
-    const tokens = [...flat.keys()].filter((token) => flat[token] === label);
-    const share = ((100 * tokens.length) / flat.length).toFixed(0);
-    const kind = panel === "K-means regions" ? "region" : "group";
-    const parts = [`${kind} ${label}: ${many(tokens.length, "token")}, ${share} % of the view`];
-    if (card.view.similarity) {
-      const members = [...new Set(tokens.map((token) => card.view.regions.indexOf(card.view.clusters[token])))];
-      const found = [...labels.likeness(card.view, members)].map((cosine, name) => [cosine, index.classes[name]]);
-      found.sort((a, b) => b[0] - a[0]);
-      const names = found.slice(0, NAMES_SHOWN).map(([cosine, name]) => `${name} ${cosine.toFixed(2)}`);
-      parts.push(`this ${kind} looks like: ${names.join(", ")}`);
-    }
-    const table = new Map();
-    for (const token of tokens) {
-      const label = card.view.truth[token];
-      if (label !== IGNORE) table.set(label, (table.get(label) || 0) + 1);
-    }
-    if (table.size) {
-      const [commonest, most] = labels.commonest(table);
-      const known = [...table.values()].reduce((a, b) => a + b);
-      parts.push(`in truth: ${index.classes[commonest]} ${((100 * most) / known).toFixed(0)} %`);
-    }
-    return parts.join("\n");
-  }
-
-  function choose(card, panel, label) {
-    const before = card.chosen;
-    if (before ? before.panel === panel && before.label === label : label === null) return;
-    card.chosen = label === null ? null : { panel, label };
-    if (card.canvases) paint(card, [panel, ...(before ? [before.panel] : [])]);
-  }
-
-  let noted = null;  // the card that the note is about
-  let underCanvas = null;  // puts it there again, if keys brought it: focus scrolls
-
-  function showNote(card, text, x, y) {
-    if (noted && noted !== card) hideNote();
-    noted = card;
-    const note = at("note");
-    note.hidden = false;
-    if (note.textContent !== text) note.textContent = text;
-    note.style.left = `${Math.min(x + 14, window.innerWidth - note.offsetWidth - 8)}px`;
-    note.style.top = `${y + 18 + note.offsetHeight > window.innerHeight ? y - 10 - note.offsetHeight : y + 18}px`;
-  }
-
-  function hideNote() {
-    at("note").hidden = true;
-    if (noted) choose(noted, noted.chosen && noted.chosen.panel, null);
-    noted = underCanvas = null;
-  }
-
-  function point(event) {
-    underCanvas = null;
-    const frame = event.target.closest && event.target.closest(".picture");
-    const card = frame && cards[frame.closest("article").dataset.number];
-    if (!card || !card.view || !card.canvases) return hideNote();
-    const box = frame.getBoundingClientRect();
-    const [x, y] = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
-    if (x < 0 || x >= 1 || y < 0 || y >= 1) return hideNote();
-    const panel = frame.dataset.panel === "image" ? "fused groups" : frame.dataset.panel;
-    const [text, label] = tell(card, panel, x, y);
-    choose(card, panel, label);
-    showNote(card, text, event.clientX, event.clientY);
-  }
-
-  function nextGroup(card, step) {
-    if (!card.view || !card.canvases) return;
-    const there = [...new Set(groupsOf(card))].filter((label) => label !== IGNORE).sort((a, b) => a - b);
-    if (!there.length) return;
-    const now = card.chosen && card.chosen.panel === "fused groups" ? there.indexOf(card.chosen.label) : step > 0 ? -1 : 0;
-    const label = there[(now + step + there.length) % there.length];
-    choose(card, "fused groups", label);
-    const canvas = card.canvases.get("fused groups");
-    canvas.scrollIntoView({ block: "nearest", inline: "nearest" });
-    const text = tellLabel(card, "fused groups", label);
-    underCanvas = () => {
-      const box = canvas.getBoundingClientRect();
-      showNote(card, text, box.left, box.bottom - 18);
-    };
-    underCanvas();
-  }
-
-  function key(event) {
-    if (event.key === "Escape") return hideNote();
-    const typing = event.target.closest("input, select, button, summary");
-    if (event.key === "/" && !typing) {
-      event.preventDefault();
-      return at("search").focus();
-    }
-    if (typing || event.altKey || event.ctrlKey || event.metaKey) return;
-    const card = event.target.closest("article") && cards[event.target.closest("article").dataset.number];
-    const steps = { ArrowUp: -1, ArrowDown: 1, ArrowLeft: -1, ArrowRight: 1 };
-    if (!card || !(event.key in steps)) return;
-    event.preventDefault();
-    if (event.key === "ArrowLeft" || event.key === "ArrowRight") return nextGroup(card, steps[event.key]);
-    const other = shown[shown.indexOf(card) + steps[event.key]];
-    if (other) other.element.focus();
-  }
-
   // ---- controls
 
   function listen() {
@@ -380,12 +262,18 @@ const gallery = (() => {
     at("lambda").addEventListener("input", () => at("lambda").value !== "" && setLambda(Number(at("lambda").value)));
     at("as-cached").addEventListener("click", () => setLambda(index.lambda));
     at("summary").addEventListener("toggle", drawCharts);
-    document.addEventListener("pointermove", point);
-    document.addEventListener("pointerdown", point);
-    document.addEventListener("keydown", key);
-    document.addEventListener("scroll", () => (underCanvas || hideNote)(), { passive: true });
+    document.addEventListener("pointermove", note.point);
+    document.addEventListener("pointerdown", note.point);
+    document.addEventListener("keydown", note.key);
+    document.addEventListener("scroll", note.scrolled, { passive: true });
   }
 
+  const note = makeNote({
+    at, cards, labelsOf, paint,
+    classes: () => index.classes,
+    isSeen: (label) => seen[label],
+    shown: () => shown,
+  });
   listen();
   // The last is for the console: the groups that a view's tokens have now, null until its data are there.
   return { start, view, groups: (number) => (cards[number].view ? [...groupsOf(cards[number])] : null) };
