@@ -61,13 +61,11 @@ const labels = {
         }
       }
       if (!(best > threshold)) break;
-      const members = [];
       for (let region = 0; region < k; region++) {
-        if (region === picked || (free[region] && similarity[picked * k + region] > threshold)) members.push(region);
-      }
-      for (const region of members) {
-        owner[region] = members[0];
-        free[region] = false;
+        if (region === picked || (free[region] && similarity[picked * k + region] > threshold)) {
+          owner[region] = picked;
+          free[region] = false;
+        }
       }
     }
     const numbers = new Map();
