@@ -220,24 +220,39 @@ def inspect_pseudolabels(
     image: Annotated[
         list[str], typer.Option("--image", metavar="ID", help="Image to show; repeatable. Default: random ones.")
     ] = [],  # noqa: B006
-    count: Annotated[int, typer.Option("--count", min=1, help="How many random images.")] = 8,
-    output: Annotated[Path, typer.Option("--output", metavar="FILE.png", help="Where the picture goes.")] = Path(
-        "pseudo-labels.png"
+    count: Annotated[
+        int | None,
+        typer.Option("--count", min=1, help="How many random images; default: 200, of --terminal and --png 8."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the gallery goes.")] = Path(
+        "pseudo-labels"
     ),
+    terminal: Annotated[bool, typer.Option("--terminal", help="Print the table instead.")] = False,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE.png", help="Write a picture of a few images instead.")
+    ] = None,
 ) -> None:
-    """Show what stage one found: a picture of regions, and a table of groups, coverage and purity.
+    """Show what stage one found: a gallery for the browser, of regions, fused groups and masks. It needs no network.
 
-    Example: clip-zss inspect-pseudolabels --count 12 --output regions.png
+    Where the cache holds dense tokens (--set storage.dense_tokens=float16), it fuses at any lambda and names groups.
+
+    Example: clip-zss inspect-pseudolabels --count 500 --output gallery
     """
     from stages.inspect import choose_rows, sheet, table
     from stages.report import pseudo_label_table
 
-    if output.suffix.lower() != ".png":
-        raise UserError(f"--output {output}: the picture is a PNG, give a name that ends in .png")
+    if png and png.suffix.lower() != ".png":
+        raise UserError(f"--png {png}: give a name that ends in .png")
     opened, settings = open_cache(cache, dataset, None, set_)
-    rows = choose_rows(opened, image, count, seed or 0)
-    pseudo_label_table(table(settings, opened, data_root, rows))
-    typer.echo(f"picture: {sheet(settings, opened, data_root, rows, output)}")
+    rows = choose_rows(opened, image, count or (8 if terminal or png else 200), seed or 0)
+    if terminal:
+        pseudo_label_table(table(settings, opened, data_root, rows))
+    if png:
+        typer.echo(f"picture: {sheet(settings, opened, data_root, rows, png)}")
+    if not terminal and not png:
+        from stages.gallery import make_gallery
+
+        typer.echo(f"gallery: {make_gallery(settings, opened, data_root, rows, output)}")
 
 
 @app.command()

@@ -34,6 +34,14 @@ def _count(labels: np.ndarray) -> int:
     return len(np.unique(labels[labels != IGNORE]))
 
 
+def describe(
+    image_id: str, view: int, clusters: np.ndarray, groups: np.ndarray, truth: np.ndarray
+) -> PseudoLabelRow:
+    """The table's line of a view, from labels and true classes (G, G)."""
+    coverage = float((groups != IGNORE).mean())
+    return PseudoLabelRow(image_id, view, _count(clusters), _count(groups), coverage, purity(groups, truth))
+
+
 def table(config: Config, cache: Cache, data_root: Path, rows: list[int]) -> list[PseudoLabelRow]:
     """Every view of the chosen images (rows of the training split)."""
     dataset = SegmentationDataset(config.dataset, data_root, "train")
@@ -46,18 +54,7 @@ def table(config: Config, cache: Cache, data_root: Path, rows: list[int]) -> lis
             mask = dataset.mask(row)
             for view in range(views.shape[1]):
                 truth = majority_tokens(replay(views[row, view], mask, size), grid)
-                shown = groups[row, view]
-                coverage = float((shown != IGNORE).mean())
-                found.append(
-                    PseudoLabelRow(
-                        dataset.ids[row],
-                        view,
-                        _count(clusters[row, view]),
-                        _count(shown),
-                        coverage,
-                        purity(shown, truth),
-                    )
-                )
+                found.append(describe(dataset.ids[row], view, clusters[row, view], groups[row, view], truth))
             advance()
     return found
 

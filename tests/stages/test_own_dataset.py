@@ -88,7 +88,7 @@ def test_every_verb(own: World) -> None:
     sliding = ("--set", "evaluate.mode=slide", "--set", "evaluate.stride=40")
     own.run("evaluate", "--run", "runs/own", *sliding)
     picture = own.folder / "regions.png"
-    shown = own.run("inspect-pseudolabels", "--cache", "caches/own", "--output", picture)
+    shown = own.run("inspect-pseudolabels", "--cache", "caches/own", "--terminal", "--png", picture)
     assert "train0" in shown.stdout
     assert Image.open(picture).size[0] > 4 * SIZE
 

@@ -130,7 +130,8 @@ def test_evaluate_teacher_dense_and_newest_run(world: World, trained: Path) -> N
 
 def test_inspect_writes_the_picture_and_the_table(world: World, tmp_path: Path) -> None:
     picture = tmp_path / "regions.png"
-    shown = world.run("inspect-pseudolabels", "--image", "train-0", "--image", "train-3", "--output", picture)
+    images = ("--image", "train-0", "--image", "train-3")
+    shown = world.run("inspect-pseudolabels", *images, "--terminal", "--png", picture)
     assert "train-0" in shown.stdout
     assert "purity" in shown.stdout
     assert Image.open(picture).size[0] > 5 * 192
@@ -147,7 +148,9 @@ def test_inspect_writes_the_picture_and_the_table(world: World, tmp_path: Path) 
         (["train", "--dataset", "scenes"], "precompute --dataset scenes"),
         (["evaluate", "--run", "nowhere"], "nowhere"),
         (["evaluate", "--json", "no/such/folder/scores.json"], "no/such/folder"),
-        (["inspect-pseudolabels", "--output", "picture.txt"], "picture.txt"),
+        (["inspect-pseudolabels", "--png", "picture.txt"], "picture.txt"),
+        (["inspect-pseudolabels", "--output", "data"], "data holds other files"),
+        (["inspect-pseudolabels", "--output", "tiny.yaml"], "tiny.yaml is a file"),
         (["inspect-pseudolabels", "--image", "train-99"], "train-99"),
         (["inspect-pseudolabels", "--cache", "data"], "data"),
     ],
