@@ -94,7 +94,7 @@ class Steps:
         self.optimizer = torch.optim.AdamW(parameters, schedule.lr)
         self.forward, self.scaler = student_forward(student, schedule), gradient_scaler(schedule, "cpu")
         self.batches = Batches(config, cache, dataset, student.mean, student.std, "cpu")
-        self._ready: Iterator[Batch] = iter(self.batches)
+        self._ready: Iterator[list[Batch]] = iter(self.batches)
         self._teach = self.batches.teacher
         self.batches.teacher = self._timed
         self.teacher_seconds = 0.0
@@ -108,7 +108,7 @@ class Steps:
     def __call__(self) -> tuple[float, float, float]:
         """CPU seconds of a step and of its teacher; seconds by the clock. The clock leaves no wait out."""
         clock, start = time.perf_counter(), time.thread_time()
-        batch = next(self._ready)
+        (batch,) = next(self._ready)
         features, auxiliary = self.forward(batch.pixels)
         losses = self.criterion(features, batch.cls_tokens, batch.seen, batch.groups, batch.rows, auxiliary)
         total = torch.stack(list(losses.values())).sum()

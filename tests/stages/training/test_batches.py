@@ -38,7 +38,7 @@ def opened(world: World, cache: str, *settings: str) -> tuple[Config, Cache, Seg
 
 
 def read(world: World, cache: str, *settings: str, first: int = 0) -> list[Batch]:
-    return list(Batches(*opened(world, cache, *settings), MEAN, STD, "cpu", first))
+    return [batch for (batch,) in Batches(*opened(world, cache, *settings), MEAN, STD, "cpu", first)]
 
 
 def views_of(batch: Batch, cache: Cache) -> Iterator[tuple[int, list[int]]]:
