@@ -211,5 +211,5 @@ def _legend(mask: np.ndarray, words: Vocabulary) -> Image.Image:
     """The classes in it, the largest first, each with its share."""
     counts = np.bincount(mask.ravel(), minlength=1)
     order = sorted(np.flatnonzero(counts).tolist(), key=lambda index: -counts[index])
-    shares = {index: f"{words.names[index]} {100 * counts[index] / mask.size:.0f} %" for index in order}
-    return legend(shares, columns=4)
+    shares = {index: round(100 * counts[index] / mask.size) for index in order}
+    return legend({index: f"{words.names[index]} {share or '< 1'} %" for index, share in shares.items()}, columns=4)
