@@ -53,7 +53,7 @@ class FolderStore(Store):
                 with suppress(OSError):
                     unplaced.unlink()  # on a full disk, every byte counts
                 raise
-            _sync_directory(path.parent)
+            flush(path.parent)
 
     def exists(self, key: str) -> bool:
         return (self.root / key).is_file()
@@ -62,7 +62,7 @@ class FolderStore(Store):
         path = self.root / key
         with self._explaining("delete", key), suppress(FileNotFoundError):
             path.unlink()
-            _sync_directory(path.parent)
+            flush(path.parent)
 
     def sizes(self) -> dict[str, int]:
         files = (Path(folder, name) for folder, _, names in os.walk(self.root) for name in names)
@@ -153,11 +153,14 @@ def _make_directory(path: Path) -> None:
     if not path.is_dir():
         _make_directory(path.parent)
         path.mkdir(exist_ok=True)
-        _sync_directory(path.parent)
+        flush(path.parent)
 
 
-def _sync_directory(path: Path) -> None:
-    """A file's name is its directory's content: it survives a power cut only once the directory is flushed too."""
+def flush(path: Path) -> None:
+    """Returns when the file or folder is on disk.
+
+    A file's name is its directory's content: it survives a power cut only once the directory is flushed too.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,7 +8,6 @@ SHA256SUMS                          of the files above, as `sha256sum -c` reads 
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cache.folder import flush
 from configs.errors import UserError
 from stages.progress import say
 
@@ -64,10 +64,10 @@ class Checkpoints:
             names = sorted(file.name for file in aside.iterdir())
             (aside / SUMS).write_text("".join(f"{_sha256(aside / name)}  {name}\n" for name in names))
             for file in aside.iterdir():
-                _flush(file)
-            _flush(aside)
+                flush(file)
+            flush(aside)
             aside.rename(path)
-            _flush(self.folder)
+            flush(self.folder)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"cannot save {path} ({error}): free some space or mend the disk; then train --run "
@@ -158,11 +158,3 @@ def _delete(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -51,10 +51,6 @@ class Validation:
         values = ", ".join(f"{name} {getattr(scores, name):.1f}" for name in self.names)
         say(f"iteration {iteration}, {self.dataset.split}, gamma 0: {values}")
 
-    def due(self, iteration: int) -> bool:
-        schedule = self.config.train
-        return iteration % schedule.validate_every == 0 or iteration == schedule.iterations
-
     def done(self, iteration: int) -> bool:
         return iteration in self._scores
 
