@@ -13,6 +13,7 @@ place of twenty. (Threads that NumPy starts would not survive a fork: hence OMP_
 """
 
 import argparse
+import faulthandler
 import math
 import os
 import random
@@ -81,7 +82,10 @@ class Attempt:
         deadline = time.monotonic() + ORPHANS_END_WITHIN
         while left := [pid for pid, (_, session) in _processes().items() if session == self.pid]:
             if time.monotonic() > deadline:
-                raise Failure(f"processes {left} outlive their run by {ORPHANS_END_WITHIN} s")
+                for pid in left:
+                    os.kill(pid, signal.SIGUSR1)
+                time.sleep(1)
+                raise Failure(f"processes {left} outlive their run by {ORPHANS_END_WITHIN} s: {self.log.read_text()}")
             time.sleep(0.05)
         return code
 
@@ -94,6 +98,7 @@ def _become_precompute(folder: Path, log: Path, arguments: Sequence[str]) -> Non
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        faulthandler.register(signal.SIGUSR1, all_threads=True)  # what orphans are asked for; forks inherit it
         sys.argv = ["clip-zss", *arguments]
         with dask.config.set({"distributed.worker.multiprocessing-method": "fork"}):
             cli.main()

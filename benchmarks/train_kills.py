@@ -25,7 +25,8 @@ from signal import SIGKILL
 from kills import STUCK, Attempt, Failure
 from torch.utils.data import DataLoader
 
-import stages.train
+import stages.train  # noqa: F401 (imported here, it need not be in every run)
+import stages.training.batches
 from stages.training.checkpoints import SUMS, TENSORS, Checkpoints
 from stages.training.log import LOSSES, SCORES
 
@@ -50,7 +51,7 @@ def run_killed(folder: Path, arguments: Sequence[str], kills: int, seed: int, wo
     whole, killed = folder / "whole", folder / "killed"
     arguments = [*arguments, "--set", f"train.workers={workers}"]
     if workers:
-        stages.train.DataLoader = _forking  # type: ignore[misc]
+        stages.training.batches.DataLoader = _forking  # type: ignore[misc]
 
     def finish(run: Path) -> float:
         start, attempt = time.monotonic(), Attempt(folder, [*arguments, "--run", str(run)], spawn=False)

@@ -87,6 +87,7 @@ class Checkpoints:
         Raises:
             UserError: all are damaged.
         """
+        shutil.rmtree(self.folder / ".partial", ignore_errors=True)  # what a kill left
         reasons = []
         for iteration in reversed(self.iterations()):
             path = self.path(iteration)
