@@ -8,7 +8,8 @@ anew: from nothing, or without a few records. Each time a run is completed, and 
 byte, that of an undisturbed run.
 
 Runs are forked from this process, which has imported everything, and so are their workers: a start takes a second in
-place of twenty. (Threads that NumPy starts would not survive a fork: hence OMP_NUM_THREADS.) `--spawn` starts
+place of twenty. (Threads that NumPy starts would not survive a fork: hence OMP_NUM_THREADS.) A worker may
+also hang in its fork, now and then, as threads' locks do not survive one: FAILED then shows where. `--spawn` starts
 `python cli.py` and its workers as users do. What follows the options goes to `precompute` in place of scenes.
 """
 
