@@ -5,6 +5,7 @@ Heavy libraries are imported inside the verbs: help stays quick, and training ne
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ import typer
 
 from configs.errors import UserError
 from configs.load import as_settings, named_dataset, resolve
+from configs.schema import Config
 from stages.verbs import bench, caches, datasets
 from stages.verbs.options import (
     DATA,
@@ -275,6 +277,36 @@ def demo(
     except ValueError as error:
         raise UserError(f"--seeds {seeds}: write numbers separated by commas") from error
     stage(output, chosen, set_, device_of(device))
+
+
+@app.command()
+def ablate(
+    table: Annotated[str, typer.Argument(metavar="TABLE|FILE.yaml", help="A table of configs/ablations, or your own.")],
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many training seeds, from 0 on.")] = 3,
+    dataset: DatasetOption = None,
+    config: ConfigOption = None,
+    data_root: DataRootOption = DATA,
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where CSV, table and plot go.")] = Path(
+        "ablations"
+    ),
+    device: DeviceOption = "auto",
+) -> None:
+    """Train and score every row of a table, and say which of the paper's claims hold. Goes on where it was stopped.
+
+    Example: clip-zss ablate losses --seeds 3 --output benchmarks/ablations
+    """
+    from configs.ablation import read_ablation
+    from stages.ablate import ablate as stage
+
+    name, content = read_ablation(table)
+    command = f"clip-zss ablate {table} --seeds {seeds}"
+    command += "".join(f" {flag} {value}" for flag, value in (("--dataset", dataset), ("--config", config)) if value)
+
+    def settings_of(assignments: Sequence[str]) -> Config:
+        return resolve(dataset, config, assignments)
+
+    for file in stage(name, content, seeds, settings_of, command, data_root, output, device_of(device)):
+        typer.echo(f"written: {file}")
 
 
 def main() -> None:

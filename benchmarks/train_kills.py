@@ -25,7 +25,7 @@ from signal import SIGKILL
 from kills import STUCK, Attempt, Failure
 from torch.utils.data import DataLoader
 
-import stages.train  # noqa: F401 (imported here, it need not be in every run)
+import stages.train  # imported here, it need not be in every run
 import stages.training.batches
 from stages.training.checkpoints import SUMS, TENSORS, Checkpoints
 from stages.training.log import LOSSES, SCORES

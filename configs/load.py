@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -45,7 +45,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _suggest(word: str, known: Sequence[str]) -> str:
+def suggest(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -58,15 +58,15 @@ def dataset_settings(name_or_file: str) -> dict[str, Any]:
     """A dataset's YAML, checked, by its name in configs/datasets or by its file; files it names lie beside it."""
     names = known_datasets()
     if name_or_file not in names and not name_or_file.endswith((".yaml", ".yml")):
-        hint = _suggest(name_or_file, names)
+        hint = suggest(name_or_file, names)
         raise UserError(f"unknown dataset {name_or_file!r}{hint}; known: {', '.join(names)}, or give a YAML file")
     path = CONFIGS / "datasets" / f"{name_or_file}.yaml" if name_or_file in names else Path(name_or_file)
-    settings = _read_yaml(path)
+    settings = read_yaml(path)
     if isinstance(settings.get("classes"), str):
         settings["classes"] = _read_names(path.parent / settings["classes"])
     if isinstance(settings.get("text_features"), str):
         settings["text_features"] = str(path.parent / settings["text_features"])
-    _validate(Dataset, settings, str(path))
+    validate(Dataset, settings, str(path))
     return settings
 
 
@@ -117,7 +117,7 @@ def _section_keys(model: Any, path: Sequence[str]) -> list[str]:
     return [field.alias or name for name, field in getattr(model, "model_fields", {}).items()]
 
 
-def _validate(model: type[_Model], settings: dict[str, Any], source: str) -> _Model:
+def validate(model: type[_Model], settings: dict[str, Any], source: str) -> _Model:
     try:
         return model.model_validate(settings)
     except ValidationError as error:
@@ -125,7 +125,7 @@ def _validate(model: type[_Model], settings: dict[str, Any], source: str) -> _Mo
         location = [str(part) for part in first["loc"]]
         key = ".".join(location)
         if first["type"] == "extra_forbidden":
-            hint = _suggest(location[-1], _section_keys(model, location[:-1]))
+            hint = suggest(location[-1], _section_keys(model, location[:-1]))
             raise UserError(f"{source}: unknown setting {key}{hint}") from error
         if first["type"] == "missing":
             raise UserError(f"{source}: setting {key} is missing") from error
@@ -156,7 +156,7 @@ def resolve(
         UserError: unknown names, unreadable files, misspelt keys, values out of range.
     """
     settings: dict[str, Any] = dict(base or {})
-    experiment = _read_yaml(config) if config else {}
+    experiment = read_yaml(config) if config else {}
     chosen = dataset or experiment.pop("dataset", None)
     experiment.pop("dataset", None)
     if isinstance(chosen, dict):
@@ -167,23 +167,23 @@ def resolve(
     name = settings["dataset"].get("name")
     default = CONFIGS / "experiments" / f"{name}.yaml"
     if config is None and default.is_file():
-        experiment = _read_yaml(default)
+        experiment = read_yaml(default)
         experiment.pop("dataset", None)
         sources.append(str(default))
         if base:  # what the cache or the run holds wins over the dataset's default experiment
             experiment = merge(experiment, settings)
     settings = merge(settings, experiment)
     if runlocal:
-        settings = merge(settings, _read_yaml(CONFIGS / "runlocal.yaml"))
+        settings = merge(settings, read_yaml(CONFIGS / "runlocal.yaml"))
     for text in assignments:
         settings = merge(settings, _assignment(text))
     sources += [f"--set {text}" for text in assignments]
-    return _validate(Config, settings, " + ".join(sources) or "settings")
+    return validate(Config, settings, " + ".join(sources) or "settings")
 
 
 def named_dataset(dataset: str | None, config: Path | None) -> str | None:
     """The name of the dataset that `--dataset`, or else the experiment, asks for; None where neither names one."""
-    chosen = dataset or (_read_yaml(config).get("dataset") if config else None)
+    chosen = dataset or (read_yaml(config).get("dataset") if config else None)
     if chosen is None:
         return None
     settings = chosen if isinstance(chosen, dict) else dataset_settings(str(chosen))

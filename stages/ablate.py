@@ -1,0 +1,226 @@
+"""Tables of runs that differ in a few settings: trained, scored, and compared with what the paper says."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import get_type_hints
+
+import numpy as np
+
+from cache.reader import Cache, open_cache
+from configs.ablation import Ablation, Sign
+from configs.errors import UserError
+from configs.load import as_settings
+from configs.schema import Config
+from stages.evaluate import evaluate, student_predictor
+from stages.inspect import summary, table
+from stages.precompute import precompute
+from stages.progress import say
+from stages.runs import RUNS, load_run, replace_file
+from stages.train import train
+
+RESULT = "result.json"
+SCORES = ("seen", "unseen", "hiou", "purity")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run, a line of the CSV. Percentages, but gamma; purity is that of the cache's pseudo labels.
+
+    `fingerprint` names the resolved settings and the cache; `views` are those of the cache that training may use,
+    `shown` how many it was shown, `teacher_passes` how many of these met a live teacher.
+    """
+
+    row: str
+    seed: int
+    fingerprint: str
+    cache: str
+    gamma: float
+    pixel_accuracy: float
+    seen: float
+    unseen: float
+    hiou: float
+    purity: float
+    views: int
+    shown: int
+    teacher_passes: int
+
+
+def ablate(
+    name: str,
+    ablation: Ablation,
+    seeds: int,
+    settings_of: Callable[[Sequence[str]], Config],
+    command: str,
+    data_root: Path,
+    output: Path,
+    device: str,
+) -> list[Path]:
+    """Runs every row with every seed, unless it is done, and writes OUTPUT/NAME.csv, .md and .png after each.
+
+    A row's run is kept in runs/ablations under its fingerprint: tables share what they have in common. Every gamma is
+    the best on the split `holdout`, where `evaluate.gamma` is auto.
+
+    Args:
+        name, ablation, seeds: what is run.
+        settings_of: the configuration with these settings, as texts of `--set`.
+        command: how the table's reader can make it again.
+        data_root, output, device: where.
+
+    Returns:
+        The files written.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    chosen = {
+        (row, seed): settings_of([*ablation.settings, *own, f"train.seed={seed}"])
+        for row, own in ablation.rows.items()
+        for seed in range(seeds)
+    }  # all, before the first hour of training: a misspelt setting is found now
+    files = [output / f"{name}{ending}" for ending in (".csv", ".md", ".png")]
+    results: list[Result] = []
+    for number, ((row, seed), config) in enumerate(chosen.items(), 1):
+        say(f"{name} {number}/{len(chosen)}: {row}, seed {seed}")
+        results.append(_result(row, seed, config, data_root, device))
+        write_csv(files[0], results)
+    files[1].write_text(markdown(command, ablation, results))
+    _plot(files[2], ablation, results)
+    return files
+
+
+def _result(row: str, seed: int, config: Config, data_root: Path, device: str) -> Result:
+    cache = open_cache(precompute(config, data_root, None, device))
+    fingerprint = _fingerprint(config, cache)
+    run = RUNS / "ablations" / fingerprint
+    file = run / RESULT
+    if not file.exists():
+        opened = load_run(train(config, cache, data_root, run, device), device)
+        predict = student_predictor(opened.student, opened.text_features, config)
+        gamma, scores = evaluate(predict, config, data_root)
+        shown = config.train.iterations * config.train.batch_size
+        found = Result(
+            row, seed, fingerprint, cache.manifest.fingerprint, gamma, scores.pixel_accuracy, scores.miou_seen,
+            scores.miou_unseen, scores.hiou, 100 * _purity(cache, config, data_root),
+            len(cache.kept_rows) * config.views.count, shown, 0 if config.train.teacher == "cached" else shown,
+        )  # fmt: skip
+        replace_file(file, lambda aside: aside.write_text(json.dumps(asdict(found), indent=1)))
+    try:
+        return Result(**{**json.loads(file.read_text()), "row": row, "seed": seed})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}): delete it, and run the same command again") from error
+
+
+def _fingerprint(config: Config, cache: Cache) -> str:
+    content = json.dumps([as_settings(config), cache.manifest.fingerprint], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+_purities: dict[tuple[str, int], float] = {}
+
+
+def _purity(cache: Cache, config: Config, data_root: Path) -> float:
+    key = cache.location, config.views.count
+    if key not in _purities:
+        _purities[key] = summary(table(config, cache, data_root, cache.kept_rows.tolist()))["purity"]
+    return _purities[key]
+
+
+def write_csv(path: Path, results: Sequence[Result]) -> None:
+    def write(aside: Path) -> None:
+        with aside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(asdict(result) for result in results)
+
+    replace_file(path, write)
+
+
+def read_csv(path: Path) -> list[Result]:
+    """What `write_csv` wrote."""
+    kinds = get_type_hints(Result)
+    with path.open(newline="") as file:
+        return [Result(**{key: kinds[key](value) for key, value in line.items()}) for line in csv.DictReader(file)]
+
+
+def scores_of(results: Sequence[Result], row: str, score: str) -> np.ndarray:
+    """(S,) a row's scores, seed by seed."""
+    return np.array([getattr(result, score) for result in results if result.row == row])
+
+
+def verdict(sign: Sign, results: Sequence[Result]) -> tuple[str, float]:
+    """Whether the sign holds, and the difference of the means.
+
+    Beyond the seed spread: the worst seed of the better row is above the best seed of the other.
+    """
+    better, worse = (scores_of(results, row, sign.score) for row in (sign.better, sign.worse))
+    difference = float(better.mean() - worse.mean())
+    if better.min() > worse.max():
+        return "holds beyond the seed spread", difference
+    return ("holds in the mean only" if difference > 0 else "does not hold"), difference
+
+
+def spread(values: np.ndarray) -> str:
+    """Mean and range of the seeds."""
+    if len(values) == 1 or np.isnan(values).any():
+        return f"{values.mean():.1f}"
+    return f"{values.mean():.1f} ({values.min():.1f} to {values.max():.1f})"
+
+
+def passes(results: Sequence[Result]) -> tuple[int, int]:
+    """Teacher passes that the runs took, a cache counted once, and those with the teacher live in each."""
+    caches = {result.cache: 0 for result in results}
+    for result in results:
+        caches[result.cache] = max(caches[result.cache], result.views)
+    runs = {result.fingerprint: result for result in results}
+    taken = sum(caches.values()) + sum(result.teacher_passes for result in runs.values())
+    return taken, sum(result.shown for result in runs.values())
+
+
+def markdown(command: str, ablation: Ablation, results: Sequence[Result]) -> str:
+    """The table that `command` made, and the verdicts on its signs."""
+    taken, live = passes(results)
+    lines = [
+        f"# {ablation.title}",
+        "",
+        f"`{command}`; mean and range over the seeds, in %. Every run's seed, gamma and fingerprint are in the CSV "
+        "beside. Every gamma is the best on `holdout`, which is neither trained nor tested on.",
+        *(["", "Of every row: " + ", ".join(f"`{text}`" for text in ablation.settings)] if ablation.settings else []),
+        "",
+        "| row | settings | mIoU seen | mIoU unseen | hIoU | purity |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row, settings in ablation.rows.items():
+        cells = [spread(scores_of(results, row, score)) for score in SCORES]
+        lines.append(f"| {row} | {' '.join(f'`{text}`' for text in settings)} | {' | '.join(cells)} |")
+    if ablation.signs:
+        lines += ["", "| claim | by the paper | measured | verdict |", "|---|---|---|---|"]
+        for sign in ablation.signs:
+            said, difference = verdict(sign, results)
+            measured = f"{sign.score}: {sign.better} {difference:+.1f} over {sign.worse}"
+            lines.append(f"| {sign.claim} | {'yes' if sign.by_paper else 'no'} | {measured} | {said} |")
+    lines += ["", f"Teacher passes: {taken:,}; with the teacher live in every run: {live:,}."]
+    return "\n".join(lines) + "\n"
+
+
+def _plot(path: Path, ablation: Ablation, results: Sequence[Result]) -> None:
+    """Every seed a dot, the mean a line."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        say(f"{path.name} is not drawn: pip install 'clip-zss[ablate]' for it")
+        return
+    rows = list(ablation.rows)
+    figure = Figure(figsize=(9, 1.2 + 0.45 * len(rows)), layout="constrained")
+    for axes, score in zip(figure.subplots(1, 3, sharey=True), ("seen", "unseen", "hiou"), strict=True):
+        for place, row in enumerate(rows):
+            values = scores_of(results, row, score)
+            axes.plot(values, [place] * len(values), "o", color="#0072b2", alpha=0.6)
+            axes.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color="#d55e00")
+        axes.set_xlabel({"hiou": "hIoU, %"}.get(score, f"mIoU {score}, %"))
+        axes.set_yticks(range(len(rows)), rows)
+        axes.grid(axis="x", alpha=0.3)
+    figure.axes[0].invert_yaxis()
+    figure.suptitle(ablation.title)
+    figure.savefig(path, metadata={"Software": None})

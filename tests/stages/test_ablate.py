@@ -1,0 +1,159 @@
+"""`ablate`: rows are trained and scored once, and what is said of them follows from the CSV."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from configs.ablation import Ablation, Sign, known_ablations, read_ablation
+from configs.load import resolve
+from stages.ablate import Result, passes, read_csv, spread, verdict, write_csv
+from tests.conftest import World, write_world
+
+TABLE = {
+    "title": "Two rows",
+    "rows": {"all": [], "no GLM": ["loss.global=false"], "live": ["train.teacher=online"]},
+    "signs": [{"claim": "GLM helps", "better": "all", "worse": "no GLM", "score": "unseen"}],
+}
+
+
+def write_table(world: World, name: str, content: dict[str, object]) -> None:
+    (world.folder / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def result(row: str, seed: int, **values: float) -> Result:
+    scores = {"seen": 50.0, "unseen": 20.0, "hiou": 30.0, "purity": 90.0, **values}
+    return Result(row=row, seed=seed, fingerprint=f"{row}{seed}", cache="c", gamma=0.5, pixel_accuracy=60.0, views=100,
+                  shown=500, teacher_passes=0, **scores)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return write_world(tmp_path_factory.mktemp("ablations"))
+
+
+@pytest.fixture(scope="module")
+def tables(world: World) -> Path:
+    """A table that has been run, with two seeds; its rows hold the world's settings."""
+    write_table(world, "two", TABLE)
+    world.run("ablate", "two.yaml", "--seeds", "2", "--data-root", world.data, "--config", world.config)
+    return world.folder / "ablations"
+
+
+def test_every_run_is_in_the_csv(world: World, tables: Path) -> None:
+    found = read_csv(tables / "two.csv")
+    wanted = [("all", 0), ("all", 1), ("no GLM", 0), ("no GLM", 1), ("live", 0), ("live", 1)]
+    assert [(one.row, one.seed) for one in found] == wanted
+    assert len({one.fingerprint for one in found}) == 6 and len({one.cache for one in found}) == 1
+    for one in found:
+        assert (world.folder / "runs" / "ablations" / one.fingerprint / "student.safetensors").exists()
+    assert [one.teacher_passes for one in found] == [0, 0, 0, 0, 16, 16]
+    text = (tables / "two.md").read_text()
+    assert (
+        "GLM helps" in text
+        and "--seeds 2" in text
+        and f"Teacher passes: {10 + 2 * 16}; with the teacher live in every run: {6 * 16}" in text
+    )
+    assert Image.open(tables / "two.png").size[0] > 500
+
+
+def test_what_is_done_is_not_done_again(world: World, tables: Path) -> None:
+    before = {path.name: path.read_bytes() for path in tables.iterdir()}
+    run = world.folder / "runs" / "ablations" / read_csv(tables / "two.csv")[0].fingerprint / "student.safetensors"
+    written = run.stat().st_mtime_ns
+    done = world.run("ablate", "two.yaml", "--seeds", "2", "--data-root", world.data, "--config", world.config)
+    assert "written: ablations/two.csv" in done.stdout
+    assert {path.name: path.read_bytes() for path in tables.iterdir()} == before
+    assert run.stat().st_mtime_ns == written
+
+
+def test_a_row_run_anew_has_the_same_scores(world: World, tables: Path, tmp_path: Path) -> None:
+    write_table(world, "again", {**TABLE, "rows": {"other name": []}, "signs": []})
+    first = read_csv(tables / "two.csv")[0]
+    (world.folder / "runs" / "ablations").rename(tmp_path / "aside")
+    try:
+        world.run("ablate", "again.yaml", "--seeds", "1", "--data-root", world.data, "--config", world.config)
+    finally:
+        (world.folder / "runs" / "ablations").rename(tmp_path / "anew")
+        (tmp_path / "aside").rename(world.folder / "runs" / "ablations")
+    (again,) = read_csv(tables / "again.csv")
+    assert again == Result(**{**vars(first), "row": "other name"})
+
+
+def test_a_damaged_result_is_named(world: World, tables: Path) -> None:
+    file = world.folder / "runs" / "ablations" / read_csv(tables / "two.csv")[0].fingerprint / "result.json"
+    whole = file.read_text()
+    file.write_text(whole[:40])
+    line = world.fails("ablate", "two.yaml", "--seeds", "2", "--data-root", world.data, "--config", world.config)
+    file.write_text(whole)
+    assert "result.json is damaged" in line and "delete it" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rows": {"x": ["loss.globl=false"]}, "signs": []}, "did you mean 'global'"),
+        ({"rows": {}, "signs": []}, "rows"),
+        ({"signs": [{"claim": "c", "better": "al", "worse": "no GLM"}]}, "no row; did you mean 'all'"),
+        ({"signs": [{"claim": "c", "better": "all", "worse": "no GLM", "score": "iou"}]}, "score"),
+        ({"titel": "x"}, "did you mean 'title'"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_trained(world: World, change: dict[str, object], said: str) -> None:
+    write_table(world, "wrong", {**TABLE, **change})
+    assert said in world.fails("ablate", "wrong.yaml", "--data-root", world.data, "--config", world.config)
+    assert not (world.folder / "ablations" / "wrong.csv").exists()
+
+
+def test_unknown_tables_are_named(world: World) -> None:
+    assert "did you mean 'losses'" in world.fails("ablate", "loses")
+
+
+def test_csv_goes_round(tmp_path: Path) -> None:
+    rows = [result('a, with "marks"', 0, hiou=1 / 3), result("b", 1, purity=float("nan"))]
+    write_csv(tmp_path / "x.csv", rows)
+    found = read_csv(tmp_path / "x.csv")
+    assert found[0] == rows[0] and np.isnan(found[1].purity)
+    with (tmp_path / "x.csv").open() as file:
+        assert len(list(csv.reader(file))) == 3
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "said"),
+    [
+        ((30, 32), (20, 29), "holds beyond the seed spread"),
+        ((30, 32), (20, 30), "holds in the mean only"),
+        ((30, 32), (31, 31), "does not hold"),
+        ((30, 32), (40, 41), "does not hold"),
+    ],
+)
+def test_verdicts(better: tuple[float, ...], worse: tuple[float, ...], said: str) -> None:
+    found = [result("x", seed, hiou=value) for seed, value in enumerate(better)]
+    found += [result("y", seed, hiou=value) for seed, value in enumerate(worse)]
+    verdict_, difference = verdict(Sign(claim="c", better="x", worse="y"), found)
+    assert verdict_ == said and difference == pytest.approx(np.mean(better) - np.mean(worse))
+
+
+def test_passes_count_a_cache_once_and_a_shared_run_once() -> None:
+    found = [result("x", 0), result("x", 1), result("live", 0)]
+    found[2] = Result(**{**vars(found[2]), "teacher_passes": 500})
+    assert passes(found) == (600, 1500)
+    assert passes([found[0], found[0]]) == (100, 500)
+
+
+def test_spread() -> None:
+    assert spread(np.array([1.0, 3.0])) == "2.0 (1.0 to 3.0)"
+    assert spread(np.array([1.0])) == "1.0"
+
+
+@pytest.mark.parametrize("name", known_ablations())
+def test_every_table_resolves(name: str) -> None:
+    table: Ablation = read_ablation(name)[1]
+    settings = [
+        yaml.safe_dump(resolve("scenes", assignments=[*table.settings, *own]).model_dump(mode="json"))
+        for own in table.rows.values()
+    ]
+    assert len(set(settings)) == len(settings), "two rows are the same run"
