@@ -134,6 +134,9 @@ class Loss(Section):
     nel_weight: NonNegativeFloat = Field(1.0, description="on top of ZegCLIP's 100 and 1; Eq. 8 has 1")
     glm: Literal["attention", "max", "mean"] = "attention"
     bank: NonNegativeInt = Field(24, description="iterations of CLS tokens kept as negatives")
+    bank_source: Literal["recent", "cache-random", "cache-hard"] = Field(
+        "recent", description="or as many tokens of the whole cache: random ones, or the nearest to the batch's"
+    )
     tau: float = Field(0.07, gt=0)
     synthesizer: Literal["decoder", "mlp", "features"] = "decoder"
     beta: float = 2.0
