@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
+import dask
 from dask.distributed import Client, Future, KilledWorker, LocalCluster, wait
 
 from configs.errors import UserError
@@ -16,6 +17,7 @@ from stages.shards import SHARDS_AT_ONCE
 _T = TypeVar("_T")
 _PATIENCE = 60  # seconds until a scheduler must have answered, and a first worker joined
 _STARTS = 3  # of local workers: one that is killed while it starts takes all of them with it
+_ARENAS = 1  # of glibc's malloc: with one for each thread, a worker's memory creeps up over hundreds of shards
 _JOBS_AHEAD = 2  # per thread of the workers: a cluster's scheduler need not hold every shard of a dataset
 
 
@@ -56,13 +58,14 @@ def workers(scheduler: str | None, device: str, most: int) -> Iterator[Client]:
 def _local_cluster(count: int) -> LocalCluster:
     for attempt in range(_STARTS):
         try:
-            return LocalCluster(
-                n_workers=count,
-                threads_per_worker=SHARDS_AT_ONCE,
-                memory_limit=None,  # Dask would pause a worker that it cannot relieve: none of the memory is Dask's
-                dashboard_address=":0",  # any free port
-                silence_logs=logging.CRITICAL,
-            )
+            with dask.config.set({"distributed.nanny.pre-spawn-environ.MALLOC_ARENA_MAX": _ARENAS}):
+                return LocalCluster(
+                    n_workers=count,
+                    threads_per_worker=SHARDS_AT_ONCE,
+                    memory_limit=None,  # Dask would pause a worker that it cannot relieve: none of the memory is Dask's
+                    dashboard_address=":0",  # any free port
+                    silence_logs=logging.CRITICAL,
+                )
         except RuntimeError as error:
             if attempt == _STARTS - 1:
                 raise UserError(
