@@ -1,0 +1,42 @@
+"""README's table of the paper's claims, from the CSVs in benchmarks/ablations: `python benchmarks/claims.py`."""
+
+import sys
+from pathlib import Path
+
+from configs.ablation import known_ablations, read_ablation
+from stages.ablate import read_csv, verdict
+
+ROOT = Path(__file__).parent.parent
+README, TABLES = ROOT / "README.md", ROOT / "benchmarks" / "ablations"
+BEGIN, END = "<!-- claims: benchmarks/claims.py writes them -->\n", "<!-- end of claims -->\n"
+
+
+def claims(folder: Path) -> str:
+    """A Markdown table: every sign of the tables that `folder` holds a CSV of."""
+    lines = ["| claim | whose | measured, mean of the seeds | seeds | verdict |", "|---|---|---|---|---|"]
+    for name in known_ablations():
+        if not (folder / f"{name}.csv").exists():
+            continue
+        results, table = read_csv(folder / f"{name}.csv"), read_ablation(name)[1]
+        seeds = len({result.seed for result in results})
+        for sign in table.signs:
+            said, difference = verdict(sign, results)
+            score = {"seen": "mIoU seen", "unseen": "mIoU unseen", "hiou": "hIoU", "purity": "purity"}[sign.score]
+            rows = f"[{sign.better} against {sign.worse}](benchmarks/ablations/{name}.md)"
+            measured = f"{score} {difference:+.1f} ({rows})"
+            whose = "the paper" if sign.by_paper else "ours"
+            lines.append(f"| {sign.claim} | {whose} | {measured} | {seeds} | {said} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_claims(readme: str, folder: Path) -> str:
+    """`readme` with the table of now."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"README.md lacks {BEGIN.strip()!r} or {END.strip()!r}")
+    return before + BEGIN + claims(folder) + END + after
+
+
+if __name__ == "__main__":
+    README.write_text(with_claims(README.read_text(), TABLES))

@@ -1,0 +1,39 @@
+"""README's claims are those of the committed CSVs, and these are of the committed tables."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from configs.ablation import known_ablations, read_ablation
+from stages.ablate import read_csv
+from tests.conftest import ROOT
+
+TABLES = ROOT / "benchmarks" / "ablations"
+MEASURED = [name for name in known_ablations() if (TABLES / f"{name}.csv").exists()]
+
+
+def test_readme_says_what_the_csvs_say() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "claims.py"))
+    readme = (ROOT / "README.md").read_text()
+    assert script["with_claims"](readme, TABLES) == readme, "run python benchmarks/claims.py"
+
+
+def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "claims.py"))
+    header = "row,seed,fingerprint,cache,gamma,pixel_accuracy,seen,unseen,hiou,purity,views,shown,teacher_passes\n"
+    for unseen, said in ((9, "holds beyond"), (3, "does not hold")):
+        lines = [f"{row},0,f,c,0,50,50,{value},20,90,10,10,0\n" for row, value in
+                 (("all losses", unseen), ("no NEL", 5), ("no CE", 5), ("no BCE", 5), ("no GLM", 5))]  # fmt: skip
+        (tmp_path / "losses.csv").write_text(header + "".join(lines))
+        table = script["claims"](tmp_path)
+        first = table.splitlines()[2]
+        assert "collapse" in first and said in first and f"{unseen - 5:+.1f}" in first and "| 1 |" in first
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_every_row_of_a_table_was_run_with_the_same_seeds(name: str) -> None:
+    results, table = read_csv(TABLES / f"{name}.csv"), read_ablation(name)[1]
+    seeds = sorted({result.seed for result in results})
+    assert [(one.row, one.seed) for one in results] == [(row, seed) for row in table.rows for seed in seeds]
+    assert (TABLES / f"{name}.md").exists() and (TABLES / f"{name}.png").exists()
