@@ -212,6 +212,27 @@ def predict(
         raise UserError(f"{len(failures)} photos could not be read, listed above: replace them; the others are done")
 
 
+@app.command()
+def export(
+    run: RunOption = None,
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="A new folder.")] = Path("exported"),
+    precision: Annotated[
+        Literal["fp32", "fp16"], typer.Option("--precision", help="Of weights and sums; not of inputs and logits.")
+    ] = "fp32",
+) -> None:
+    """Take a run away: ONNX and torch.export programs, checked, with weights, class features and a model card.
+
+    Class features are an input, so that words can change. Needs pip install 'clip-zss[export]'.
+
+    Example: clip-zss export --run runs/scenes-001 --output my-model
+    """
+    from stages.export import export as stage
+    from stages.runs import load_run, newest_run
+
+    for name, difference in stage(load_run(run or newest_run()), output, precision).items():
+        typer.echo(f"{output / name}: within {difference:.1e} of the student's largest logit")
+
+
 @app.command("inspect-pseudolabels")
 def inspect_pseudolabels(
     dataset: DatasetOption = None,

@@ -47,6 +47,8 @@ class Hamburger(nn.Module):
         self.rank = rank_of(channels)
         self.ham_in = nn.Sequential(nn.Conv2d(channels, channels, 1))
         self.ham_out = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.GroupNorm(GROUPS, channels))
+        bases = torch.rand(1, channels, self.rank, generator=torch.Generator().manual_seed(EVAL_SEED))
+        self.register_buffer("eval_bases", bases, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.ham_in(x).relu().flatten(2)  # (B, C, h w)
@@ -59,8 +61,8 @@ class Hamburger(nn.Module):
         batch, channels, _ = inner.shape
         if self.training:
             return torch.rand(batch, channels, self.rank, device=inner.device, dtype=inner.dtype)
-        generator = torch.Generator().manual_seed(EVAL_SEED)
-        return torch.rand(1, channels, self.rank, generator=generator).to(inner).expand(batch, -1, -1)
+        eval_bases: Tensor = self.eval_bases  # type: ignore[assignment]
+        return eval_bases.to(inner.dtype).expand(batch, -1, -1)
 
 
 class LightHamHead(Head):

@@ -1,0 +1,77 @@
+"""A student as one function of an image and text features, in a form that torch.export and ONNX take."""
+
+import copy
+import math
+
+import torch
+from timm.layers.conv2d_same import Conv2dSame
+from torch import Tensor, nn
+
+from pipeline.student.student import Student
+
+
+class Portable(nn.Module):
+    """(B, H, W, 3) uint8 RGB and text features (K, C) -> logits (B, K, H, W), float32; normalisation included.
+
+    Attributes:
+        multiple: H and W must be multiples of this.
+    """
+
+    def __init__(self, student: Student, dtype: torch.dtype = torch.float32) -> None:
+        """A copy of the student in eval mode; `dtype` of its weights and sums."""
+        super().__init__()
+        self.multiple = math.lcm(student.encoder.multiple, student.stride)
+        self.student = copy.deepcopy(student).cpu().eval()
+        _pad_as_constants(self.student, self.multiple)
+        self.student.to(dtype)
+        self.dtype = dtype
+        self.mean: Tensor
+        self.std: Tensor
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(getattr(student, name)).view(3, 1, 1))
+
+    def forward(self, image: Tensor, text_features: Tensor) -> Tensor:
+        pixels = (image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        logits = self.student.classify(pixels.to(self.dtype), text_features.to(self.dtype)).float()
+        return nn.functional.interpolate(logits, scale_factor=self.student.stride, mode="bilinear")
+
+
+class _Padded(nn.Module):
+    def __init__(self, convolution: nn.Conv2d, padding: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        self.padding, self.convolution = padding, convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution(nn.functional.pad(x, self.padding))
+
+
+def _pad_as_constants(student: Student, multiple: int) -> None:
+    """TensorFlow's `same` padding follows from the size, which a graph works out anew each time; here it is constant.
+
+    At sizes that are multiples of all strides it is the same for all.
+    """
+    sizes: dict[nn.Module, tuple[int, ...]] = {}
+
+    def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        sizes[module] = tuple(arguments[0].shape[-2:])
+
+    found = [(parent, name, module) for parent in student.modules() for name, module in parent.named_children()
+             if isinstance(module, Conv2dSame)]  # fmt: skip
+    hooks = [module.register_forward_pre_hook(note) for _, _, module in found]
+    with torch.no_grad():
+        student(torch.zeros(1, 3, multiple, multiple))
+    for hook in hooks:
+        hook.remove()
+    for parent, name, module in found:
+        padding: list[int] = []
+        for side, kernel, stride, dilation in zip(
+            sizes[module], module.kernel_size, module.stride, module.dilation, strict=True
+        ):
+            total = max((-(-side // stride) - 1) * stride + (kernel - 1) * dilation + 1 - side, 0)
+            padding = [total // 2, total - total // 2, *padding]  # the last dimension first
+        plain = nn.Conv2d(
+            module.in_channels, module.out_channels, module.kernel_size, module.stride,  # type: ignore[arg-type]
+            dilation=module.dilation, groups=module.groups, bias=module.bias is not None,  # type: ignore[arg-type]
+        )  # fmt: skip
+        plain.load_state_dict(module.state_dict())
+        setattr(parent, name, _Padded(plain, tuple(padding)))  # type: ignore[arg-type]

@@ -1,0 +1,144 @@
+"""A run as a folder to take away: ONNX and torch.export programs, weights, class features, and a model card."""
+
+import json
+import shutil
+from pathlib import Path
+from string import Template
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from pipeline.student.portable import Portable
+from stages.progress import progress_bar
+from stages.runs import CONFIG, WEIGHTS, Run
+
+ONNX, PROGRAM, FEATURES, CARD, DESCRIPTION = (
+    "model.onnx", "model.pt2", "text_features.npy", "README.md", "model.json"
+)  # fmt: skip
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}  # of the largest logit
+MOST = 256  # times the multiple: how high and wide an image may be
+Inputs = tuple[Tensor, Tensor]
+
+
+def export(run: Run, output: Path, precision: Literal["fp32", "fp16"] = "fp32") -> dict[str, float]:
+    """Writes the folder `output`, which must be empty, and checks both programs on sizes that they were not made at.
+
+    Returns:
+        The largest difference of ONNX Runtime's and of the program's logits from the student's, by file.
+
+    Raises:
+        UserError: ONNX's packages are missing, `output` holds something, or a program differs by more than TOLERANCE.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch.onnx needs it)
+    except ModuleNotFoundError as error:
+        raise UserError(f"export needs {error.name}: pip install 'clip-zss[export]'") from error
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"--output {output} is not empty: choose another folder, or delete it")
+    aside = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    model = Portable(run.student, DTYPES[precision]).eval()
+    with progress_bar("export"), torch.no_grad():
+        program = torch.export.export(model, _inputs(model, 2, 3, 4, 5), dynamic_shapes=_dynamic(model))
+        torch.export.save(program, aside / PROGRAM)
+        made = torch.onnx.export(
+            program, dynamo=True, input_names=["image", "text_features"], output_names=["logits"], verbose=False
+        )
+        assert made is not None
+        made.save(str(aside / ONNX), external_data=False)
+    session = onnxruntime.InferenceSession(str(aside / ONNX), providers=["CPUExecutionProvider"])
+    loaded = torch.export.load(aside / PROGRAM).module()
+
+    def in_onnx(image: Tensor, features: Tensor) -> Tensor:
+        fed = {"image": image.numpy(), "text_features": features.numpy()}
+        return torch.from_numpy(session.run(None, fed)[0])
+
+    reference = Portable(run.student)
+    found = {name: _difference(reference, other) for name, other in ((ONNX, in_onnx), (PROGRAM, loaded))}
+    for name, difference in found.items():
+        if not difference <= TOLERANCE[precision]:
+            raise UserError(
+                f"{aside / name} differs from the student by {difference:.1e} of its largest logit, more than "
+                f"{TOLERANCE[precision]:.0e}: do not use it" + ("; try --precision fp32" if precision == "fp16" else "")
+            )
+    for name in (CONFIG, WEIGHTS):
+        shutil.copy(run.path / name, aside / name)
+    np.save(aside / FEATURES, run.text_features.cpu().numpy())
+    description = _describe(run, model, precision)
+    (aside / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    (aside / CARD).write_text(_card(run, description, found))
+    if output.exists():
+        output.rmdir()
+    aside.rename(output)
+    return found
+
+
+def _inputs(model: Portable, batch: int, rows: int, columns: int, classes: int) -> Inputs:
+    draw = torch.Generator().manual_seed(batch + rows + columns + classes)
+    size = (batch, rows * model.multiple, columns * model.multiple, 3)
+    width = model.student.head.project.out_channels
+    features = torch.randn(classes, width, generator=draw)
+    return torch.randint(256, size, generator=draw, dtype=torch.uint8), torch.nn.functional.normalize(features, dim=1)
+
+
+def _dynamic(model: Portable) -> dict[str, dict[int, Any]]:
+    dim = torch.export.Dim
+    sides = [model.multiple * dim(name, min=2, max=MOST) for name in ("rows", "columns")]
+    return {
+        "image": {0: dim("batch", min=1, max=1024), 1: sides[0], 2: sides[1]},
+        "text_features": {0: dim("classes", min=1, max=100_000)},
+    }
+
+
+def _difference(model: Portable, other: Any) -> float:
+    """The largest one, as a share of the largest logit, on other sizes, batches and words than those exported with."""
+    worst = 0.0
+    for shape in ((1, 2, 2, 1), (3, 5, 3, 20), (1, 4, 7, 150)):
+        inputs = _inputs(model, *shape)
+        with torch.no_grad():
+            wanted, got = model(*inputs), other(*inputs)
+        worst = max(worst, float((got - wanted).abs().max() / wanted.abs().max()))
+    return worst
+
+
+def _describe(run: Run, model: Portable, precision: str) -> dict[str, Any]:
+    dataset, gamma = run.config.dataset, run.config.evaluate.gamma
+    return {
+        "inputs": {"image": "(B, H, W, 3) uint8 RGB", "text_features": f"(K, {run.text_features.shape[1]}) float32"},
+        "outputs": {"logits": "(B, K, H, W) float32"},
+        "multiple": model.multiple,
+        "smallest": 2 * model.multiple,
+        "short_side": run.config.views.size,
+        "precision": precision,
+        "classes": list(dataset.classes),
+        "unseen": list(dataset.unseen),
+        "gamma": gamma if gamma != "auto" else None,
+        "teacher": {"model": run.config.teacher.model, "pretrained": run.config.teacher.pretrained},
+        "student": run.config.student.model,
+        "iteration": run.iteration,
+    }
+
+
+def _card(run: Run, description: dict[str, Any], found: dict[str, float]) -> str:
+    dataset = run.config.dataset
+    template = Template((Path(__file__).parent / "export_card.md").read_text())
+    return template.substitute(
+        student=run.config.student.model,
+        dataset=dataset.name,
+        seen=len(dataset.seen_indices),
+        unseen=", ".join(dataset.unseen) or "none",
+        teacher=f"{run.config.teacher.model} ({run.config.teacher.pretrained})",
+        iterations=f"{run.iteration:,}",
+        count=len(dataset.classes),
+        image=description["inputs"]["image"],
+        text_features=description["inputs"]["text_features"],
+        logits=description["outputs"]["logits"],
+        **{name: description[name] for name in ("precision", "multiple", "smallest", "short_side")},
+        checked="\n".join(f"- `{name}`: {value:.1e}" for name, value in found.items()),
+    )
