@@ -23,8 +23,9 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
     """Every weight and statistic random: no zero bias, no unit norm, no layer scale hides a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        stored = module.state_dict()  # other buffers are constants
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or name not in stored:
                 continue
             fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
             drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
