@@ -222,7 +222,7 @@ def export(
 ) -> None:
     """Take a run away: ONNX and torch.export programs, checked, with weights, class features and a model card.
 
-    Class features are an input, so that words can change. Needs pip install 'clip-zss[export]'.
+    Class features are an input, so that words can change. Needs the extra `export` of clip-zss.
 
     Example: clip-zss export --run runs/scenes-001 --output my-model
     """

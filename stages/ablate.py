@@ -59,7 +59,7 @@ def ablate(
     output: Path,
     device: str,
 ) -> list[Path]:
-    """Runs every row with every seed, unless it is done, and writes OUTPUT/NAME.csv, .md and .png after each.
+    """Runs every row with every seed, unless it is done, and writes OUTPUT/NAME.csv (after each), .md and .png.
 
     A row's run is kept in runs/ablations under its fingerprint: tables share what they have in common. Every gamma is
     the best on the split `holdout`, where `evaluate.gamma` is auto.
