@@ -5,6 +5,7 @@ Heavy libraries are imported inside the verbs: help stays quick, and training ne
 
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,6 +30,7 @@ from stages.verbs.options import (
     SetOption,
     device_of,
     open_cache,
+    resumable,
     with_flags,
 )
 
@@ -40,8 +42,27 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_debug = False
+
+
+@app.callback(epilog="Exit codes: 0 done; 1 a fault of this program; 2 a mistake in what it was given; 130 Ctrl-C.")
+def options(
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Results and errors only: no news, no progress.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="The whole traceback of an error.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if quiet:
+        from stages.progress import console
+
+        console.quiet = True
+
+
 for name, group in (("datasets", datasets), ("cache", caches), ("bench", bench)):
     app.add_typer(group.app, name=name)
+
 
 @app.command()
 def precompute(
@@ -85,8 +106,8 @@ def precompute(
     from stages.precompute import precompute as stage
 
     settings = resolve(dataset, config, with_flags(set_, flags), runlocal=runlocal)
-    # A cluster's workers choose their own device: this machine may have another.
-    stage(settings, data_root, cache, device if scheduler else device_of(device), scheduler, dry_run)
+    with resumable():  # A cluster's workers choose their own device: this machine may have another.
+        stage(settings, data_root, cache, device if scheduler else device_of(device), scheduler, dry_run)
 
 
 @app.command()
@@ -326,19 +347,29 @@ def ablate(
     def settings_of(assignments: Sequence[str]) -> Config:
         return resolve(dataset, config, assignments)
 
-    for file in stage(name, content, seeds, settings_of, command, data_root, output, device_of(device)):
+    with resumable():
+        files = stage(name, content, seeds, settings_of, command, data_root, output, device_of(device))
+    for file in files:
         typer.echo(f"written: {file}")
 
 
 def main() -> None:
-    """Runs the app; a user's mistake is one line on stderr and exit code 2."""
+    """Runs the app; a mistake or a fault is one line on stderr, unless --debug is given."""
+    global _debug
+    _debug = False
     try:
         app()
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            raise  # not about a file that the user could mend
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    except Exception as error:
+        if _debug:
+            traceback.print_exc()
+        # An error without a file is not about one that the user could mend.
+        mistake = isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None)
+        text = " ".join(str(error).split())
+        hint = (
+            "" if mistake else f" ({type(error).__name__}, a fault of clip-zss: see it whole by clip-zss --debug ...)"
+        )
+        typer.echo(f"error: {text}{hint}", err=True)
+        sys.exit(2 if mistake else 1)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import traceback
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +53,7 @@ class World:
         import cli
         import stages.workers
 
-        command = ["clip-zss", *map(str, arguments)]
+        command = ["clip-zss", *(["--debug"] if check else []), *map(str, arguments)]
         threads = partial(LocalCluster, processes=False)
         out, err, code = StringIO(), StringIO(), 0
         with (
@@ -65,9 +64,6 @@ class World:
                 cli.main()
             except SystemExit as done:
                 code = int(done.code or 0)
-            except Exception:
-                traceback.print_exc()
-                code = 1
         assert not check or code == 0, err.getvalue()
         return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 

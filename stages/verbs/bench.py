@@ -8,9 +8,7 @@ import typer
 from configs.errors import UserError
 from stages.verbs.options import DeviceOption, device_of
 
-app = typer.Typer(
-    no_args_is_help=True, help="How fast things are, side by side in one process."
-)
+app = typer.Typer(no_args_is_help=True, help="How fast things are, side by side in one process.")
 
 
 @app.command("inference")

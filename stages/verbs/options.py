@@ -1,5 +1,7 @@
 """Options that several verbs share, and what they mean."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,6 +44,16 @@ RunlocalOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 DATA = Path("data")
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Ctrl-C ends the block with a line that says how to go on, and exit code 130, as shells have it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("stopped: the same command goes on from here", err=True)
+        raise SystemExit(130) from None
 
 
 def with_flags(assignments: list[str], flags: dict[str, Any]) -> list[str]:
