@@ -52,12 +52,10 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="The whole traceback of an error.")] = False,
 ) -> None:
-    global _debug
-    _debug = debug
-    if quiet:
-        from stages.progress import console
+    from stages.progress import console
 
-        console.quiet = True
+    global _debug
+    _debug, console.quiet = debug, quiet
 
 
 for name, group in (("datasets", datasets), ("cache", caches), ("bench", bench)):

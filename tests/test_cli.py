@@ -1,0 +1,45 @@
+"""How the command line ends: mistakes, faults, Ctrl-C; and how much it says."""
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+import stages.precompute
+import stages.train
+from tests.conftest import World
+
+TRAIN = ("train", "--cache", "caches/tiny")
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_fault_is_a_line_and_a_traceback_on_demand(world: World, debug: bool) -> None:
+    with mock.patch.object(stages.train, "train", side_effect=RuntimeError("it\nbroke")):
+        done = world.run(*(["--debug"] if debug else []), *TRAIN, "--config", world.config, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: it broke (RuntimeError, a fault of clip-zss")
+    assert ("Traceback" in done.stderr) == debug
+
+
+def test_a_mistake_is_exit_code_2_with_debug_too(world: World) -> None:
+    done = world.run("--debug", *TRAIN, "--set", "loss.bnk=2", check=False)
+    assert done.returncode == 2 and "Traceback" in done.stderr
+    assert "did you mean 'bank'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_quiet_says_nothing_but_results(world: World, trained: Path, quiet: bool) -> None:
+    arguments = ("evaluate", "--run", trained, "--set", "evaluate.gamma=0")
+    done = world.run(*(["--quiet"] if quiet else []), *arguments)
+    assert "hIoU" in done.stdout
+    assert (not done.stderr) == quiet
+
+
+def test_a_mistake_is_said_though_quiet(world: World) -> None:
+    assert "no cache at nowhere" in world.fails("--quiet", "train", "--cache", "nowhere")
+
+
+def test_ctrl_c_says_how_to_go_on(world: World, tmp_path: Path) -> None:
+    with mock.patch.object(stages.precompute, "precompute", side_effect=KeyboardInterrupt):
+        done = world.run("precompute", "--config", world.config, "--cache", tmp_path / "x", check=False)
+    assert done.returncode == 130 and "the same command goes on" in done.stderr
