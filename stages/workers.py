@@ -17,7 +17,7 @@ from stages.shards import SHARDS_AT_ONCE
 _T = TypeVar("_T")
 _PATIENCE = 60  # seconds until a scheduler must have answered, and a first worker joined
 _STARTS = 3  # of local workers: one that is killed while it starts takes all of them with it
-_NO_PROFILE = {"distributed.worker.profile.enabled": False}  # Dask keeps an hour of it: 0.1 MiB for each second
+_NO_PROFILE = {"distributed.worker.profile.enabled": False}  # Dask would keep an hour of it in memory
 _JOBS_AHEAD = 2  # per thread of the workers: a cluster's scheduler need not hold every shard of a dataset
 
 
