@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from pipeline.learning.pixel_loss import count_labelled, count_pairs, pixel_sums
 from stages.devices import choose_device, keep_freed_memory, synchronize
-from tests.pipeline.learning import plain
+from tests.pipeline.learning import bands, plain
 from tests.pipeline.learning.memory import peak_bytes
 
 SIZE, ROUNDS, LIMIT = 512, 3, 8e9  # bytes
@@ -30,15 +29,6 @@ CASES = [  # images, channels of the features, seen classes, pseudo prototypes, 
 ]  # fmt: skip
 
 Formula = Callable[..., dict[str, Tensor]]
-
-
-def in_bands(
-    features: Tensor, text_seen: Tensor, prototypes: Tensor, alpha: Tensor, beta: float, labels: Tensor
-) -> dict[str, Tensor]:
-    """As the criterion has it."""
-    sums = pixel_sums(features, text_seen, prototypes, alpha, beta, labels)
-    pairs = count_pairs(labels, len(text_seen) + len(prototypes))
-    return {"nel": sums["nel"] / pairs, "ce": sums["ce"] / count_labelled(labels)}
 
 
 def draw(batch: int, channels: int, seen: int, pseudo: int, stride: int, device: str) -> list[Tensor]:
@@ -88,10 +78,10 @@ def main() -> None:
         tensors = draw(batch, channels, seen, pseudo, stride, device)
         single = peak(plain.pixel_losses, draw(1, channels, seen, pseudo, stride, device), device)
         whole, reckoned = single * batch, single * batch > LIMIT
-        ours = peak(in_bands, tensors, device)
+        ours = peak(bands.losses, tensors, device)
         times: dict[str, list[float]] = {"plain": [], "bands": []}
         for _ in range(ROUNDS):
-            times["bands"].append(seconds(in_bands, tensors, device))
+            times["bands"].append(seconds(bands.losses, tensors, device))
             if not reckoned:
                 times["plain"].append(seconds(plain.pixel_losses, tensors, device))
         if not reckoned:

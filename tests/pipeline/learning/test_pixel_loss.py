@@ -13,6 +13,7 @@ from pipeline.learning.pixel_loss import count_labelled, count_pairs, pixel_sums
 from tests import reference
 from tests.pipeline.draws import draw, draw_unit
 from tests.pipeline.learning import plain
+from tests.pipeline.learning.bands import losses
 from tests.pipeline.learning.gradients import assert_gradients, leaf
 from tests.pipeline.learning.memory import peak_bytes
 from tests.reference import Array
@@ -36,15 +37,6 @@ def draw_labels(rng: np.random.Generator, kind: str, shape: tuple[int, int, int,
     if kind in ("one class", "unlabelled"):
         labels[:] = shape[1] - 1 if kind == "one class" else -1
     return labels
-
-
-def losses(
-    features: Tensor, text_seen: Tensor, prototypes: Tensor, alpha: Tensor, beta: float, labels: Tensor
-) -> dict[str, Tensor]:
-    """The sums, divided."""
-    sums = pixel_sums(features, text_seen, prototypes, alpha, beta, labels)
-    pairs = count_pairs(labels, len(text_seen) + len(prototypes))
-    return {"nel": sums["nel"] / pairs, "ce": sums["ce"] / count_labelled(labels)}
 
 
 def losses_of_logits(logits: Tensor, labels: Array | Tensor) -> dict[str, Tensor]:
