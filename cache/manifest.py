@@ -32,23 +32,23 @@ def different_settings(made: Mapping[str, Any], asked: Mapping[str, Any], ours: 
 
     Values are compared as JSON text, as the fingerprint does: 1, 1.0 and true are three values, a tuple is a list.
     """
-    old, new = _flat(made), _flat(asked)
+    old, new = flat_settings(made), flat_settings(asked)
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return [f"{name}: {ours} {_short(old.get(name))}, asked {_short(new.get(name))}" for name in names]
+    return [f"{name}: {ours} {short(old.get(name))}, asked {short(new.get(name))}" for name in names]
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as {"outer.inner": JSON text}."""
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as {"outer.inner": JSON text}, by which they are compared."""
     flat: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flat_settings(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True)
     return flat
 
 
-def _short(text: str | None) -> str:
+def short(text: str | None) -> str:
     """A list of 171 class names would bury the line that it stands in."""
     if text is None:
         return "nothing"

@@ -70,6 +70,12 @@ class PseudoLabels(Section):
     """Section 3.3: seeds, K-means, mask fusion. `lambda` is the fusion threshold on cosine similarity."""
 
     windows: tuple[PositiveInt, ...] = Field((7, 3), min_length=1)
+    seed_tokens: Literal["unannotated", "all"] = Field(
+        "unannotated", description="which of the tokens under a window a seed is the mean of"
+    )
+    kmeans: Literal["joint", "per-scale"] = Field(
+        "joint", description="one K-means from the seeds of all windows, or one for each window size"
+    )
     iterations: PositiveInt = 10
     threshold: float = Field(0.8, alias="lambda", ge=-1, le=1)
 
@@ -125,21 +131,28 @@ class Student(Section):
 
 
 class Loss(Section):
-    """Eq. 8 and the switches of Tables 2-6."""
+    """Eq. 8, the switches of Tables 2-6, and other readings of what the paper leaves open."""
 
     global_: bool = Field(True, alias="global", description="GLM: InfoNCE on predicted CLS tokens")
     nel: bool = True
     ce: bool = True
     bce: bool = True
+    nel_channels: Literal["seen", "all"] = Field(
+        "seen", description="of Eq. 7's logits: those of classes, as in ZegCLIP, or those of pseudo prototypes too"
+    )
     nel_weight: NonNegativeFloat = Field(1.0, description="on top of ZegCLIP's 100 and 1; Eq. 8 has 1")
+    bce_negatives: bool = Field(True, description="Eq. 6 over all pairs; false: over each prototype and its own class")
     glm: Literal["attention", "max", "mean"] = "attention"
+    unit_query: bool = Field(False, description="Eq. 1 with S at unit length")
     bank: NonNegativeInt = Field(24, description="iterations of CLS tokens kept as negatives")
     bank_source: Literal["recent", "cache-random", "cache-hard"] = Field(
         "recent", description="or as many tokens of the whole cache: random ones, or the nearest to the batch's"
     )
     tau: float = Field(0.07, gt=0)
     synthesizer: Literal["decoder", "mlp", "features"] = "decoder"
+    alpha: float = Field(1.0, gt=0, description="what it is at first; it is learnt")
     beta: float = 2.0
+    unit_features: bool = Field(False, description="Eq. 7 with R at unit length; then alpha should begin near 1 / tau")
     label_stride: PositiveInt = Field(1, description="labels are compared at every n-th pixel; 1 is label size")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from cache.manifest import short
 from cache.store import open_store
 from cache.verify import Damage, Info
 from configs.dataset import Dataset
@@ -18,8 +19,11 @@ from pipeline.metrics import Scores
 from stages.bench import HEADER, Row
 from stages.datasets import Check
 from stages.inspect import PseudoLabelRow, summary
-from stages.plan import duration, timed_runs
+from stages.overview import CacheEntry, Entry, RunEntry
+from stages.plan import duration, size, timed_runs
 from stages.progress import output
+
+SCORE_NAMES = {"hiou": "hIoU", "miou": "mIoU"}
 
 
 def _print(line: str) -> None:
@@ -103,6 +107,16 @@ def dataset_layout(config: Dataset, data_root: Path) -> None:
         _print(f"--set dataset.unseen={split}: {', '.join(names)}")
 
 
+def check_report(config: Dataset, found: Check) -> dict[str, Any]:
+    """What `check_table` shows, as plain JSON values."""
+    counts = zip(config.classes, found.images.tolist(), found.pixels.tolist(), strict=True)
+    return {
+        "dataset": config.name, "readable": found.readable, "pixels_without_a_class": found.unlabelled,
+        "classes": {name: {"images": images, "pixels": pixels} for name, images, pixels in counts},
+        "faults": found.faults,
+    }  # fmt: skip
+
+
 def check_table(config: Dataset, found: Check) -> None:
     """The class histogram, then every fault."""
     table = Table("class", "", "images", "pixels", "share")
@@ -160,3 +174,38 @@ def damage_list(found: Sequence[Damage]) -> None:
         _print(f"{damage.kind}: {damage.path}")
     if not found:
         _print("every byte is as it was written")
+
+
+def cache_report(found: Info) -> dict[str, Any]:
+    """The same as plain JSON values."""
+    names = [field.name for field in dataclasses.fields(found) if field.name != "manifest"]
+    return {**{name: getattr(found, name) for name in names}, "manifest": found.manifest.model_dump(mode="json")}
+
+
+def overview_table(caches: Sequence[CacheEntry], runs: Sequence[RunEntry]) -> None:
+    """Caches, then runs, each with the settings that it does not share with all the others of its dataset."""
+    table = _folded("cache", "dataset", "views", "size", "differs in")
+    for cache in caches:
+        done = f"{cache.views:,}"
+        progress = done if cache.views == cache.views_planned else f"{done} of {cache.views_planned:,}"
+        table.add_row(*map(escape, (cache.path, cache.dataset, progress, size(cache.bytes), _difference(cache))))
+    output.print(table)
+    table = _folded("run", "dataset", "iterations", "best validation", "size", "differs in")
+    for run in runs:
+        progress = f"{run.iteration:,}" + ("" if run.iteration == run.iterations else f" of {run.iterations:,}")
+        score = "-" if run.score is None else f"{SCORE_NAMES[run.score_name]} {run.score:.1f} on {run.score_split}"
+        table.add_row(*map(escape, (run.path, run.dataset, progress, score, size(run.bytes), _difference(run))))
+    output.print(table)
+
+
+def _folded(*columns: str) -> Table:
+    """No path is cut short, however narrow the terminal."""
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _difference(entry: Entry) -> str:
+    texts = [f"{name} {short(value)}" for name, value in entry.settings.items()]
+    return entry.fault or ", ".join(texts)

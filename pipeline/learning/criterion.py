@@ -23,7 +23,7 @@ class Criterion(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("text_seen", text_seen)
-        self.alpha = nn.Parameter(torch.ones(()))
+        self.alpha = nn.Parameter(torch.tensor(config.alpha))
         self.synthesizer = make_synthesizer(config.synthesizer, text_seen.shape[1])
         self.bank: Bank = TokenBank(config.bank)
 
@@ -50,7 +50,8 @@ class Criterion(nn.Module):
         losses: dict[str, Tensor] = {}
         cls_tokens, all_ids = gathered(cls_token), gathered(image_ids)
         if self.config.global_:
-            predicted = gathered(predict_cls(features, cls_token, self.config.glm))
+            query = nn.functional.normalize(cls_token, dim=1) if self.config.unit_query else cls_token
+            predicted = gathered(predict_cls(features, query, self.config.glm))
             bank, bank_ids = self.bank.tokens(cls_tokens, all_ids)
             losses["global"] = info_nce(predicted, cls_tokens, bank, self.config.tau, all_ids, bank_ids)
             self.bank.enqueue(cls_tokens, all_ids)
@@ -63,7 +64,7 @@ class Criterion(nn.Module):
         prototypes = self.synthesizer(centroids[rows], cls_tokens) if len(rows) else centroids[rows]
         is_seen = rows < num_seen
         if self.config.bce:
-            losses["bce"] = prototype_bce(prototypes[is_seen], rows[is_seen], text_seen)
+            losses["bce"] = prototype_bce(prototypes[is_seen], rows[is_seen], text_seen, self.config.bce_negatives)
         if self.config.nel or self.config.ce:
             pseudo = prototypes[~is_seen]
             channels = num_seen + len(pseudo)
@@ -73,14 +74,17 @@ class Criterion(nn.Module):
             channel[rows[~is_seen]] = torch.arange(num_seen, channels, device=labels.device)
             size = (-(-seen.shape[1] // self.config.label_stride), -(-seen.shape[2] // self.config.label_stride))
             target = channel[at_stride(labels, size)]  # UNLABELLED = -1 finds the last entry, which is UNLABELLED too
-            wanted = {"nel": self.config.nel, "ce": self.config.ce}
-            sums = pixel_sums(features, text_seen, pseudo, self.alpha, self.config.beta, target, **wanted)
+            own = torch.where(target < num_seen, target, UNLABELLED)
+            scored = nn.functional.normalize(features, dim=1) if self.config.unit_features else features
             if self.config.nel:
-                losses["nel"] = self.config.nel_weight * sums["nel"] / count_pairs(target, channels)
+                labelled, others = (target, pseudo) if self.config.nel_channels == "all" else (own, pseudo[:0])
+                sums = pixel_sums(scored, text_seen, others, self.alpha, self.config.beta, labelled, ce=False)
+                pairs = count_pairs(labelled, num_seen + len(others))
+                losses["nel"] = self.config.nel_weight * sums["nel"] / pairs
             if self.config.ce:
+                sums = pixel_sums(scored, text_seen, pseudo, self.alpha, self.config.beta, target, nel=False)
                 losses["ce"] = sums["ce"] / count_labelled(target)
             if self.config.ce and auxiliary is not None:
-                own = torch.where(target < num_seen, target, UNLABELLED)
                 of_seen = pixel_sums(auxiliary, text_seen, pseudo[:0], self.alpha, self.config.beta, own, nel=False)
                 losses["auxiliary"] = AUXILIARY_WEIGHT * of_seen["ce"] / count_labelled(own)
         return losses

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 
 
-def prototype_bce(prototypes: Tensor, classes: Tensor, text_seen: Tensor) -> Tensor:
+def prototype_bce(prototypes: Tensor, classes: Tensor, text_seen: Tensor, negatives: bool = True) -> Tensor:
     """Eq. 6: mean binary cross-entropy of sigmoid(t . p) over all pairs; a prototype's own class 1, the others 0.
+
+    Without `negatives` over the pairs of a prototype and its own class alone.
 
     Args:
         prototypes: (P, C), of the seen classes present in the batch; P = 0 gives 0.
@@ -14,6 +16,8 @@ def prototype_bce(prototypes: Tensor, classes: Tensor, text_seen: Tensor) -> Ten
     """
     if not len(prototypes):
         return prototypes.sum()
+    if not negatives:
+        return nn.functional.softplus(-(prototypes * text_seen[classes]).sum(dim=1)).mean()
     own = nn.functional.one_hot(classes, len(text_seen)).to(prototypes.dtype)
     return nn.functional.binary_cross_entropy_with_logits(prototypes @ text_seen.T, own)
 

@@ -16,7 +16,10 @@ from stages.runs import replace_file
 
 CODE = Path(__file__).parents[2]
 FILE = "run.json"
-PACKAGES = ("clip-zss", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "zarr")
+PACKAGES = (
+    "clip-zss", "torch", "torchvision", "timm", "open_clip_torch", "transformers", "faiss-gpu", "faiss-cpu", "zarr",
+    "dask", "numpy", "pillow", "safetensors",
+)  # fmt: skip
 
 
 def record_start(run: Path, iteration: int, cache: str, fingerprint: str, device: str) -> str:
@@ -31,7 +34,7 @@ def record_start(run: Path, iteration: int, cache: str, fingerprint: str, device
         "threads": torch.get_num_threads(),
         "host": platform.node(),
         "python": platform.python_version(),
-        "packages": _versions(),
+        "packages": versions(),
         "git": git_state(CODE),
     }
     found = [*starts(run), start]
@@ -70,7 +73,8 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Those of PACKAGES that are installed."""
     found = {}
     for name in PACKAGES:
         try:

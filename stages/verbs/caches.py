@@ -1,11 +1,12 @@
 """The verbs of `clip-zss cache`."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from configs.errors import UserError
-from stages.verbs.options import DATA, DataRootOption, DeviceOption, device_of
+from stages.verbs.options import DATA, DataRootOption, DeviceOption, JsonOption, device_of, print_result
 
 app = typer.Typer(
     no_args_is_help=True, help="What a cache holds, whether every byte of it is as it was written, and how to mend it."
@@ -14,19 +15,20 @@ LocationArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Its fold
 
 
 @app.command("info")
-def cache_info(location: LocationArgument) -> None:
+def cache_info(location: LocationArgument, json_file: JsonOption = None) -> None:
     """What it was made from, how much of it is done, and its size.
 
     Example: clip-zss cache info caches/scenes-1a2b3c4d5e6f
     """
     from cache.verify import info
-    from stages.report import cache_table
+    from stages.report import cache_report, cache_table
 
-    cache_table(info(location))
+    found = info(location)
+    print_result(lambda: cache_table(found), cache_report(found), json_file)
 
 
 @app.command("verify")
-def cache_verify(location: LocationArgument) -> None:
+def cache_verify(location: LocationArgument, json_file: JsonOption = None) -> None:
     """Read every byte again and name each file that is missing or changed, or that nothing vouches for.
 
     Exit code 2 on damage. Example: clip-zss cache verify caches/scenes-1a2b3c4d5e6f
@@ -35,7 +37,7 @@ def cache_verify(location: LocationArgument) -> None:
     from stages.report import damage_list
 
     found = verify(location)
-    damage_list(found)
+    print_result(lambda: damage_list(found), [asdict(damage) for damage in found], json_file)
     damaged = sum(damage.kind != "stray" for damage in found)
     if damaged:
         raise UserError(f"{location}: {damaged} files are damaged, listed above: run `cache repair {location}`")

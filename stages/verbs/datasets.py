@@ -6,7 +6,7 @@ import typer
 
 from configs.errors import UserError
 from configs.load import resolve
-from stages.verbs.options import DATA, DataRootOption
+from stages.verbs.options import DATA, DataRootOption, JsonOption, print_result
 
 app = typer.Typer(
     no_args_is_help=True, help="What datasets there are, where their files go, and what is wrong with them."
@@ -34,17 +34,17 @@ def datasets_show(name: DatasetArgument, data_root: DataRootOption = DATA) -> No
 
 
 @app.command("check")
-def datasets_check(name: DatasetArgument, data_root: DataRootOption = DATA) -> None:
+def datasets_check(name: DatasetArgument, data_root: DataRootOption = DATA, json_file: JsonOption = None) -> None:
     """Read every image and mask; print a class histogram and what is missing, damaged, mis-sized or miscounted.
 
     Exit code 2 on any fault. Example: clip-zss datasets check my-photos.yaml --data-root ~/photos
     """
     from stages.datasets import check
-    from stages.report import check_table
+    from stages.report import check_report, check_table
 
     config = resolve(name).dataset
     found = check(config, data_root)
-    check_table(config, found)
+    print_result(lambda: check_table(config, found), check_report(config, found), json_file)
     if found.faults:
         count = len(found.faults)
         raise UserError(

@@ -1,6 +1,7 @@
 """Options that several verbs share, and what they mean."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,7 +44,25 @@ RunlocalOption = Annotated[
     bool, typer.Option("--runlocal", help="A few small images and iterations: two minutes on a CPU, to try things.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="The same as JSON; - prints it, in place of the table."),
+]
 DATA = Path("data")
+STDOUT = Path("-")
+
+
+def print_result(table: Callable[[], None], data: Any, json_file: Path | None) -> None:
+    """What a verb found: as a table, by `table`, and where asked for as JSON, in which NaN is null."""
+    if json_file != STDOUT:
+        table()
+    if json_file:
+        plain = json.loads(json.dumps(data, default=str), parse_constant=lambda _: None)
+        text = json.dumps(plain, indent=2)
+        if json_file == STDOUT:
+            typer.echo(text)
+        else:
+            json_file.write_text(text + "\n")
 
 
 @contextmanager

@@ -69,7 +69,8 @@ def objective(
     """Eq. 8 by the reference, every loss of it. Without a synthesizer the centroids themselves are the prototypes."""
     features, num_seen = batch.features, len(text_seen)
     if config.glm == "attention":
-        predicted = reference.glm_attention(features, batch.cls_token)[1]
+        query = reference.unit(batch.cls_token) if config.unit_query else batch.cls_token
+        predicted = reference.glm_attention(features, query)[1]
     else:
         predicted = reference.glm_pool(features, config.glm)
     kept = past[max(len(past) - config.bank, 0) :]
@@ -84,17 +85,26 @@ def objective(
     if synthesizer is not None:
         with torch.no_grad():
             prototypes = synthesizer(torch.from_numpy(prototypes), torch.from_numpy(batch.cls_token)).numpy()
-    logits = reference.classify(features, text_seen, prototypes[len(classes) :], ALPHA, config.beta)
+    scored = np.moveaxis(reference.unit(np.moveaxis(features, 1, 3)), 3, 1) if config.unit_features else features
+    logits = reference.classify(scored, text_seen, prototypes[len(classes) :], ALPHA, config.beta)
     size = tuple(-(-side // config.label_stride) for side in labels.shape[1:])
     logits = reference.bilinear(logits, size)
     channel = {label: label for label in range(num_seen)} | {label: num_seen + i for i, label in enumerate(pseudo)}
     target = np.vectorize(lambda label: channel.get(label, -1))(reference.at_stride(labels, size))
+    of_classes = logits[:, :num_seen], np.where(target < num_seen, target, -1)
+    pairs = reference.bce if config.bce_negatives else own_pairs
     return {
         "global": reference.info_nce(predicted, batch.cls_token, bank, config.tau, batch.image_ids, bank_ids),
-        "nel": reference.nel(logits, target),
+        "nel": reference.nel(logits, target) if config.nel_channels == "all" else reference.nel(*of_classes),
         "ce": reference.cross_entropy(logits, target),
-        "bce": reference.bce(prototypes[: len(classes)], np.array(classes), text_seen),
+        "bce": pairs(prototypes[: len(classes)], np.array(classes), text_seen),
     }
+
+
+def own_pairs(prototypes: Array, classes: Array, text_seen: Array) -> float:
+    """Eq. 6 as it is printed, with a minus sign: no pair but a prototype and its own text."""
+    own = [(p * text_seen[k]).sum() for p, k in zip(prototypes, classes, strict=True)]
+    return float(np.mean([np.log(1 + np.exp(-score)) for score in own])) if own else 0.0
 
 
 def make_criterion(text_seen: Array, settings: dict[str, Any], dtype: torch.dtype = torch.float64) -> Criterion:
@@ -112,10 +122,11 @@ def values(losses: dict[str, Tensor]) -> dict[str, float]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("label_stride", [1, 4])
+@pytest.mark.parametrize("nel_channels", ["seen", "all"])
 @pytest.mark.parametrize("seed", range(2))
-def test_reference(kind: str, label_stride: int, seed: int) -> None:
+def test_reference(kind: str, label_stride: int, nel_channels: str, seed: int) -> None:
     batch, text_seen = draw_batch(np.random.default_rng(seed), kind)
-    criterion = make_criterion(text_seen, {"label_stride": label_stride})
+    criterion = make_criterion(text_seen, {"label_stride": label_stride, "nel_channels": nel_channels})
     losses = values(criterion(*batch.tensors()))
     assert losses == pytest.approx(objective(criterion.config, batch, text_seen, []), rel=1e-6, abs=1e-9)
 
@@ -138,14 +149,23 @@ def test_other_label_strides(label_stride: int) -> None:
     assert values(criterion(*batch.tensors())) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["mixed", "nothing ignored", "all ignored", "no label"])
 @pytest.mark.parametrize(
-    "settings", [{"glm": "max"}, {"glm": "mean"}, {"tau": 0.5}, {"beta": 0.0}, {"beta": 7.5}, {"bank": 1}]
-)
-def test_settings(settings: dict[str, Any]) -> None:
-    batch, text_seen = draw_batch(np.random.default_rng(1), "mixed")
+    "settings",
+    [
+        {"glm": "max"}, {"glm": "mean"}, {"tau": 0.5}, {"beta": 0.0}, {"beta": 7.5}, {"bank": 1}, {"unit_query": True},
+        {"unit_features": True}, {"unit_features": True, "nel_channels": "all"}, {"bce_negatives": False},
+    ],
+)  # fmt: skip
+def test_settings(settings: dict[str, Any], kind: str) -> None:
+    batch, text_seen = draw_batch(np.random.default_rng(1), kind)
     criterion = make_criterion(text_seen, {"label_stride": 4, **settings})
     expected = objective(criterion.config, batch, text_seen, [])
     assert values(criterion(*batch.tensors())) == pytest.approx(expected, rel=1e-6)
+
+
+def test_alpha_begins_where_it_is_told_to() -> None:
+    assert Criterion(Loss(alpha=14), torch.eye(8)).alpha.item() == 14
 
 
 @pytest.mark.parametrize("bank", [0, 1, 2, 24])
@@ -235,7 +255,8 @@ def test_prototypes_of_the_batch_come_from_its_cls_tokens() -> None:
     criterion = make_criterion(text_seen, {"synthesizer": "decoder", "global": False}).eval()
     one = values(criterion(*batch.tensors()))
     other = values(criterion(*batch._replace(cls_token=-batch.cls_token).tensors()))
-    assert all(one[name] != other[name] for name in ("nel", "ce", "bce"))
+    assert all(one[name] != other[name] for name in ("ce", "bce"))
+    assert one["nel"] == other["nel"]  # it is of the classes' logits alone
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,41 @@
+"""The verbs that say what is here: runs, doctor."""
+
+from dataclasses import asdict
+
+import typer
+
+from stages.verbs.options import STDOUT, DeviceOption, JsonOption, device_of, print_result
+
+
+def runs(json_file: JsonOption = None) -> None:
+    """The caches below caches/ and the runs below runs/: how far, how large, how good, and where their settings differ.
+
+    Scores are the best of a run's validations, at gamma 0. Example: clip-zss runs --json - | jq '.runs[].score'
+    """
+    from stages.overview import caches
+    from stages.overview import runs as stage
+    from stages.report import overview_table
+
+    found_caches, found_runs = caches(), stage()
+    print_result(
+        lambda: overview_table(found_caches, found_runs),
+        {"caches": [asdict(entry) for entry in found_caches], "runs": [asdict(entry) for entry in found_runs]},
+        json_file,
+    )
+
+
+def doctor(device: DeviceOption = "auto", json_file: JsonOption = None) -> None:
+    """Whether all of this works here: versions, GPUs, room, and one image through every part, in about half a minute.
+
+    Exit code 1 if a part fails. Example: clip-zss doctor --device cuda:1
+    """
+    from stages.doctor import doctor as stage
+
+    found = []
+    for item in stage(device_of(device)):
+        found.append(item)
+        if json_file != STDOUT:
+            typer.echo(f"{'FAULT' if item.fault else 'ok':5} {item.part}: {item.text}")
+    print_result(lambda: None, [asdict(item) for item in found], json_file)
+    if any(item.fault for item in found):
+        raise typer.Exit(1)

@@ -1,0 +1,178 @@
+"""The verbs that look at results: evaluate, predict, export, inspect-pseudolabels."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from configs.errors import UserError
+from configs.load import as_settings, resolve
+from stages.verbs.options import (
+    DATA,
+    CacheOption,
+    ConfigOption,
+    DataRootOption,
+    DatasetOption,
+    DeviceOption,
+    JsonOption,
+    RunlocalOption,
+    RunOption,
+    SeedOption,
+    SetOption,
+    device_of,
+    open_cache,
+    print_result,
+)
+
+
+def evaluate(
+    dataset: DatasetOption = None,
+    data_root: DataRootOption = DATA,
+    run: RunOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = [],  # noqa: B006
+    runlocal: RunlocalOption = False,
+    device: DeviceOption = "auto",
+    teacher_dense: Annotated[
+        bool, typer.Option("--teacher-dense", help="Score the teacher's own dense prediction instead.")
+    ] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Score a run: pixel accuracy, mIoU of seen and unseen classes, their harmonic mean, IoU of every class.
+
+    Another dataset than the run's is scored by mIoU over all its classes; their names meet the text tower once.
+
+    Example: clip-zss evaluate --dataset pascal-voc --set evaluate.mode=slide --json scores.json
+    """
+    from stages.evaluate import evaluate as stage
+    from stages.evaluate import features_of, student_predictor, teacher_predictor
+    from stages.report import score_report, score_table
+    from stages.runs import load_run, newest_run
+
+    on = device_of(device)
+    if teacher_dense:
+        base = None if run is None and (dataset or config) else as_settings(load_run(run or newest_run()).config)
+        settings = resolve(dataset, config, set_, base, runlocal)
+        name, predict = "teacher's dense tokens", teacher_predictor(settings, on)
+    else:
+        opened = load_run(run or newest_run(), on)
+        settings = resolve(dataset, config, set_, as_settings(opened.config), runlocal)
+        settings, features = features_of(settings, opened, on)
+        name, predict = (
+            f"{opened.path} (iteration {opened.iteration})",
+            student_predictor(opened.student, features, settings),
+        )
+    gamma, scores = stage(predict, settings, data_root)
+    print_result(
+        lambda: score_table(name, settings, gamma, scores), score_report(name, settings, gamma, scores), json_file
+    )
+
+
+def predict(
+    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="Photos, or folders of photos.")],
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes",
+            metavar="WORDS|FILE",
+            help="Words, with commas between, synonyms by |; or a text file, a class a line. Default: as trained.",
+        ),
+    ] = None,
+    run: RunOption = None,
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where results go.")] = Path("predictions"),
+    gamma: Annotated[
+        float | None,
+        typer.Option("--gamma", help="Subtracted from seen classes' logits; default: that of the run."),
+    ] = None,
+    rle: Annotated[bool, typer.Option("--rle", help="COCO run lengths as JSON too.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="CLIP's own dense prediction beside; loads CLIP.")] = False,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="What GLM attends to for CLIP's CLS token; loads CLIP.")
+    ] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Segment your own photos by your own words: an overlay with a legend and a mask of class indices for each.
+
+    Classes of the training need no CLIP; new words meet its text tower once. Photos of any kind and size.
+
+    Example: clip-zss predict holiday/ --classes "cow|bull|calf, grass, sky" --output found
+    """
+    from stages.predict import Segmenter
+    from stages.predict import predict as stage
+    from stages.runs import newest_run
+    from stages.words import read_words
+
+    segmenter = Segmenter.load(run or newest_run(), device_of(device), gamma)
+    failures = stage(segmenter, photos, read_words(classes) if classes else None, output, rle, compare, attention)
+    for line in failures:
+        typer.echo(f"left out: {line}", err=True)
+    typer.echo(f"results: {output}")
+    if failures:
+        raise UserError(f"{len(failures)} photos could not be read, listed above: replace them; the others are done")
+
+
+def export(
+    run: RunOption = None,
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="A new folder.")] = Path("exported"),
+    precision: Annotated[
+        Literal["fp32", "fp16"], typer.Option("--precision", help="Of weights and sums; not of inputs and logits.")
+    ] = "fp32",
+) -> None:
+    """Take a run away: ONNX and torch.export programs, checked, with weights, class features and a model card.
+
+    Class features are an input, so that words can change. Needs the extra `export` of clip-zss.
+
+    Example: clip-zss export --run runs/scenes-001 --output my-model
+    """
+    from stages.export import export as stage
+    from stages.runs import load_run, newest_run
+
+    for name, difference in stage(load_run(run or newest_run()), output, precision).items():
+        typer.echo(f"{output / name}: within {difference:.1e} of the student's largest logit")
+
+
+def inspect_pseudolabels(
+    dataset: DatasetOption = None,
+    data_root: DataRootOption = DATA,
+    cache: CacheOption = None,
+    set_: SetOption = [],  # noqa: B006
+    seed: SeedOption = None,
+    image: Annotated[
+        list[str], typer.Option("--image", metavar="ID", help="Image to show; repeatable. Default: random ones.")
+    ] = [],  # noqa: B006
+    count: Annotated[
+        int | None,
+        typer.Option("--count", min=1, help="How many random images; default: 200, of --terminal and --png 8."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the gallery goes.")] = Path(
+        "pseudo-labels"
+    ),
+    terminal: Annotated[bool, typer.Option("--terminal", help="Print the table instead.")] = False,
+    json_file: JsonOption = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE.png", help="Write a picture of a few images instead.")
+    ] = None,
+) -> None:
+    """Show what stage one found: a gallery for the browser, of regions, fused groups and masks. It needs no network.
+
+    Where the cache holds dense tokens (--set storage.dense_tokens=float16), it fuses at any lambda and names groups.
+
+    Example: clip-zss inspect-pseudolabels --count 500 --output gallery
+    """
+    from stages.inspect import choose_rows, sheet, table
+    from stages.report import pseudo_label_table
+
+    if png and png.suffix.lower() != ".png":
+        raise UserError(f"--png {png}: give a name that ends in .png")
+    opened, settings = open_cache(cache, dataset, None, set_)
+    rows = choose_rows(opened, image, count or (8 if terminal or png else 200), seed or 0)
+    if terminal or json_file:
+        found = table(settings, opened, data_root, rows)
+        print_result(lambda: pseudo_label_table(found), [asdict(row) for row in found], json_file)
+    if png:
+        typer.echo(f"picture: {sheet(settings, opened, data_root, rows, png)}")
+    if not terminal and not png and not json_file:
+        from stages.gallery import make_gallery
+
+        typer.echo(f"gallery: {make_gallery(settings, opened, data_root, rows, output)}")

@@ -1,0 +1,127 @@
+"""`runs`, `doctor`, results as JSON, and shell completion."""
+
+import json
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import yaml
+
+import stages.doctor
+from tests.conftest import World
+
+
+@pytest.fixture
+def messy(world: World, trained: Path, tmp_path: Path) -> World:
+    """Two caches, of which one is broken; three runs: a good one, one that was begun, one that is broken."""
+    for name in ("caches", "runs"):
+        shutil.copytree(world.folder / name, tmp_path / name)
+    own = World(tmp_path)
+    broken = own.folder / "caches" / "broken"
+    shutil.copytree(own.folder / "caches" / "tiny", broken)
+    (broken / "manifest.json").write_text("{")
+    for name in ("ablations/begun", "broken"):
+        shutil.copytree(own.folder / "runs" / "one", own.folder / "runs" / name)
+    begun = own.folder / "runs" / "ablations" / "begun"
+    for path in (begun / "student.safetensors", begun / "scores.jsonl"):
+        path.unlink()
+    shutil.rmtree(begun / "checkpoints")
+    settings = yaml.safe_load((begun / "config.yaml").read_text())
+    settings["loss"]["bank"] = 7
+    (begun / "config.yaml").write_text(yaml.safe_dump(settings))
+    (own.folder / "runs" / "broken" / "config.yaml").write_text("- no\n- settings\n")
+    return own
+
+
+def test_runs_lists_caches_and_runs(messy: World) -> None:
+    found = json.loads(messy.run("runs", "--json", "-").stdout)
+    caches = {Path(entry["path"]).name: entry for entry in found["caches"]}
+    assert caches["tiny"]["views"] == caches["tiny"]["views_planned"] == 10 and caches["tiny"]["fault"] is None
+    assert "manifest.json is damaged" in caches["broken"]["fault"]
+    folder = messy.folder / "caches" / "tiny"
+    assert caches["tiny"]["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    runs = {entry["path"]: entry for entry in found["runs"]}
+    assert list(runs) == ["runs/ablations/begun", "runs/broken", "runs/one"]  # and no checkpoint
+    best = max(json.loads(line)["hiou"] for line in (messy.folder / "runs/one/scores.jsonl").read_text().splitlines())
+    good, begun = runs["runs/one"], runs["runs/ablations/begun"]
+    assert (good["score"], good["score_name"], good["score_split"]) == (best, "hiou", "holdout")
+    assert (good["iteration"], good["iterations"], good["settings"]) == (4, 4, {"loss.bank": "2"})
+    assert (begun["iteration"], begun["score"], begun["settings"]) == (0, None, {"loss.bank": "7"})
+    assert "config.yaml is damaged" in runs["runs/broken"]["fault"]
+
+
+def test_runs_as_a_table(messy: World) -> None:
+    shown = messy.run("runs").stdout
+    for text in ("caches/tiny", "0 of 4", "loss.bank 7", "on holdout", "config.yaml is damaged"):
+        assert text in shown, shown
+
+
+def test_runs_where_there_are_none(world: World, tmp_path: Path) -> None:
+    empty = World(tmp_path)
+    assert json.loads(empty.run("runs", "--json", "-").stdout) == {"caches": [], "runs": []}
+    assert empty.run("runs").returncode == 0
+
+
+def test_doctor_runs_one_image_through_everything(tmp_path: Path) -> None:
+    here = World(tmp_path)
+    done = here.run("doctor", "--device", "cpu", "--json", "found.json")
+    found = {item["part"]: item for item in json.loads((tmp_path / "found.json").read_text())}
+    for part in ("stage one", "cache", "stage two", "prediction"):
+        assert "works" in found[part]["text"] and f"ok    {part}: works" in done.stdout
+    assert "torch" in found["packages"]["text"] and "free in" in found["disk"]["text"]
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+@pytest.mark.parametrize(
+    "part, name, missing",
+    [("stage one", "precompute", ("cache", "stage two")), ("stage two", "train", ("prediction",))],
+)
+def test_doctor_names_the_part_that_fails(tmp_path: Path, part: str, name: str, missing: tuple[str, ...]) -> None:
+    here = World(tmp_path)
+    with mock.patch.object(stages.doctor, name, side_effect=RuntimeError("no\nluck")):
+        done = here.run("doctor", "--device", "cpu", "--json", "-", check=False)
+    assert done.returncode == 1
+    found = {item["part"]: item for item in json.loads(done.stdout)}
+    assert found[part]["fault"] and found[part]["text"] == "no luck (RuntimeError)"
+    assert not found.keys() & set(missing)
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_finds_a_cache_that_changed_on_the_disk(tmp_path: Path) -> None:
+    here = World(tmp_path)
+    make = stages.doctor.precompute
+
+    def damage(config: object, folder: Path, cache: str, device: str) -> None:
+        make(config, folder, cache, device)
+        next(Path(cache).glob("arrays/cls_tokens/c.*")).write_bytes(b"other")
+
+    with mock.patch.object(stages.doctor, "precompute", damage):
+        done = here.run("doctor", "--device", "cpu", check=False)
+    assert done.returncode == 1 and "FAULT cache: changed:" in done.stdout
+
+
+def test_data_as_json(world: World, tmp_path: Path) -> None:
+    info = json.loads(world.run("cache", "info", "caches/tiny", "--json", "-").stdout)
+    assert (info["views_done"], info["manifest"]["images"]) == (10, 10)
+    assert json.loads(world.run("cache", "verify", "caches/tiny", "--json", "-").stdout) == []
+    checked = json.loads(world.run("datasets", "check", "tiny.yaml", "--json", "-").stdout)
+    assert checked["readable"] == 18 and checked["classes"]["circle"]["images"] > 0 and checked["faults"] == []
+    rows = json.loads(world.run("inspect-pseudolabels", "--count", "10", "--json", "-").stdout)
+    assert len(rows) == 10 and rows[3].keys() >= {"image_id", "groups", "purity"}
+    assert "train-3" in [row["image_id"] for row in rows if row["purity"] is None]  # annotated all over
+
+    file = tmp_path / "rows.json"
+    shown = world.run("inspect-pseudolabels", "--count", "10", "--json", file).stdout
+    assert json.loads(file.read_text()) == rows and "K-means regions" in shown
+
+
+def test_shells_complete_verbs() -> None:
+    import typer
+    from click.shell_completion import ShellComplete
+
+    import cli
+
+    shell = ShellComplete(typer.main.get_command(cli.app), {}, "clip-zss", "_CLIP_ZSS_COMPLETE")
+    assert "inspect-pseudolabels" in [word.value for word in shell.get_completions([], "in")]
