@@ -77,8 +77,11 @@ def unannotated_tokens(mask: Array, grid: int, shown: Array | None = None) -> Ar
     return out
 
 
-def window_seeds(tokens: Array, unannotated: Array, windows: Sequence[int] = (7, 3)) -> Array:
+def window_seeds(tokens: Array, unannotated: Array, windows: Sequence[int] = (7, 3), everything: bool = False) -> Array:
     """Eq. 4. (G, G, C) unit tokens, (G, G) bool -> (n, C): the unannotated tokens' mean per window, stride window + 1.
+
+    With `everything` all the window's tokens are averaged, as the equation is printed; a window still needs an
+    unannotated one.
 
     When no window holds an unannotated token although some token is one (in a strip between windows), the overall mean
     of the unannotated tokens is the one seed.
@@ -89,8 +92,10 @@ def window_seeds(tokens: Array, unannotated: Array, windows: Sequence[int] = (7,
         starts = range(0, grid - size + 1, window + 1)
         for top in starts:
             for left in starts:
-                cells = [(y, x) for y in range(top, top + size) for x in range(left, left + size) if unannotated[y, x]]
-                if cells:
+                under = [(y, x) for y in range(top, top + size) for x in range(left, left + size)]
+                free = [cell for cell in under if unannotated[cell]]
+                cells = under if everything else free
+                if free:
                     seeds.append(np.mean([tokens[y, x] for y, x in cells], axis=0, dtype=np.float64))
     if len(seeds) == 0 and unannotated.any():
         seeds.append(np.mean([tokens[y, x] for y, x in np.argwhere(unannotated)], axis=0, dtype=np.float64))
@@ -164,18 +169,37 @@ def fuse(centroids: Array, sizes: Array, threshold: float) -> Array:
     return groups
 
 
-def pseudo_labels(dense: Array, unannotated: Array, windows: Sequence[int], iterations: int, threshold: float) -> Pair:
-    """Section 3.3. (G, G, C), (G, G) bool -> K-means labels, fused groups, both (G, G) uint8, 255 where annotated."""
+def pseudo_labels(
+    dense: Array, unannotated: Array, windows: Sequence[int], iterations: int, threshold: float,
+    everything: bool = False, per_scale: bool = False,
+) -> Pair:  # fmt: skip
+    """Section 3.3. (G, G, C), (G, G) bool -> K-means labels, fused groups, both (G, G) uint8, 255 where annotated.
+
+    `per_scale`: each window size has a K-means of its own, and a token the nearest (1e-12) of the clusters it is in.
+    """
     tokens = unit(dense)
     clusters = np.full(unannotated.shape, NONE, dtype=np.uint8)
     groups = clusters.copy()
-    seeds = window_seeds(tokens, unannotated, windows)
-    if len(seeds) == 0:  # no unannotated token: nothing to cluster
+    scales = [
+        window_seeds(tokens, unannotated, some, everything)
+        for some in ([[w] for w in windows] if per_scale else [windows])
+    ]
+    if len(scales[0]) == 0:  # no unannotated token: nothing to cluster
         return clusters, groups
-    if len(seeds) > NONE:
-        raise ValueError(f"{len(seeds)} seeds do not fit in uint8 labels")
+    if sum(map(len, scales)) > NONE:
+        raise ValueError("so many seeds do not fit in uint8 labels")
     cells = [(int(y), int(x)) for y, x in np.argwhere(unannotated)]
-    labels, centroids = kmeans(np.array([tokens[cell] for cell in cells]), seeds, iterations)
+    free = np.array([tokens[cell] for cell in cells])
+    found = [kmeans(free, seeds, iterations) for seeds in scales]
+    centroids = np.concatenate([own for _, own in found])
+    labels = np.zeros(len(free), dtype=np.int64)
+    for i, token in enumerate(free):
+        start, best = 0, -math.inf
+        for of_scale, own in found:
+            near = float((token * own[of_scale[i]]).sum())
+            if near > best + 1e-12:
+                labels[i], best = start + of_scale[i], near
+            start += len(own)
     group_of = fuse(centroids, np.bincount(labels, minlength=len(centroids)), threshold)
     for cell, label in zip(cells, labels, strict=True):
         clusters[cell], groups[cell] = label, group_of[label]

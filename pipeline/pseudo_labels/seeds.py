@@ -5,16 +5,19 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 
-def window_seeds(tokens: Tensor, unannotated: Tensor, windows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Means of the unannotated tokens under sliding windows, of many views at once.
+def window_seeds(
+    tokens: Tensor, unannotated: Tensor, windows: tuple[int, ...], everything: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Means of the unannotated tokens under sliding windows, or of all tokens there, of many views at once.
 
     Each window size slides with stride window + 1, so that 7 and 3 give 4 x 4 + 8 x 8 seeds on a 32 x 32 grid. A
     window that is larger than the grid covers all of it. Windows without an unannotated token give no seed; where that
     leaves none (the strips between windows hold the only unannotated tokens), their overall mean is the one seed.
 
     Args:
-        tokens: (B, G, G, C) float32; annotated tokens must be zero.
+        tokens: (B, G, G, C) float32; annotated tokens must be zero, unless they count.
         unannotated: (B, G, G) bool.
+        everything: annotated tokens count too.
 
     Returns:
         Seeds (B, k, C) float64, of each view in the order of `windows`, then row by row, then zeros; and how many they
@@ -28,7 +31,7 @@ def window_seeds(tokens: Tensor, unannotated: Tensor, windows: tuple[int, ...]) 
         sums, sizes = (
             avg_pool2d(values, size, stride, divisor_override=1).flatten(2).transpose(1, 2) for values in (grid, free)
         )  # (B, windows, C), (B, windows, 1)
-        means.append(sums / sizes.clamp(min=1))
+        means.append(sums * (sizes > 0) / size**2 if everything else sums / sizes.clamp(min=1))
         found.append(sizes[..., 0] > 0)
     seeds, filled = torch.cat(means, dim=1), torch.cat(found, dim=1)
     counts = filled.sum(dim=1)
@@ -37,6 +40,7 @@ def window_seeds(tokens: Tensor, unannotated: Tensor, windows: tuple[int, ...]) 
         seeds = seeds.gather(1, order[..., None].expand_as(seeds))
         missed = (counts == 0) & unannotated.flatten(1).any(dim=1)
         if missed.any():
-            seeds[missed, 0] = grid[missed].sum(dim=(2, 3)) / free[missed].sum(dim=(2, 3))
+            lone = grid[missed] * free[missed]
+            seeds[missed, 0] = lone.sum(dim=(2, 3)) / free[missed].sum(dim=(2, 3))
             counts = counts + missed
     return seeds, counts

@@ -1,6 +1,7 @@
 """Seeds, K-means and fusion together: the pseudo labels of one view, by both ways."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,10 @@ def pseudo_labels(dense: Array, unannotated: Array, config: PseudoLabels) -> tup
 
 def assert_reference(dense: Array, unannotated: Array, config: PseudoLabels) -> None:
     clusters, groups = pseudo_labels(dense, unannotated, config)
-    expected = reference.pseudo_labels(dense, unannotated, config.windows, config.iterations, config.threshold)
+    expected = reference.pseudo_labels(
+        dense, unannotated, config.windows, config.iterations, config.threshold, config.seed_tokens == "all",
+        config.kmeans == "per-scale",
+    )  # fmt: skip
     np.testing.assert_array_equal(clusters, expected[0], strict=True)
     np.testing.assert_array_equal(groups, expected[1], strict=True)
 
@@ -51,6 +55,32 @@ def test_random_tokens(grid: int, windows: tuple[int, ...], kind: str, threshold
     config = PseudoLabels(windows=windows, iterations=5, **{"lambda": threshold})
     assert_reference(dense, unannotated, config)
     assert_sound(*pseudo_labels(dense, unannotated, config), unannotated)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("grid", [1, 6, 14, 32])
+@pytest.mark.parametrize(
+    "settings", [{"seed_tokens": "all"}, {"kmeans": "per-scale"}, {"seed_tokens": "all", "kmeans": "per-scale"}]
+)
+def test_other_readings(settings: dict[str, Any], grid: int, kind: str) -> None:
+    rng = np.random.default_rng(grid)
+    config = PseudoLabels(iterations=5, **settings)
+    drawn = [rng.normal(0, 9, (grid, grid, 8)).astype(np.float32)]
+    if grid > 1:
+        drawn.append(draw_scene(rng, grid, 16, 4, noise=0.3)[0])
+    for dense in drawn:
+        unannotated = draw_mask(kind, grid, rng)
+        assert_reference(dense, unannotated, config)
+        assert_sound(*pseudo_labels(dense, unannotated, config), unannotated)
+
+
+def test_seeds_of_all_scales_together_must_fit() -> None:
+    """49 + 225 of them, each K-means' own below 256."""
+    dense, unannotated = np.ones((30, 30, 4), np.float32), np.ones((30, 30), bool)
+    for windows in ((3,), (1,)):
+        pseudo_labels(dense, unannotated, PseudoLabels(windows=windows, kmeans="per-scale"))
+    with pytest.raises(UserError, match="give 274 seeds"):
+        pseudo_labels(dense, unannotated, PseudoLabels(windows=(3, 1), kmeans="per-scale"))
 
 
 @pytest.mark.parametrize("seed", range(4))

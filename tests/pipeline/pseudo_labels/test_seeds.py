@@ -12,10 +12,10 @@ from tests.reference import Array
 PAPER = (7, 3)
 
 
-def window_seeds(tokens: Array, unannotated: Array, windows: tuple[int, ...]) -> Array:
+def window_seeds(tokens: Array, unannotated: Array, windows: tuple[int, ...], everything: bool = False) -> Array:
     """Of one view: (G, G, C), (G, G) -> (n, C)."""
-    zeroed = torch.from_numpy(np.where(unannotated[..., None], tokens, 0))[None]
-    seeds, counts = module.window_seeds(zeroed, torch.from_numpy(unannotated)[None], windows)
+    given = torch.from_numpy(np.where(unannotated[..., None] | everything, tokens, 0))[None]
+    seeds, counts = module.window_seeds(given, torch.from_numpy(unannotated)[None], windows, everything)
     assert not seeds[0, int(counts[0]) :].any()
     return seeds[0, : int(counts[0])].numpy()
 
@@ -25,10 +25,11 @@ def window_seeds(tokens: Array, unannotated: Array, windows: tuple[int, ...]) ->
     ("grid", "windows"),
     [(32, PAPER), (32, (3, 7)), (16, PAPER), (8, PAPER), (9, (2, 4)), (5, PAPER), (4, (1,)), (3, (40,)), (1, PAPER)],
 )
-def test_reference(kind: str, grid: int, windows: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("everything", [False, True])
+def test_reference(kind: str, grid: int, windows: tuple[int, ...], everything: bool) -> None:
     rng = np.random.default_rng(grid)
     tokens, unannotated = draw_unit(rng, grid, grid, 6, dtype=np.float32), draw_mask(kind, grid, rng)
-    seeds, expected = (f(tokens, unannotated, windows) for f in (window_seeds, reference.window_seeds))
+    seeds, expected = (f(tokens, unannotated, windows, everything) for f in (window_seeds, reference.window_seeds))
     assert seeds.dtype == np.float64
     assert seeds.shape == expected.shape
     np.testing.assert_allclose(seeds, expected, atol=1e-6)
