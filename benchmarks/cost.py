@@ -1,0 +1,149 @@
+"""What a dataset costs: GPU-hours of both stages and bytes of the cache, computed, not measured.
+
+    python benchmarks/cost.py                                             # writes docs/cost.md
+    python benchmarks/cost.py --images 20000 --views 4 --teacher ViT-L-14 --size 448 --student segformer-b2
+
+On the machine that is to do it, `precompute --dry-run` measures the teacher instead and knows the room on its disk.
+
+Speeds: an RTX 4090 takes 433 images a second through ViT-B/16 at 512 in half precision, by timm's benchmark tables; an
+H100 SXM has 3.35 TB/s of memory bandwidth where that has 1.01, and is taken to be faster by as much. A training step is
+three forward passes, whose multiplications take longer than the teacher's: 0.36 as many a second, as measured on a CPU
+for SegFormer-B0 beside ViT-B/16 (benchmarks/stage_two.md: 6.90 CPU seconds and 0.627 x 19.76, of 4 images). Reading
+and clustering are left out, as for neither is there a figure on a GPU: on one CPU core they take 4 to 15 ms
+(benchmarks/stage_two.md) and 8 to 12 ms (benchmarks/kmeans.md) of a view at 512.
+"""
+
+import argparse
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import open_clip
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs.schema import Student as StudentConfig
+from pipeline.student.student import Student
+
+PAGE = Path(__file__).parents[1] / "docs" / "cost.md"
+RTX_4090_PASSES = 433.0  # a second, ViT-B/16 at 512
+H100_OVER_4090 = 3.35 / 1.01
+STUDENT_OVER_TEACHER = 0.36  # multiplications a second
+COCO_STUFF = 118_287
+ITERATIONS, BATCH = 80_000, 16  # the paper's for COCO-Stuff
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked: a dataset, a teacher that sees squares of `size`, a student of the same size."""
+
+    images: int
+    views: int
+    teacher: str
+    size: int
+    student: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Hours are of one H100. Bytes are the most, as if nothing could be compressed."""
+
+    passes: int
+    hours_one: float
+    hours_two: float
+    bytes_labels: int
+    bytes_dense: int
+
+
+def gmac(model: torch.nn.Module, size: int) -> float:
+    """Thousand millions of multiplications of one image, on tensors without values."""
+    with FlopCounterMode(display=False) as counter:
+        model.to("meta").eval()(torch.zeros(1, 3, size, size, device="meta"))
+    return counter.get_total_flops() / 2e9
+
+
+@cache
+def teacher(name: str, size: int) -> tuple[float, int, int]:
+    """GMAC of an image, C, and G, of open_clip's model."""
+    config = open_clip.get_model_config(name)
+    with torch.device("meta"):
+        tower = open_clip.create_model(name, pretrained=None, device="meta", force_image_size=size).visual
+    return gmac(tower, size), config["embed_dim"], size // config["vision_cfg"]["patch_size"]
+
+
+def cost(job: Job) -> Cost:
+    passes = job.images * job.views
+    per_second = 2 * teacher("ViT-B-16", 512)[0] * RTX_4090_PASSES * H100_OVER_4090  # GFLOP
+    work, width, grid = teacher(job.teacher, job.size)
+    student = gmac(Student(StudentConfig(model=job.student, weights="none"), width), job.size)
+    return Cost(
+        passes=passes,
+        hours_one=passes * 2 * work / per_second / 3600,
+        hours_two=ITERATIONS * BATCH * 3 * 2 * student / (STUDENT_OVER_TEACHER * per_second) / 3600,
+        bytes_labels=passes * (2 * width + 2 * grid**2 + 20),
+        bytes_dense=passes * 2 * width * grid**2,
+    )
+
+
+def duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{max(60 * hours, 1):.0f} min"
+
+
+def line(job: Job) -> str:
+    found = cost(job)
+    cells = (
+        f"{job.images:,} x {job.views}", f"{job.teacher}, {job.size}", f"{found.passes:,}", duration(found.hours_one),
+        duration(found.hours_one / 8), job.student, duration(found.hours_two), duration(found.hours_two / 8),
+        f"{found.bytes_labels / 1e9:.1f} GB", f"{found.bytes_dense / 1e9:,.0f} GB",
+    )  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+HEADER = (
+    "| images x views | teacher, size | passes | stage one, 1 H100 | 8 H100 | student | stage two, 1 H100 | 8 H100 "
+    "| cache | dense tokens, float16 |\n|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+ABOVE = """\
+Computed, not measured: nothing of this was run on a GPU. By `python benchmarks/cost.py`, which says from what; with
+`--images`, `--views`, `--teacher`, `--size` and `--student` it computes a line for another dataset. Stage two is 80,000
+iterations of 16 images, as in the paper. Eight GPUs are taken to be eight times as fast. Where `precompute` is to run,
+`--dry-run` measures instead.
+"""
+BELOW = """\
+The cache is CLS tokens, K-means labels, pseudo labels and views, before compression; dense tokens are kept only if
+asked for ([int8 and principal components take less](../benchmarks/dense_tokens.md)). A teacher live in training would
+make as many passes as training shows images: 1,280,000 a run, for every run.
+"""
+
+
+def page() -> str:
+    jobs = [
+        Job(COCO_STUFF, 1, "ViT-B-16", 512, "segformer-b0"),
+        Job(COCO_STUFF, 4, "ViT-B-16", 512, "segformer-b4"),
+        Job(COCO_STUFF, 8, "ViT-B-16", 512, "segformer-b4"),
+        Job(COCO_STUFF, 8, "ViT-B-16", 512, "segnext-b"),
+        Job(COCO_STUFF, 8, "ViT-B-16", 512, "swin-b"),
+        Job(COCO_STUFF, 8, "ViT-L-14", 448, "segformer-b4"),
+    ]
+    return "\n".join(["# What COCO-Stuff costs\n", ABOVE, HEADER, *map(line, jobs), "", BELOW])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--views", type=int, default=4)
+    parser.add_argument("--teacher", default="ViT-B-16")
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--student", default="segformer-b4")
+    asked = parser.parse_args()
+    if asked.images is None:
+        PAGE.write_text(page())
+    else:
+        print(HEADER)
+        print(line(Job(asked.images, asked.views, asked.teacher, asked.size, asked.student)))
+
+
+if __name__ == "__main__":
+    main()
