@@ -106,10 +106,10 @@ HEADER = (
 
 
 ABOVE = """\
-Computed, not measured: nothing of this was run on a GPU. By `python benchmarks/cost.py`, which says from what; with
-`--images`, `--views`, `--teacher`, `--size` and `--student` it computes a line for another dataset. Stage two is 80,000
-iterations of 16 images, as in the paper. Eight GPUs are taken to be eight times as fast. Where `precompute` is to run,
-`--dry-run` measures instead.
+Computed, not measured: nothing of this was run on a GPU. `python benchmarks/cost.py` wrote it and says from what; its
+options, see `python benchmarks/cost.py -h`, give a line for another dataset. Stage two is 80,000 iterations of 16
+images, as in the paper. Eight GPUs are taken to be eight times as fast. Where `precompute` is to run, `--dry-run`
+measures instead.
 """
 BELOW = """\
 The cache is CLS tokens, K-means labels, pseudo labels and views, before compression; dense tokens are kept only if
@@ -131,8 +131,8 @@ def page() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int)
+    parser = argparse.ArgumentParser(description="What a dataset costs, computed.")
+    parser.add_argument("--images", type=int, help="of a dataset of your own; without it docs/cost.md is written")
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--teacher", default="ViT-B-16")
     parser.add_argument("--size", type=int, default=512)

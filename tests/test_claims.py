@@ -37,3 +37,21 @@ def test_every_row_of_a_table_was_run_with_the_same_seeds(name: str) -> None:
     seeds = sorted({result.seed for result in results})
     assert [(one.row, one.seed) for one in results] == [(row, seed) for row in table.rows for seed in seeds]
     assert (TABLES / f"{name}.md").exists() and (TABLES / f"{name}.png").exists()
+
+
+def test_the_page_of_costs_is_what_its_script_computes() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "cost.py"))
+    assert (ROOT / "docs" / "cost.md").read_text() == script["page"](), "run python benchmarks/cost.py"
+
+
+def test_costs_by_hand() -> None:
+    """ViT-B/16 at 512: 1,025 tokens of width 768 in 12 layers, and 1,024 patches of 16 x 16 x 3 pixels."""
+    script = runpy.run_path(str(ROOT / "benchmarks" / "cost.py"))
+    layer = 12 * 1025 * 768**2 + 2 * 1025**2 * 768
+    work, width, grid = script["teacher"]("ViT-B-16", 512)
+    assert (width, grid) == (512, 32)
+    assert work == pytest.approx((12 * layer + 1024 * 768 * 768) / 1e9, rel=1e-3)
+    found = script["cost"](script["Job"](1000, 4, "ViT-B-16", 512, "segformer-b0"))
+    assert found.passes == 4000 and found.hours_one * 3600 == pytest.approx(4000 / 433 / 3.35 * 1.01)
+    assert found.bytes_labels == 4000 * (2 * 512 + 2 * 32 * 32 + 5 * 4)
+    assert found.bytes_dense == 4000 * 32 * 32 * 512 * 2

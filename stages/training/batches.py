@@ -1,7 +1,7 @@
 """What a training step reads: views that workers make ready, and what the teacher said of them.
 
-CLS tokens and pseudo labels of the whole dataset are in memory as they are stored, 2 KiB a view: no file of the cache
-is opened once training has begun.
+CLS tokens and pseudo labels of the whole dataset are in memory as they are stored, 2 KiB a view: no step opens a file
+of the cache. (The pictures of a validation do.)
 """
 
 import time

@@ -83,7 +83,9 @@ def predict(
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where results go.")] = Path("predictions"),
     gamma: Annotated[
         float | None,
-        typer.Option("--gamma", help="Subtracted from seen classes' logits; default: that of the run."),
+        typer.Option(
+            "--gamma", help="Subtracted from seen classes' logits; default: that of the run; 0 if that is auto."
+        ),
     ] = None,
     rle: Annotated[bool, typer.Option("--rle", help="COCO run lengths as JSON too.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="CLIP's own dense prediction beside; loads CLIP.")] = False,
