@@ -17,7 +17,10 @@ from stages.shards import SHARDS_AT_ONCE
 _T = TypeVar("_T")
 _PATIENCE = 60  # seconds until a scheduler must have answered, and a first worker joined
 _STARTS = 3  # of local workers: one that is killed while it starts takes all of them with it
-_NO_PROFILE = {"distributed.worker.profile.enabled": False}  # Dask would keep an hour of it in memory
+_SETTINGS = {
+    "distributed.worker.profile.enabled": False,  # Dask would keep an hour of it in memory
+    "distributed.worker.preload": ["stages.worker_signals"],  # or each would print a traceback at Ctrl-C
+}
 _JOBS_AHEAD = 2  # per thread of the workers: a cluster's scheduler need not hold every shard of a dataset
 
 
@@ -58,7 +61,7 @@ def workers(scheduler: str | None, device: str, most: int) -> Iterator[Client]:
 def _local_cluster(count: int) -> LocalCluster:
     for attempt in range(_STARTS):
         try:
-            with dask.config.set(_NO_PROFILE):
+            with dask.config.set(_SETTINGS):
                 return LocalCluster(
                     n_workers=count,
                     threads_per_worker=SHARDS_AT_ONCE,

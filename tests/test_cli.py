@@ -1,5 +1,10 @@
 """How the command line ends: mistakes, faults, Ctrl-C; and how much it says."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -7,7 +12,7 @@ import pytest
 
 import stages.precompute
 import stages.train
-from tests.conftest import World
+from tests.conftest import ROOT, World
 
 TRAIN = ("train", "--cache", "caches/tiny")
 
@@ -43,3 +48,24 @@ def test_ctrl_c_says_how_to_go_on(world: World, tmp_path: Path) -> None:
     with mock.patch.object(stages.precompute, "precompute", side_effect=KeyboardInterrupt):
         done = world.run("precompute", "--config", world.config, "--cache", tmp_path / "x", check=False)
     assert done.returncode == 130 and "the same command goes on" in done.stderr
+
+
+def test_ctrl_c_ends_all_processes_without_a_traceback(world: World, tmp_path: Path) -> None:
+    """A terminal's Ctrl-C reaches Dask's workers too."""
+    arguments = ("precompute", "--config", world.config, "--cache", tmp_path / "x", "--set", "views.seed=1")
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "cli.py", *arguments], cwd=world.folder, stderr=said, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 120
+            while "dashboard" not in (tmp_path / "said").read_text():
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()
+                time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+    text = (tmp_path / "said").read_text()
+    assert "Traceback" not in text and text.splitlines()[-1] == "stopped: the same command goes on from here"
