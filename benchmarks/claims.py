@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from configs.ablation import known_ablations, read_ablation
-from stages.ablate import read_csv, verdict
+from stages.ablate import SCORES, read_csv, verdict
 
 ROOT = Path(__file__).parent.parent
 README, TABLES = ROOT / "README.md", ROOT / "benchmarks" / "ablations"
@@ -21,9 +21,8 @@ def claims(folder: Path) -> str:
         seeds = len({result.seed for result in results})
         for sign in table.signs:
             said, difference = verdict(sign, results)
-            score = {"seen": "mIoU seen", "unseen": "mIoU unseen", "hiou": "hIoU", "purity": "purity"}[sign.score]
             rows = f"[{sign.better} against {sign.worse}](benchmarks/ablations/{name}.md)"
-            measured = f"{score} {difference:+.1f} ({rows})"
+            measured = f"{SCORES[sign.score]} {difference:+.1f} ({rows})"
             whose = "the paper" if sign.by_paper else "ours"
             lines.append(f"| {sign.claim} | {whose} | {measured} | {seeds} | {said} |")
     return "\n".join(lines) + "\n"

@@ -23,7 +23,7 @@ from stages.runs import RUNS, load_run, replace_file
 from stages.train import train
 
 RESULT = "result.json"
-SCORES = ("seen", "unseen", "hiou", "purity")
+SCORES = {"seen": "mIoU seen", "unseen": "mIoU unseen", "hiou": "hIoU", "purity": "purity"}
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def markdown(command: str, ablation: Ablation, results: Sequence[Result]) -> str
         "beside. Every gamma is the best on `holdout`, which is neither trained nor tested on.",
         *(["", "Of every row: " + ", ".join(f"`{text}`" for text in ablation.settings)] if ablation.settings else []),
         "",
-        "| row | settings | mIoU seen | mIoU unseen | hIoU | purity |",
+        f"| row | settings | {' | '.join(SCORES.values())} |",
         "|---|---|---|---|---|---|",
     ]
     for row, settings in ablation.rows.items():
@@ -198,7 +198,7 @@ def markdown(command: str, ablation: Ablation, results: Sequence[Result]) -> str
         lines += ["", "| claim | by the paper | measured | verdict |", "|---|---|---|---|"]
         for sign in ablation.signs:
             said, difference = verdict(sign, results)
-            measured = f"{sign.score}: {sign.better} {difference:+.1f} over {sign.worse}"
+            measured = f"{SCORES[sign.score]}: {sign.better} {difference:+.1f} over {sign.worse}"
             lines.append(f"| {sign.claim} | {'yes' if sign.by_paper else 'no'} | {measured} | {said} |")
     lines += ["", f"Teacher passes: {taken:,}; with the teacher live in every run: {live:,}."]
     return "\n".join(lines) + "\n"
@@ -218,7 +218,7 @@ def _plot(path: Path, ablation: Ablation, results: Sequence[Result]) -> None:
             values = scores_of(results, row, score)
             axes.plot(values, [place] * len(values), "o", color="#0072b2", alpha=0.6)
             axes.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color="#d55e00")
-        axes.set_xlabel({"hiou": "hIoU, %"}.get(score, f"mIoU {score}, %"))
+        axes.set_xlabel(f"{SCORES[score]}, %")
         axes.set_yticks(range(len(rows)), rows)
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()

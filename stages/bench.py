@@ -15,11 +15,11 @@ from configs.schema import Student as StudentConfig
 from pipeline.clip_in_the_loop import ClipInTheLoop, DenseClip
 from pipeline.inference import ClassLogits, Window
 from pipeline.metrics import best_of
+from pipeline.precision import autocast
 from pipeline.student.student import Student
 from stages.progress import say
 
 CLIP = "ViT-B-16"
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADER = ("what", "classes", "ms", "images/s", "x CLIP dense", "x CLIP in the loop")
 
 
@@ -79,7 +79,7 @@ def _time(model: torch.nn.Module, pixels: Tensor, text_features: Tensor, stride:
     if cuda:
         torch.cuda.synchronize()
     started = time.perf_counter()
-    with torch.autocast(pixels.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+    with autocast(pixels.device.type, precision):
         classify = model.classify if isinstance(model, Student) else model
         logits = classify(pixels, text_features)[0].float()
     whole = ClassLogits((height, width), stride, (Window((0, height, 0, width), logits),))

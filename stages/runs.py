@@ -22,6 +22,8 @@ from pipeline.student.student import Student
 RUNS = Path("runs")
 CONFIG, WEIGHTS = "config.yaml", "student.safetensors"
 _TEXT = "text_features"
+# Settings that change how a run is carried out, and nothing of what it learns: a continued run may have others.
+FREE = ("train.workers", "train.checkpoint_every", "train.keep_checkpoints")
 
 
 @dataclass
@@ -58,7 +60,7 @@ def is_run(path: Path) -> bool:
 
 
 def open_run(path: Path | None, config: Config) -> Path:
-    """The folder to train in: a new one, or that of a run with these very settings, which then goes on.
+    """The folder to train in: a new one, or that of a run with these settings, but for FREE, which then goes on.
 
     Raises:
         UserError: the run has other settings, or the folder holds something else.
@@ -67,12 +69,15 @@ def open_run(path: Path | None, config: Config) -> Path:
         path = new_run(path, config.dataset.name)
         save_config(path, config)
         return path
-    differences = different_settings(read_settings(path), as_settings(config), ours="run")
+    lines = different_settings(read_settings(path), as_settings(config), ours="run")
+    differences = [line for line in lines if line.partition(":")[0] not in FREE]
     if differences:
         raise UserError(
             f"--run {path} has other settings ({'; '.join(differences)}): drop yours to continue it, or choose another "
             "folder"
         )
+    if lines:
+        save_config(path, config)
     return path
 
 

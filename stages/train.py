@@ -143,7 +143,7 @@ class _Writer:
     def __init__(self, config: Config, path: Path, first: int, cache: Cache, device: str, batches: Batches) -> None:
         identity = record_start(path, first, cache.location, cache.manifest.fingerprint, device)
         self.log = RunLog(path, config, first, identity)
-        self.pace = Pace(path, batches)
+        self.pace = Pace(path, batches, first)
 
     def step(self, iteration: int, losses: dict[str, float], lr: float) -> None:
         self.log.losses(iteration, losses, lr)

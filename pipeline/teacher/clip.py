@@ -7,11 +7,10 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Teacher
+from pipeline.precision import autocast
 from pipeline.teacher.load import load
 from pipeline.teacher.text import classifier
 from pipeline.teacher.towers import capture, tower_of
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FrozenClip:
@@ -40,7 +39,7 @@ class FrozenClip:
         self.model = loaded.model.to(device).eval().requires_grad_(False)
         self._tower = tower_of(self.model.visual, config)
         self._name, self._device, self._tokenizer = config.model, device, loaded.tokenizer
-        self._autocast = _AUTOCAST.get(config.precision)
+        self._precision = config.precision
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.visual.to(memory_format=self._format)
         if compile:
@@ -75,7 +74,7 @@ class FrozenClip:
         grid = self.grid(pixels.shape[-2]), self.grid(pixels.shape[-1])
         self._tower.fit(grid)
         pixels = pixels.to(self._device, memory_format=self._format)
-        with torch.autocast(pixels.device.type, self._autocast, enabled=self._autocast is not None):
+        with autocast(pixels.device.type, self._precision):
             with capture(self._tower.tap) as calls:
                 cls_token = self.model.encode_image(pixels, normalize=False)
             dense_tokens = self._tower.dense(calls[0], grid)

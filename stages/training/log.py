@@ -29,7 +29,7 @@ class RunLog:
         self.path = path
         self._wandb = _start_wandb(path, config, identity) if config.train.wandb else None
         for name in (LOSSES, SCORES):
-            _cut(path / name, start)
+            cut(path / name, start)
         self._losses = (path / LOSSES).open("a", buffering=1)
         self._board = SummaryWriter(str(path), purge_step=start + 1 if start else None)
 
@@ -95,7 +95,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             yield content, end
 
 
-def _cut(path: Path, iteration: int) -> None:
+def cut(path: Path, iteration: int) -> None:
     """Drops what stands after the line of `iteration`."""
     ends = [end for line, end in _lines(path) if line["iteration"] <= iteration]
     if path.exists():

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from stages.training.batches import Batches
+from stages.training.log import cut
 
 TIMING = "timing.jsonl"
 
@@ -12,7 +13,9 @@ TIMING = "timing.jsonl"
 class Pace:
     """Writes every step's seconds to timing.jsonl; apart from the losses, which are the same in every run."""
 
-    def __init__(self, run: Path, batches: Batches) -> None:
+    def __init__(self, run: Path, batches: Batches, start: int) -> None:
+        """Continues the file of a run after iteration `start`."""
+        cut(run / TIMING, start)
         self._batches, self._file = batches, (run / TIMING).open("a", buffering=1)
         self._seconds = self._waited = 0.0
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from configs.schema import Train
+from pipeline.precision import autocast
 from pipeline.student.student import Student
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Forward = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
@@ -18,11 +18,10 @@ def student_forward(student: Student, schedule: Train) -> Forward:
     The losses stay in float32: NEL sums over every pixel and channel, more than float16 can hold, a bfloat16 has 8 bits
     for the cosines that InfoNCE divides by 0.07, and the teacher's tokens that both are compared with are float32.
     """
-    dtype = _AUTOCAST.get(schedule.precision)
     compiled: Forward = torch.compile(student.with_auxiliary) if schedule.compile else student.with_auxiliary
 
     def forward(pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        with torch.autocast(pixels.device.type, dtype, enabled=dtype is not None):
+        with autocast(pixels.device.type, schedule.precision):
             features, auxiliary = compiled(pixels)
         return features.float(), None if auxiliary is None else auxiliary.float()
 

@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -169,6 +170,16 @@ def test_other_settings_are_named(world: World, broken_off: Path) -> None:
     line = world.fails(*train(world, broken_off, "--set", "train.lr=0.1", "--seed", "9"))
     assert "train.lr: run 0.001, asked 0.1" in line and "train.seed: run 0, asked 9" in line
     assert "loss.bank" in world.fails("train", "--run", broken_off, "--set", "loss.bank=1")
+
+
+def test_settings_that_change_nothing_of_the_result_may_differ(
+    world: World, broken_off: Path, undisturbed: Path
+) -> None:
+    world.run("train", "--run", broken_off, "--set", "train.workers=1", "--set", "train.keep_checkpoints=4")
+    for name in ("log.jsonl", "scores.jsonl", "student.safetensors"):
+        assert (broken_off / name).read_bytes() == (undisturbed / name).read_bytes()
+    settings = yaml.safe_load((broken_off / "config.yaml").read_text())["train"]
+    assert (settings["workers"], settings["keep_checkpoints"]) == (1, 4)
 
 
 def test_a_run_has_one_trainer(world: World, broken_off: Path) -> None:
