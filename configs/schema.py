@@ -142,7 +142,9 @@ class Loss(Section):
     )
     nel_weight: NonNegativeFloat = Field(1.0, description="on top of ZegCLIP's 100 and 1; Eq. 8 has 1")
     bce_negatives: bool = Field(True, description="Eq. 6 over all pairs; false: over each prototype and its own class")
-    glm: Literal["attention", "max", "mean"] = "attention"
+    glm: Literal["attention", "max", "mean", "selective"] = Field(
+        "attention", description="selective: the mean of ever fewer features, those most like S (arXiv 2506.22032)"
+    )
     unit_query: bool = Field(False, description="Eq. 1 with S at unit length")
     bank: NonNegativeInt = Field(24, description="iterations of CLS tokens kept as negatives")
     bank_source: Literal["recent", "cache-random", "cache-hard"] = Field(

@@ -49,6 +49,16 @@ def glm_pool(features: Array, mode: str) -> Array:
     return np.asarray(features.max(axis=(2, 3)) if mode == "max" else features.mean(axis=(2, 3)))
 
 
+def glm_selective(features: Array, cls_token: Array, count: int) -> Array:
+    """Of arXiv 2506.22032. (B, C, H, W), (B, C) -> (B, C): mean of the `count` pixels of the largest cosine with S."""
+    out = []
+    for image, token in zip(np.asarray(features, dtype=np.float64), cls_token, strict=True):
+        pixels = [image[:, y, x] for y, x in np.ndindex(image.shape[1:])]
+        pixels.sort(key=lambda pixel: -float((unit(pixel) * unit(token)).sum()))
+        out.append(np.mean(pixels[:count], axis=0))
+    return np.array(out)
+
+
 def info_nce(predicted: Array, cls_token: Array, bank: Array, tau: float, image_ids: Array, bank_ids: Array) -> float:
     """Eq. 3 with -log, cosines / tau. (B, C), (B, C), (M, C), ids (B,), (M,) -> mean; no negatives of one image."""
     predicted, cls_token, bank = unit(predicted), unit(cls_token), unit(bank)

@@ -16,7 +16,11 @@ AUXILIARY_WEIGHT = 0.4  # mmsegmentation's
 
 
 class Criterion(nn.Module):
-    """Holds what is trained beside the student (alpha, the synthesizer), and a CLS token bank that may be replaced."""
+    """Holds what is trained beside the student (alpha, the synthesizer), and a CLS token bank that may be replaced.
+
+    Attributes:
+        progress: how much of the training is done, 0 to 1; to be set before a step.
+    """
 
     def __init__(self, config: Loss, text_seen: Tensor) -> None:
         """`text_seen`: (K, C) unit-length text features of the seen classes."""
@@ -26,6 +30,7 @@ class Criterion(nn.Module):
         self.alpha = nn.Parameter(torch.tensor(config.alpha))
         self.synthesizer = make_synthesizer(config.synthesizer, text_seen.shape[1])
         self.bank: Bank = TokenBank(config.bank)
+        self.progress = 0.0
 
     def forward(
         self,
@@ -51,7 +56,7 @@ class Criterion(nn.Module):
         cls_tokens, all_ids = gathered(cls_token), gathered(image_ids)
         if self.config.global_:
             query = nn.functional.normalize(cls_token, dim=1) if self.config.unit_query else cls_token
-            predicted = gathered(predict_cls(features, query, self.config.glm))
+            predicted = gathered(predict_cls(features, query, self.config.glm, self.progress))
             bank, bank_ids = self.bank.tokens(cls_tokens, all_ids)
             losses["global"] = info_nce(predicted, cls_tokens, bank, self.config.tau, all_ids, bank_ids)
             self.bank.enqueue(cls_tokens, all_ids)

@@ -12,9 +12,26 @@ def attention(features: Tensor, cls_token: Tensor) -> Tensor:
     return (scores / cls_token.shape[1] ** 0.5).softmax(dim=1)
 
 
-def predict_cls(features: Tensor, cls_token: Tensor, mode: Literal["attention", "max", "mean"]) -> Tensor:
-    """Eq. 2: predicted CLS tokens W R^T (B, C), or the pooled features of Table 3."""
+SELECTED = 0.1  # the share of the features that `selective` ends with
+
+
+def predict_cls(
+    features: Tensor,
+    cls_token: Tensor,
+    mode: Literal["attention", "max", "mean", "selective"],
+    progress: float = 0.0,
+) -> Tensor:
+    """Eq. 2: predicted CLS tokens W R^T (B, C), or the pooled features of Table 3.
+
+    `selective` is the authors' follow-up (arXiv 2506.22032), of which the abstract is known here: the mean of the
+    features whose cosine with S is largest. As `progress` goes from 0 to 1 their share goes from 1 to SELECTED.
+    """
     flat = features.flatten(2)  # (B, C, H * W)
+    if mode == "selective":
+        unit_features, unit_token = (nn.functional.normalize(part, dim=1) for part in (flat, cls_token))
+        count = max(1, round((1 - (1 - SELECTED) * progress) * flat.shape[2]))
+        nearest = torch.einsum("bc,bcl->bl", unit_token, unit_features).topk(count, dim=1).indices
+        return flat.gather(2, nearest[:, None].expand(-1, flat.shape[1], -1)).mean(dim=2)
     if mode == "max":
         return flat.amax(dim=2)
     if mode == "mean":

@@ -29,7 +29,7 @@ class Learner:
         ema: the exponential moving average of the student's weights, where `train.ema` is on; norms' running statistics
             are the student's latest.
         scaler: of float16 gradients.
-        iteration: steps taken.
+        iteration, iterations: steps taken, and of all of them.
     """
 
     student: Student
@@ -39,6 +39,7 @@ class Learner:
     scaler: torch.amp.GradScaler
     forward: Forward
     seed: int
+    iterations: int
     ema: AveragedModel | None = None
     iteration: int = 0
 
@@ -63,6 +64,7 @@ class Learner:
             UserError: a loss is NaN or infinite.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self.criterion.progress = self.iteration / self.iterations
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         for number, part in enumerate(parts):
             torch.manual_seed(_seed(self.seed, self.iteration, number, 1 + rank()))
@@ -132,7 +134,7 @@ def make_learner(config: Config, student: Student, criterion: Criterion, device:
     ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema)) if schedule.ema else None
     return Learner(
         student, criterion, optimizer, scheduler, gradient_scaler(schedule, device), student_forward(student, schedule),
-        schedule.seed, ema.eval() if ema else None,
+        schedule.seed, schedule.iterations, ema.eval() if ema else None,
     )  # fmt: skip
 
 

@@ -4,6 +4,8 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from cache.reader import open_cache
 from configs.load import resolve
 from pipeline.data.dataset import SegmentationDataset
+from pipeline.learning.criterion import Criterion
 from stages.evaluate import student_predictor
 from stages.runs import load_run
 from tests import reference
@@ -197,3 +200,18 @@ def test_a_corrupt_cache_is_refused(world: World, tmp_path: Path) -> None:
     assert str(shard) in line and "run cache repair" in line
     (tmp_path / "tiny" / "shards" / "00001.json").unlink()
     assert "precompute" in world.fails("train", "--cache", tmp_path / "tiny", "--config", world.config)
+
+
+def test_the_criterion_knows_how_far_the_training_is(world: World, tmp_path: Path) -> None:
+    forward, seen = Criterion.forward, []
+
+    def noting(self: Criterion, *arguments: Any) -> Any:
+        seen.append(self.progress)
+        return forward(self, *arguments)
+
+    with mock.patch.object(Criterion, "forward", noting):
+        world.run(
+            "train", "--cache", "caches/tiny", "--config", world.config, "--run", tmp_path / "run",
+            "--set", "loss.glm=selective",
+        )  # fmt: skip
+    assert seen == [0, 0.25, 0.5, 0.75]

@@ -64,13 +64,17 @@ def draw_batch(rng: np.random.Generator, kind: str) -> tuple[Batch, Array]:
 
 
 def objective(
-    config: Loss, batch: Batch, text_seen: Array, past: list[Batch], synthesizer: torch.nn.Module | None = None
-) -> dict[str, float]:
+    config: Loss, batch: Batch, text_seen: Array, past: list[Batch], synthesizer: torch.nn.Module | None = None,
+    progress: float = 0,
+) -> dict[str, float]:  # fmt: skip
     """Eq. 8 by the reference, every loss of it. Without a synthesizer the centroids themselves are the prototypes."""
     features, num_seen = batch.features, len(text_seen)
     if config.glm == "attention":
         query = reference.unit(batch.cls_token) if config.unit_query else batch.cls_token
         predicted = reference.glm_attention(features, query)[1]
+    elif config.glm == "selective":
+        count = max(1, round((1 - 0.9 * progress) * features.shape[2] * features.shape[3]))
+        predicted = reference.glm_selective(features, batch.cls_token, count)
     else:
         predicted = reference.glm_pool(features, config.glm)
     kept = past[max(len(past) - config.bank, 0) :]
@@ -161,6 +165,15 @@ def test_settings(settings: dict[str, Any], kind: str) -> None:
     batch, text_seen = draw_batch(np.random.default_rng(1), kind)
     criterion = make_criterion(text_seen, {"label_stride": 4, **settings})
     expected = objective(criterion.config, batch, text_seen, [])
+    assert values(criterion(*batch.tensors())) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.6, 1.0])
+def test_progress(progress: float) -> None:
+    batch, text_seen = draw_batch(np.random.default_rng(1), "mixed")
+    criterion = make_criterion(text_seen, {"glm": "selective", "label_stride": 4})
+    criterion.progress = progress
+    expected = objective(criterion.config, batch, text_seen, [], progress=progress)
     assert values(criterion(*batch.tensors())) == pytest.approx(expected, rel=1e-6)
 
 

@@ -42,7 +42,25 @@ def test_predict_cls(shape: tuple[int, int, int, int], mode: Mode) -> None:
     np.testing.assert_allclose(predicted, reference_predict(features, cls_token, mode), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("progress", [0, 0.25, 0.5, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_selective(shape: tuple[int, int, int, int], progress: float) -> None:
+    """Of all features at first, of a tenth at last, of one at least."""
+    rng = np.random.default_rng(shape)
+    features, cls_token = draw(rng, *shape, scale=2), draw(rng, *shape[:2], scale=2)
+    count = max(1, round((1 - 0.9 * progress) * shape[2] * shape[3]))
+    predicted = predict_cls(torch.from_numpy(features), torch.from_numpy(cls_token), "selective", progress)
+    np.testing.assert_allclose(predicted, reference.glm_selective(features, cls_token, count), rtol=1e-9, atol=1e-12)
+
+
+def test_selective_gradient() -> None:
+    """It reaches the chosen features alone."""
+    features = torch.tensor([[[[1.0, -1.0, 0.9, 0.0]], [[0.0, 0.1, 0.2, 1.0]]]], requires_grad=True)  # (1, 2, 1, 4)
+    predict_cls(features, torch.tensor([[2.0, 0.0]]), "selective", 2 / 3).sum().backward()  # 0.4 x 4: two of them
+    assert features.grad is not None and features.grad.tolist() == [[[[0.5, 0, 0.5, 0]], [[0.5, 0, 0.5, 0]]]]
+
+
+@pytest.mark.parametrize("mode", [*MODES, "selective"])
 def test_identical_pixels_predict_themselves(mode: Mode) -> None:
     pixel = torch.arange(1.0, 5)
     predicted = predict_cls(pixel[None, :, None, None].expand(1, 4, 3, 3), torch.ones(1, 4), mode)
