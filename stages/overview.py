@@ -1,6 +1,7 @@
 """What lies below caches/ and runs/: how large it is, how far, how good, and in which settings it differs."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,4 +113,8 @@ def _with_differences(entries: list[E], settings: Sequence[Mapping[str, Any]]) -
 
 
 def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # a training at work deletes old checkpoints
+            total += path.stat().st_size if path.is_file() else 0
+    return total
