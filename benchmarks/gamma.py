@@ -33,6 +33,8 @@ def curve(path: Path, data_root: Path) -> tuple[list[tuple[float, float, float]]
 
 
 def main(paths: list[Path]) -> None:
+    if not paths:
+        sys.exit(__doc__)
     found = {path.name: curve(path, Path("data")) for path in paths}
     with (OUTPUT / "gamma.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -65,8 +65,10 @@ class FolderStore(Store):
             flush(path.parent)
 
     def sizes(self) -> dict[str, int]:
-        files = (Path(folder, name) for folder, _, names in os.walk(self.root) for name in names)
-        found = {file.relative_to(self.root).as_posix(): file.stat().st_size for file in files}
+        found = {}
+        for file in (Path(folder, name) for folder, _, names in os.walk(self.root) for name in names):
+            with suppress(FileNotFoundError):  # a writer at work puts temporary files in place
+                found[file.relative_to(self.root).as_posix()] = file.stat().st_size
         found.pop(LOCK, None)
         return dict(sorted(found.items()))
 

@@ -1,7 +1,7 @@
 """What a cache was made from: the settings, their fingerprint, and the shape of what follows."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,17 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(to_json(settings)))
 
 
-def different_settings(made: Mapping[str, Any], asked: Mapping[str, Any], ours: str = "cache") -> list[str]:
+def different_settings(
+    made: Mapping[str, Any], asked: Mapping[str, Any], ours: str = "cache", free: Collection[str] = ()
+) -> list[str]:
     """One line per setting that differs, such as "pseudo_labels.lambda: cache 0.8, asked 0.7", sorted by name.
 
-    `ours` is what was made with the settings `made`.
+    `ours` is what was made with the settings `made`; those named in `free` may differ.
 
     Values are compared as JSON text, as the fingerprint does: 1, 1.0 and true are three values, a tuple is a list.
     """
     old, new = flat_settings(made), flat_settings(asked)
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    names = sorted(name for name in (old.keys() | new.keys()) - set(free) if old.get(name) != new.get(name))
     return [f"{name}: {ours} {short(old.get(name))}, asked {short(new.get(name))}" for name in names]
 
 

@@ -152,9 +152,9 @@ class Loss(Section):
     )
     tau: float = Field(0.07, gt=0)
     synthesizer: Literal["decoder", "mlp", "features"] = "decoder"
-    alpha: float = Field(1.0, gt=0, description="what it is at first; it is learnt")
+    alpha: float = Field(1.0, gt=0, allow_inf_nan=False, description="what it is at first; it is learnt")
     beta: float = 2.0
-    unit_features: bool = Field(False, description="Eq. 7 with R at unit length; then alpha should begin near 1 / tau")
+    unit_features: bool = Field(False, description="Eq. 7 with R at unit length, in training; begin alpha near 1 / tau")
     label_stride: PositiveInt = Field(1, description="labels are compared at every n-th pixel; 1 is label size")
 
 

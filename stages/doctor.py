@@ -50,7 +50,7 @@ def doctor(device: str) -> Iterator[Finding]:
 
 
 def _gpus(device: str) -> Iterator[Finding]:
-    for number in range(torch.cuda.device_count()):
+    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):  # NVML may count what is no use
         gpu = torch.cuda.get_device_properties(number)
         yield Finding("GPU", f"cuda:{number}: {gpu.name}, {size(gpu.total_memory)}, CUDA {torch.version.cuda}")
     if not torch.cuda.is_available():
@@ -61,14 +61,15 @@ def _gpus(device: str) -> Iterator[Finding]:
 
 def _smoke(device: str) -> Iterator[Finding]:
     """One scene through all of it, in a folder of its own below the working one, which is deleted."""
-    with tempfile.TemporaryDirectory(prefix="clip-zss-doctor-", dir=".") as name:
+    try:
+        place = tempfile.TemporaryDirectory(prefix="clip-zss-doctor-", dir=".")
+    except OSError as error:
+        yield Finding("disk", _reason(error), fault=True)
+        return
+    with place as name:
         folder = Path(name).absolute()
         cache, run, picture = folder / "cache", folder / "run", folder / "images" / "one.png"
-        try:
-            config = _one_image(folder, picture)
-        except Exception as error:  # a part that fails is what is looked for
-            yield Finding("configuration", _reason(error), fault=True)
-            return
+        config = _one_image(folder, picture)
 
         def verified() -> None:
             damaged = verify(cache)
@@ -86,7 +87,7 @@ def _smoke(device: str) -> Iterator[Finding]:
             try:
                 with _silence(), chdir(folder):
                     do()
-            except Exception as error:
+            except Exception as error:  # what is looked for
                 yield Finding(part, _reason(error), fault=True)
                 return  # the others stand on it
             yield Finding(part, f"works, one image in {time.perf_counter() - start:.1f} s")

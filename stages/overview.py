@@ -1,5 +1,6 @@
 """What lies below caches/ and runs/: how large it is, how far, how good, and in which settings it differs."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from configs.errors import UserError
 from stages.caches import CACHES
 from stages.runs import CONFIG, RUNS, read_settings
 from stages.training.checkpoints import FOLDER, Checkpoints
-from stages.training.log import read_scores
+from stages.training.log import SCORES, read_scores
 
 
 @dataclass
@@ -75,28 +76,34 @@ def runs() -> list[RunEntry]:
     for path in _run_folders():
         try:
             own = read_settings(path)
-            entry = RunEntry(
-                str(path), own["dataset"]["name"], _bytes(path), iterations=own["train"]["iterations"],
-                iteration=max(Checkpoints(path, 1).iterations(), default=0),
-            )  # fmt: skip
+            flat_settings(own)  # which YAML allows to be no settings of ours
+            entry = _run(path, own)
         except (UserError, KeyError, TypeError) as error:
-            entries.append(RunEntry(str(path), "?", _bytes(path), fault=str(error)))
-            settings.append({})
-            continue
-        scores = read_scores(path)
-        if scores:
-            entry.score_name = "hiou" if "hiou" in scores[0] else "miou"
-            best = max(scores, key=lambda line: line[entry.score_name])
-            entry.score, entry.score_split = best[entry.score_name], best["split"]
+            fault = str(error) if isinstance(error, UserError) else f"no run of ours: {error} in {CONFIG} or {SCORES}"
+            entry, own = RunEntry(str(path), "?", _bytes(path), fault=fault), {}
         entries.append(entry)
         settings.append(own)
     return _with_differences(entries, settings)
 
 
+def _run(path: Path, settings: Mapping[str, Any]) -> RunEntry:
+    entry = RunEntry(
+        str(path), settings["dataset"]["name"], _bytes(path), iterations=settings["train"]["iterations"],
+        iteration=max(Checkpoints(path, keep=1).iterations(), default=0),
+    )  # fmt: skip
+    scores = read_scores(path)
+    if scores:
+        entry.score_name = "hiou" if "hiou" in scores[0] else "miou"
+        best = max(scores, key=lambda line: line[entry.score_name])
+        entry.score, entry.score_split = best[entry.score_name], best["split"]
+    return entry
+
+
 def _run_folders() -> Iterator[Path]:
-    for config in sorted(RUNS.glob(f"**/{CONFIG}")):
-        if FOLDER not in config.parts:  # a checkpoint is a run by itself
-            yield config.parent
+    for folder, below, names in os.walk(RUNS):
+        below[:] = sorted(name for name in below if name != FOLDER)  # a checkpoint is a run by itself
+        if CONFIG in names:
+            yield Path(folder)
 
 
 def _with_differences(entries: list[E], settings: Sequence[Mapping[str, Any]]) -> list[E]:
@@ -114,7 +121,8 @@ def _with_differences(entries: list[E], settings: Sequence[Mapping[str, Any]]) -
 
 def _bytes(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # a training at work deletes old checkpoints
-            total += path.stat().st_size if path.is_file() else 0
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # a training at work deletes old checkpoints
+                total += Path(inside, name).stat().st_size
     return total

@@ -152,9 +152,9 @@ def cache_table(found: Info) -> None:
     sizes = Table("array", "shape", "type", "bytes", "bytes a view")
     for name, spec in manifest.arrays.items():
         shape = (manifest.images, manifest.array_views(name), *spec.tail)
-        size = found.array_bytes[name]
-        each = size / max(found.views_done, 1)
-        sizes.add_row(name, " x ".join(map(str, shape)), spec.dtype, f"{size:,}", f"{each:,.0f}")
+        total = found.array_bytes[name]
+        each = total / max(found.views_done, 1)
+        sizes.add_row(name, " x ".join(map(str, shape)), spec.dtype, f"{total:,}", f"{each:,.0f}")
     sizes.add_row("the rest", "", "", f"{found.other_bytes:,}", "")
     output.print(sizes)
     for run in timed_runs(open_store(found.location)):

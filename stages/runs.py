@@ -69,15 +69,12 @@ def open_run(path: Path | None, config: Config) -> Path:
         path = new_run(path, config.dataset.name)
         save_config(path, config)
         return path
-    lines = different_settings(read_settings(path), as_settings(config), ours="run")
-    differences = [line for line in lines if line.partition(":")[0] not in FREE]
+    differences = different_settings(read_settings(path), as_settings(config), ours="run", free=FREE)
     if differences:
         raise UserError(
             f"--run {path} has other settings ({'; '.join(differences)}): drop yours to continue it, or choose another "
             "folder"
         )
-    if lines:
-        save_config(path, config)
     return path
 
 

@@ -16,11 +16,7 @@ AUXILIARY_WEIGHT = 0.4  # mmsegmentation's
 
 
 class Criterion(nn.Module):
-    """Holds what is trained beside the student (alpha, the synthesizer), and a CLS token bank that may be replaced.
-
-    Attributes:
-        progress: how much of the training is done, 0 to 1; to be set before a step.
-    """
+    """Holds what is trained beside the student (alpha, the synthesizer), and a CLS token bank that may be replaced."""
 
     def __init__(self, config: Loss, text_seen: Tensor) -> None:
         """`text_seen`: (K, C) unit-length text features of the seen classes."""
@@ -30,7 +26,6 @@ class Criterion(nn.Module):
         self.alpha = nn.Parameter(torch.tensor(config.alpha))
         self.synthesizer = make_synthesizer(config.synthesizer, text_seen.shape[1])
         self.bank: Bank = TokenBank(config.bank)
-        self.progress = 0.0
 
     def forward(
         self,
@@ -40,6 +35,7 @@ class Criterion(nn.Module):
         groups: Tensor,
         image_ids: Tensor,
         auxiliary: Tensor | None = None,
+        progress: float = 0.0,
     ) -> dict[str, Tensor]:
         """Each loss that is switched on, under its name in Eq. 8; their sum, or its mean over ranks, is the objective.
 
@@ -51,12 +47,13 @@ class Criterion(nn.Module):
             image_ids: (B,) which image each view shows.
             auxiliary: (B, C, h', w') features of an auxiliary head: cross-entropy on the seen classes alone, unless
                 `loss.ce` is off.
+            progress: how much of the training is done, 0 to 1.
         """
         losses: dict[str, Tensor] = {}
         cls_tokens, all_ids = gathered(cls_token), gathered(image_ids)
         if self.config.global_:
             query = nn.functional.normalize(cls_token, dim=1) if self.config.unit_query else cls_token
-            predicted = gathered(predict_cls(features, query, self.config.glm, self.progress))
+            predicted = gathered(predict_cls(features, query, self.config.glm, progress))
             bank, bank_ids = self.bank.tokens(cls_tokens, all_ids)
             losses["global"] = info_nce(predicted, cls_tokens, bank, self.config.tau, all_ids, bank_ids)
             self.bank.enqueue(cls_tokens, all_ids)
@@ -80,14 +77,16 @@ class Criterion(nn.Module):
             size = (-(-seen.shape[1] // self.config.label_stride), -(-seen.shape[2] // self.config.label_stride))
             target = channel[at_stride(labels, size)]  # UNLABELLED = -1 finds the last entry, which is UNLABELLED too
             own = torch.where(target < num_seen, target, UNLABELLED)
-            scored = nn.functional.normalize(features, dim=1) if self.config.unit_features else features
+            if self.config.unit_features:
+                features = nn.functional.normalize(features, dim=1)
+                auxiliary = None if auxiliary is None else nn.functional.normalize(auxiliary, dim=1)
             if self.config.nel:
                 labelled, others = (target, pseudo) if self.config.nel_channels == "all" else (own, pseudo[:0])
-                sums = pixel_sums(scored, text_seen, others, self.alpha, self.config.beta, labelled, ce=False)
+                sums = pixel_sums(features, text_seen, others, self.alpha, self.config.beta, labelled, ce=False)
                 pairs = count_pairs(labelled, num_seen + len(others))
                 losses["nel"] = self.config.nel_weight * sums["nel"] / pairs
             if self.config.ce:
-                sums = pixel_sums(scored, text_seen, pseudo, self.alpha, self.config.beta, target, nel=False)
+                sums = pixel_sums(features, text_seen, pseudo, self.alpha, self.config.beta, target, nel=False)
                 losses["ce"] = sums["ce"] / count_labelled(target)
             if self.config.ce and auxiliary is not None:
                 of_seen = pixel_sums(auxiliary, text_seen, pseudo[:0], self.alpha, self.config.beta, own, nel=False)

@@ -28,7 +28,7 @@ def pseudo_labels(dense_tokens: Tensor, unannotated: np.ndarray, config: PseudoL
         K-means labels and fused groups, each (B, G, G) uint8 from 0, ANNOTATED (255) elsewhere.
 
     Raises:
-        UserError: the windows give more seeds than labels fit, or an unannotated token is not finite.
+        UserError: the windows give more seeds than labels fit, or a token that counts is not finite.
     """
     label = label_one_by_one if dense_tokens.device.type == "cpu" else label_batched
     return label(dense_tokens, unannotated, config)

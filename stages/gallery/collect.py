@@ -47,7 +47,7 @@ class View:
         clusters, groups: (G, G) uint8 as cached, IGNORE for annotated tokens.
         seeds: (window, how many of its places gave a seed) of each window of pseudo_labels.windows, in the order of the
             K-means labels; empty where every token is a region of its own.
-        regions: None without dense tokens of this view.
+        regions: None without dense tokens of this view, or of several K-means.
     """
 
     row: PseudoLabelRow
@@ -69,6 +69,7 @@ def collect(config: Config, cache: Cache, data_root: Path, rows: Sequence[int]) 
     dataset = SegmentationDataset(config.dataset, data_root, "train")
     check_cache(cache, config, dataset)
     size, dense = config.views.size, DENSE_TOKENS in cache.names
+    joint = config.pseudo_labels.kmeans == "joint"  # else a region's tokens do not tell its centroid
     for row in rows:
         image, mask = dataset.pair(row)
         groups, clusters, views = (cache.read(name, row) for name in ("pseudo_labels", "kmeans_labels", "views"))
@@ -77,7 +78,7 @@ def collect(config: Config, cache: Cache, data_root: Path, rows: Sequence[int]) 
             shown = replay(geometry, mask, size)
             truth = majority_tokens(shown, groups.shape[1])
             regions = None
-            if view < len(tokens):
+            if view < len(tokens) and joint:
                 regions = find_regions(
                     tokens[view], clusters[view], groups[view], cache.text_features, config.pseudo_labels.threshold
                 )
@@ -88,7 +89,7 @@ def collect(config: Config, cache: Cache, data_root: Path, rows: Sequence[int]) 
                 truth=truth,
                 clusters=clusters[view],
                 groups=groups[view],
-                seeds=count_seeds(groups[view] != IGNORE, config.pseudo_labels.windows),
+                seeds=count_seeds(groups[view] != IGNORE, config.pseudo_labels.windows) if joint else [],
                 regions=regions,
             )
 

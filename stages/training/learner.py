@@ -64,13 +64,13 @@ class Learner:
             UserError: a loss is NaN or infinite.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        self.criterion.progress = self.iteration / self.iterations
+        progress = self.iteration / self.iterations
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         for number, part in enumerate(parts):
             torch.manual_seed(_seed(self.seed, self.iteration, number, 1 + rank()))
             features, auxiliary = self.forward(part.pixels)
             torch.manual_seed(_seed(self.seed, self.iteration, number, 0))  # all ranks synthesize the same prototypes
-            losses = self.criterion(features, part.cls_tokens, part.seen, part.groups, part.rows, auxiliary)
+            losses = self.criterion(features, part.cls_tokens, part.seen, part.groups, part.rows, auxiliary, progress)
             shown = averaged(torch.stack(list(losses.values()))).cpu() / len(parts)
             for name, value in zip(losses, shown, strict=True):
                 sums[name] = sums[name] + value

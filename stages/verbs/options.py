@@ -57,7 +57,7 @@ def print_result(table: Callable[[], None], data: Any, json_file: Path | None) -
     if json_file != STDOUT:
         table()
     if json_file:
-        plain = json.loads(json.dumps(data, default=str), parse_constant=lambda _: None)
+        plain = json.loads(json.dumps(data), parse_constant=lambda _: None)
         text = json.dumps(plain, indent=2)
         if json_file == STDOUT:
             typer.echo(text)

@@ -10,6 +10,7 @@ from configs.errors import UserError
 from configs.load import as_settings, resolve
 from stages.verbs.options import (
     DATA,
+    STDOUT,
     CacheOption,
     ConfigOption,
     DataRootOption,
@@ -151,7 +152,9 @@ def inspect_pseudolabels(
         "pseudo-labels"
     ),
     terminal: Annotated[bool, typer.Option("--terminal", help="Print the table instead.")] = False,
-    json_file: JsonOption = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="The table, and as JSON; - prints that alone.")
+    ] = None,
     png: Annotated[
         Path | None, typer.Option("--png", metavar="FILE.png", help="Write a picture of a few images instead.")
     ] = None,
@@ -173,7 +176,7 @@ def inspect_pseudolabels(
         found = table(settings, opened, data_root, rows)
         print_result(lambda: pseudo_label_table(found), [asdict(row) for row in found], json_file)
     if png:
-        typer.echo(f"picture: {sheet(settings, opened, data_root, rows, png)}")
+        typer.echo(f"picture: {sheet(settings, opened, data_root, rows, png)}", err=json_file == STDOUT)
     if not terminal and not png and not json_file:
         from stages.gallery import make_gallery
 

@@ -14,8 +14,8 @@ from tests.conftest import World
 
 @pytest.fixture
 def messy(world: World, trained: Path, tmp_path: Path) -> World:
-    """Two caches, of which one is broken; three runs: a good one, one that was begun, one that is broken."""
-    for name in ("caches", "runs"):
+    """Two caches, of which one is broken; runs: a good one, one that was begun, one that is broken, two of others'."""
+    for name in ("caches/tiny", "runs/one"):  # other tests leave others
         shutil.copytree(world.folder / name, tmp_path / name)
     own = World(tmp_path)
     broken = own.folder / "caches" / "broken"
@@ -31,6 +31,9 @@ def messy(world: World, trained: Path, tmp_path: Path) -> World:
     settings["loss"]["bank"] = 7
     (begun / "config.yaml").write_text(yaml.safe_dump(settings))
     (own.folder / "runs" / "broken" / "config.yaml").write_text("- no\n- settings\n")
+    for name, text in (("dated", "dataset: {name: x}\ntrain: {iterations: 2020-01-01}\n"), ("other", "model: resnet\n")):
+        (own.folder / "runs" / name).mkdir()
+        (own.folder / "runs" / name / "config.yaml").write_text(text)
     return own
 
 
@@ -43,7 +46,8 @@ def test_runs_lists_caches_and_runs(messy: World) -> None:
     assert caches["tiny"]["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
     runs = {entry["path"]: entry for entry in found["runs"]}
-    assert list(runs) == ["runs/ablations/begun", "runs/broken", "runs/one"]  # and no checkpoint
+    assert list(runs) == [f"runs/{name}" for name in ("ablations/begun", "broken", "dated", "one", "other")]
+    assert all("no run of ours" in runs[f"runs/{name}"]["fault"] for name in ("dated", "other"))
     best = max(json.loads(line)["hiou"] for line in (messy.folder / "runs/one/scores.jsonl").read_text().splitlines())
     good, begun = runs["runs/one"], runs["runs/ablations/begun"]
     assert (good["score"], good["score_name"], good["score_split"]) == (best, "hiou", "holdout")
@@ -108,13 +112,15 @@ def test_data_as_json(world: World, tmp_path: Path) -> None:
     assert json.loads(world.run("cache", "verify", "caches/tiny", "--json", "-").stdout) == []
     checked = json.loads(world.run("datasets", "check", "tiny.yaml", "--json", "-").stdout)
     assert checked["readable"] == 18 and checked["classes"]["circle"]["images"] > 0 and checked["faults"] == []
-    rows = json.loads(world.run("inspect-pseudolabels", "--count", "10", "--json", "-").stdout)
+    inspect = ("inspect-pseudolabels", "--cache", "caches/tiny", "--count", "10", "--json")
+    rows = json.loads(world.run(*inspect, "-").stdout)
     assert len(rows) == 10 and rows[3].keys() >= {"image_id", "groups", "purity"}
     assert "train-3" in [row["image_id"] for row in rows if row["purity"] is None]  # annotated all over
 
     file = tmp_path / "rows.json"
-    shown = world.run("inspect-pseudolabels", "--count", "10", "--json", file).stdout
+    shown = world.run(*inspect, file).stdout
     assert json.loads(file.read_text()) == rows and "K-means regions" in shown
+    json.loads(world.run(*inspect, "-", "--png", tmp_path / "sheet.png").stdout)  # and nothing else
 
 
 def test_shells_complete_verbs() -> None:

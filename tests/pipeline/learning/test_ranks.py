@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def batch(step: int) -> dict[str, Tensor]:
     }
 
 
-def learn(synthesizer: str, index: int, world: int, folder: Path) -> None:
+def learn(settings: dict[str, Any], index: int, world: int, folder: Path) -> None:
     """Ten steps of one of the ranks; writes its parameters and the losses to a file."""
     torch.set_num_threads(1)
     if world > 1:
@@ -55,7 +56,7 @@ def learn(synthesizer: str, index: int, world: int, folder: Path) -> None:
     )
     unused = nn.Parameter(torch.ones(3))
     text = nn.functional.normalize(torch.randn(SEEN, C), dim=1)
-    criterion = Criterion(Loss(bank=2, synthesizer=synthesizer, label_stride=1), text)
+    criterion = Criterion(Loss(bank=2, label_stride=1, **settings), text)
     parameters = [*student.parameters(), *criterion.parameters(), unused]
     # Not Adam: an attention's key bias has no gradient but rounding, which Adam would blow up to steps of full length.
     optimizer = torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
@@ -77,14 +78,16 @@ def learn(synthesizer: str, index: int, world: int, folder: Path) -> None:
         dist.destroy_process_group()
 
 
-def _spawned(index: int, synthesizer: str, folder: str) -> None:
-    learn(synthesizer, index, 2, Path(folder))
+def _spawned(index: int, settings: dict[str, Any], folder: str) -> None:
+    learn(settings, index, 2, Path(folder))
 
 
-@pytest.mark.parametrize("synthesizer", ["decoder"])
-def test_two_ranks_learn_what_one_learns(tmp_path: Path, synthesizer: str) -> None:
-    learn(synthesizer, 0, 1, tmp_path)
-    mp.spawn(_spawned, (synthesizer, str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize(
+    "settings", [{}, {"nel_channels": "all", "unit_query": True, "unit_features": True, "bce_negatives": False}]
+)
+def test_two_ranks_learn_what_one_learns(tmp_path: Path, settings: dict[str, Any]) -> None:
+    learn(settings, 0, 1, tmp_path)
+    mp.spawn(_spawned, (settings, str(tmp_path)), nprocs=2)
     whole, *halves = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
     assert whole["losses"].shape == (STEPS, 5)
     for half in halves:
