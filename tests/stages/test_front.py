@@ -31,7 +31,8 @@ def messy(world: World, trained: Path, tmp_path: Path) -> World:
     settings["loss"]["bank"] = 7
     (begun / "config.yaml").write_text(yaml.safe_dump(settings))
     (own.folder / "runs" / "broken" / "config.yaml").write_text("- no\n- settings\n")
-    for name, text in (("dated", "dataset: {name: x}\ntrain: {iterations: 2020-01-01}\n"), ("other", "model: resnet\n")):
+    dated = "dataset: {name: x}\ntrain: {iterations: 2020-01-01}\n"
+    for name, text in (("dated", dated), ("other", "model: resnet\n")):
         (own.folder / "runs" / name).mkdir()
         (own.folder / "runs" / name / "config.yaml").write_text(text)
     return own
