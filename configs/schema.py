@@ -147,9 +147,6 @@ class Loss(Section):
     )
     unit_query: bool = Field(False, description="Eq. 1 with S at unit length")
     bank: NonNegativeInt = Field(24, description="iterations of CLS tokens kept as negatives")
-    bank_source: Literal["recent", "cache-random", "cache-hard"] = Field(
-        "recent", description="or as many tokens of the whole cache: random ones, or the nearest to the batch's"
-    )
     tau: float = Field(0.07, gt=0)
     synthesizer: Literal["decoder", "mlp", "features"] = "decoder"
     alpha: float = Field(1.0, gt=0, allow_inf_nan=False, description="what it is at first; it is learnt")

@@ -10,7 +10,6 @@ from PIL import Image
 from cache.reader import Cache
 from configs.errors import UserError
 from configs.schema import Config
-from pipeline.learning.bank import CacheBank
 from pipeline.learning.criterion import Criterion
 from pipeline.student.student import Student
 from stages.caches import check_cache
@@ -57,8 +56,6 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
     text_features = torch.from_numpy(cache.text_features).to(device)
     student = Student(config.student, text_features.shape[1]).to(device)
     criterion = Criterion(config.loss, text_features[dataset.seen_indices]).to(device)
-    if config.loss.bank_source != "recent":
-        criterion.bank = _cache_bank(config, cache)
     learner = make_learner(config, student, criterion, device)
     validation_split = open_split(config.dataset, data_root, schedule.validate_on)
     path = Path(everyone_has(str(open_run(run, config)) if is_main() else ""))
@@ -152,15 +149,6 @@ class _Writer:
     def close(self) -> None:
         self.log.close()
         self.pace.close()
-
-
-def _cache_bank(config: Config, cache: Cache) -> CacheBank:
-    """As many negatives as `loss.bank` iterations have tokens."""
-    kept = torch.from_numpy(cache.kept_rows)
-    tokens = torch.from_numpy(cache.load("cls_tokens", config.views.count))[kept]  # (N, V, C)
-    ids = kept.repeat_interleave(tokens.shape[1])
-    count = config.loss.bank * config.train.batch_size
-    return CacheBank(tokens.flatten(0, 1), ids, count, hard=config.loss.bank_source == "cache-hard")
 
 
 def _resume(learner: Learner, checkpoints: Checkpoints) -> bool:

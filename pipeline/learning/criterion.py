@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import Loss
-from pipeline.learning.bank import Bank, TokenBank
+from pipeline.learning.bank import TokenBank
 from pipeline.learning.glm import info_nce, predict_cls
 from pipeline.learning.labels import UNLABELLED, at_stride, class_centroids, fuse_labels
 from pipeline.learning.losses import prototype_bce
@@ -16,7 +16,7 @@ AUXILIARY_WEIGHT = 0.4  # mmsegmentation's
 
 
 class Criterion(nn.Module):
-    """Holds what is trained beside the student (alpha, the synthesizer), and a CLS token bank that may be replaced."""
+    """Holds what is trained beside the student (alpha, the synthesizer), and the CLS token bank."""
 
     def __init__(self, config: Loss, text_seen: Tensor) -> None:
         """`text_seen`: (K, C) unit-length text features of the seen classes."""
@@ -25,7 +25,7 @@ class Criterion(nn.Module):
         self.register_buffer("text_seen", text_seen)
         self.alpha = nn.Parameter(torch.tensor(config.alpha))
         self.synthesizer = make_synthesizer(config.synthesizer, text_seen.shape[1])
-        self.bank: Bank = TokenBank(config.bank)
+        self.bank = TokenBank(config.bank)
 
     def forward(
         self,

@@ -69,7 +69,7 @@ def test_training_never_imports_open_clip(world: World) -> None:
 @pytest.mark.parametrize(
     "switch",
     ["global=false", "nel=false", "ce=false", "bce=false", "glm=max", "glm=mean", "bank=0", "synthesizer=mlp",
-     "synthesizer=features", "bank_source=cache-random", "bank_source=cache-hard"],
+     "synthesizer=features"],
 )  # fmt: skip
 def test_switches_of_the_tables_train(world: World, switch: str, tmp_path: Path) -> None:
     world.run(

@@ -1,11 +1,10 @@
 """The CLS token bank."""
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from pipeline.learning.bank import DUPLICATE, CacheBank, TokenBank
+from pipeline.learning.bank import TokenBank
 
 
 def batch(iteration: int, size: int = 2) -> tuple[Tensor, Tensor]:
@@ -45,59 +44,3 @@ def test_no_gradient_is_kept() -> None:
     bank, tokens = TokenBank(2), torch.ones(2, 3, requires_grad=True)
     bank.enqueue(2 * tokens, torch.arange(2))
     assert not bank.tokens(tokens, torch.arange(2))[0].requires_grad
-
-
-def cached(images: int, views: int, width: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Tokens (images * views, width) of a few directions, and their images."""
-    rng = np.random.default_rng(seed)
-    centres = rng.standard_normal((5, width))
-    tokens = centres[rng.integers(5, size=images * views)] + rng.standard_normal((images * views, width)) * 0.3
-    return torch.from_numpy(tokens.astype(np.float16)), torch.arange(images).repeat_interleave(views)
-
-
-def test_random_tokens_are_of_the_whole_cache() -> None:
-    tokens, ids = cached(10, 2)
-    bank, counts = CacheBank(tokens, ids, count=5, hard=False), torch.zeros(10)
-    torch.manual_seed(0)
-    for _ in range(2000):
-        drawn, drawn_ids = bank.tokens(torch.zeros(2, 8), torch.arange(2))
-        assert drawn.shape == (5, 8) and drawn.dtype == torch.float32
-        assert all(
-            (token == tokens[ids == own].float()).all(1).any() for token, own in zip(drawn, drawn_ids, strict=True)
-        )
-        counts += torch.bincount(drawn_ids, minlength=10)
-    assert (counts / 10_000 - 0.1).abs().max() < 0.015  # five standard deviations of a binomial's share
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_hard_tokens_are_the_nearest_that_are_no_duplicates(seed: int) -> None:
-    tokens, ids = cached(60, 2, seed=seed)
-    bank = CacheBank(tokens, ids, count=12, hard=True)
-    batch, own = tokens[::30].float(), ids[::30]  # 4 tokens: three neighbours each
-    found, found_ids = bank.tokens(batch, own)
-
-    def cosine(a: np.ndarray, b: np.ndarray) -> float:
-        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-
-    everything, wanted = tokens.double().numpy(), set()
-    for anchor in batch.double().numpy():
-        order = sorted(range(120), key=lambda row: -cosine(anchor, everything[row]))[:12]  # four times what is wanted
-        good = [
-            row for row in order
-            if ids[row] not in own and max(cosine(everything[row], b) for b in batch.double().numpy()) <= DUPLICATE
-        ]  # fmt: skip
-        wanted |= set(good[:3])
-    assert sorted(map(tuple, found.tolist())) == sorted(tuple(tokens[row].float().tolist()) for row in wanted)
-    assert not set(found_ids.tolist()) & set(own.tolist())
-
-
-def test_a_cache_of_duplicates_alone_has_no_hard_tokens() -> None:
-    bank = CacheBank(torch.ones(6, 4).half(), torch.arange(6), count=4, hard=True)
-    found, ids = bank.tokens(torch.ones(2, 4), torch.arange(2))
-    assert found.shape == (0, 4) and ids.shape == (0,)
-
-
-@pytest.mark.parametrize("hard", [False, True])
-def test_a_cache_bank_of_none(hard: bool) -> None:
-    found, ids = CacheBank(*cached(4, 1), count=0, hard=hard).tokens(torch.ones(2, 8), torch.arange(2))
-    assert found.shape == (0, 8) and ids.shape == (0,)
