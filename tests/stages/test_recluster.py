@@ -127,7 +127,8 @@ def test_labels_are_those_of_the_stored_tokens(here: World) -> None:
     for threshold in (0.9, 0.3):
         path = only("--lambda", str(threshold), "--cache", "caches/source")
         made = open_cache(path)
-        assert made.manifest.settings["pseudo_labels"] == {"windows": [3, 2], "iterations": 10, "lambda": threshold}
+        settings = {"windows": [3, 2], "iterations": 10, "lambda": threshold}
+        assert made.manifest.settings["pseudo_labels"].items() >= settings.items()
         assert path.name == f"tiny-{made.manifest.fingerprint[:12]}"
         groups[threshold] = assert_labels_are_the_references(made, source, threshold)
         for name in ("cls_tokens", "dense_tokens", "views"):
@@ -145,7 +146,7 @@ def test_by_default_the_newest_cache_and_of_labels_alone_the_one_they_were_made_
     time.sleep(0.01)
     second = only("--set", "pseudo_labels.iterations=3")  # on the first, which is the newest now
     made = open_cache(second).manifest
-    assert made.settings["pseudo_labels"] == {"windows": [3, 2], "iterations": 3, "lambda": 0.9}
+    assert made.settings["pseudo_labels"].items() >= {"windows": [3, 2], "iterations": 3, "lambda": 0.9}.items()
     assert made.borrowed == open_cache(first).manifest.borrowed
     assert set(made.borrowed) == {"cls_tokens", "dense_tokens", "views"}
     for lent in made.borrowed.values():
