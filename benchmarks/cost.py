@@ -7,8 +7,8 @@ On the machine that is to do it, `precompute --dry-run` measures the teacher ins
 
 Speeds: an RTX 4090 takes 433 images a second through ViT-B/16 at 512 in half precision, by timm's benchmark tables; an
 H100 SXM has 3.35 TB/s of memory bandwidth where that has 1.01, and is taken to be faster by as much. A training step is
-three forward passes, whose multiplications take longer than the teacher's: 0.36 as many a second, as measured on a CPU
-for SegFormer-B0 beside ViT-B/16 (benchmarks/stage_two.md: 6.90 CPU seconds and 0.627 x 19.76, of 4 images). Reading
+three forward passes, whose multiplications take longer than the teacher's: 0.29 as many a second, as measured on a CPU
+for SegFormer-B0 beside ViT-B/16 (benchmarks/stage_two.md: 6.92 CPU seconds and 0.596 x 16.94, of 4 images). Reading
 and clustering are left out, as for neither is there a figure on a GPU: on one CPU core they take 4 to 15 ms
 (benchmarks/stage_two.md) and 8 to 12 ms (benchmarks/kmeans.md) of a view at 512.
 """
@@ -28,7 +28,7 @@ from pipeline.student.student import Student
 PAGE = Path(__file__).parents[1] / "docs" / "cost.md"
 RTX_4090_PASSES = 433.0  # a second, ViT-B/16 at 512
 H100_OVER_4090 = 3.35 / 1.01
-STUDENT_OVER_TEACHER = 0.36  # multiplications a second
+STUDENT_OVER_TEACHER = 0.29  # multiplications a second
 COCO_STUFF = 118_287
 ITERATIONS, BATCH = 80_000, 16  # the paper's for COCO-Stuff
 
