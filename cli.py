@@ -138,7 +138,7 @@ for verb in (
     results.evaluate, results.predict, results.export, results.inspect_pseudolabels, studies.demo, studies.ablate,
     machine.runs, machine.doctor,
 ):  # fmt: skip
-    app.command(verb.__name__.replace("inspect_pseudolabels", "inspect-pseudolabels"))(verb)
+    app.command()(verb)
 for name, group in (("datasets", datasets), ("cache", caches), ("bench", bench)):
     app.add_typer(group.app, name=name)
 

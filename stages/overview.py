@@ -51,7 +51,7 @@ E = TypeVar("E", bound=Entry)
 def caches() -> list[CacheEntry]:
     """Of the folders below caches/, by name."""
     entries: list[CacheEntry] = []
-    settings: list[dict[str, Any]] = []
+    settings: list[dict[str, str]] = []
     for manifest in sorted(CACHES.glob(f"*/{MANIFEST}")):
         path = manifest.parent
         try:
@@ -65,24 +65,24 @@ def caches() -> list[CacheEntry]:
         entries.append(
             CacheEntry(str(path), made_from["dataset"]["name"], _bytes(path), views=done, views_planned=planned)
         )
-        settings.append({key: value for key, value in made_from.items() if key != "files"})
+        settings.append(flat_settings({key: value for key, value in made_from.items() if key != "files"}))
     return _with_differences(entries, settings)
 
 
 def runs() -> list[RunEntry]:
     """Of the folders below runs/, those of `ablate` too, by name."""
     entries: list[RunEntry] = []
-    settings: list[dict[str, Any]] = []
+    settings: list[dict[str, str]] = []
     for path in _run_folders():
         try:
             own = read_settings(path)
-            flat_settings(own)  # which YAML allows to be no settings of ours
+            flat = flat_settings(own)  # TypeError: what YAML allows and no setting of ours is
             entry = _run(path, own)
         except (UserError, KeyError, TypeError) as error:
             fault = str(error) if isinstance(error, UserError) else f"no run of ours: {error} in {CONFIG} or {SCORES}"
-            entry, own = RunEntry(str(path), "?", _bytes(path), fault=fault), {}
+            entry, flat = RunEntry(str(path), "?", _bytes(path), fault=fault), {}
         entries.append(entry)
-        settings.append(own)
+        settings.append(flat)
     return _with_differences(entries, settings)
 
 
@@ -106,10 +106,10 @@ def _run_folders() -> Iterator[Path]:
             yield Path(folder)
 
 
-def _with_differences(entries: list[E], settings: Sequence[Mapping[str, Any]]) -> list[E]:
-    """Enters into `entries` the settings that are not the same in all those of one dataset."""
+def _with_differences(entries: list[E], settings: Sequence[dict[str, str]]) -> list[E]:
+    """Enters into `entries` the flat settings that are not the same in all those of one dataset."""
     for dataset in {entry.dataset for entry in entries}:
-        own = {i: flat_settings(settings[i]) for i, entry in enumerate(entries) if entry.dataset == dataset}
+        own = {i: settings[i] for i, entry in enumerate(entries) if entry.dataset == dataset}
         names = sorted({name for values in own.values() for name in values})
         for name in names:
             if len({values.get(name) for values in own.values()}) > 1:
