@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import Student as StudentConfig
 from pipeline.student.student import Student
+from stages.plan import duration, size
 
 PAGE = Path(__file__).parents[1] / "docs" / "cost.md"
 RTX_4090_PASSES = 433.0  # a second, ViT-B/16 at 512
@@ -46,11 +47,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Cost:
-    """Hours are of one H100. Bytes are the most, as if nothing could be compressed."""
+    """Seconds are of one H100. Bytes are the most, as if nothing could be compressed."""
 
     passes: int
-    hours_one: float
-    hours_two: float
+    seconds_one: float
+    seconds_two: float
     bytes_labels: int
     bytes_dense: int
 
@@ -78,23 +79,19 @@ def cost(job: Job) -> Cost:
     student = gmac(Student(StudentConfig(model=job.student, weights="none"), width), job.size)
     return Cost(
         passes=passes,
-        hours_one=passes * 2 * work / per_second / 3600,
-        hours_two=ITERATIONS * BATCH * 3 * 2 * student / (STUDENT_OVER_TEACHER * per_second) / 3600,
+        seconds_one=passes * 2 * work / per_second,
+        seconds_two=ITERATIONS * BATCH * 3 * 2 * student / (STUDENT_OVER_TEACHER * per_second),
         bytes_labels=passes * (2 * width + 2 * grid**2 + 20),
         bytes_dense=passes * 2 * width * grid**2,
     )
 
 
-def duration(hours: float) -> str:
-    return f"{hours:.1f} h" if hours >= 1 else f"{max(60 * hours, 1):.0f} min"
-
-
 def line(job: Job) -> str:
     found = cost(job)
     cells = (
-        f"{job.images:,} x {job.views}", f"{job.teacher}, {job.size}", f"{found.passes:,}", duration(found.hours_one),
-        duration(found.hours_one / 8), job.student, duration(found.hours_two), duration(found.hours_two / 8),
-        f"{found.bytes_labels / 1e9:.1f} GB", f"{found.bytes_dense / 1e9:,.0f} GB",
+        f"{job.images:,} x {job.views}", f"{job.teacher}, {job.size}", f"{found.passes:,}", duration(found.seconds_one),
+        duration(found.seconds_one / 8), job.student, duration(found.seconds_two), duration(found.seconds_two / 8),
+        size(found.bytes_labels), size(found.bytes_dense),
     )  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
