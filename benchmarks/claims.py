@@ -13,16 +13,16 @@ BEGIN, END = "<!-- claims: benchmarks/claims.py writes them -->\n", "<!-- end of
 
 def claims(folder: Path) -> str:
     """A Markdown table: every sign of the tables that `folder` holds a CSV of."""
-    lines = ["| claim | whose | measured, mean of the seeds | seeds | verdict |", "|---|---|---|---|---|"]
+    lines = ["| claim | whose | better by, mean and range of the seeds | seeds | verdict |", "|---|---|---|---|---|"]
     for name in known_ablations():
         if not (folder / f"{name}.csv").exists():
             continue
         results, table = read_csv(folder / f"{name}.csv"), read_ablation(name)[1]
         seeds = len({result.seed for result in results})
         for sign in table.signs:
-            said, difference = verdict(sign, results)
+            said, gain = verdict(sign, results)
             rows = f"[{sign.better} against {sign.worse}](benchmarks/ablations/{name}.md)"
-            measured = f"{SCORES[sign.score]} {difference:+.1f} ({rows})"
+            measured = f"{SCORES[sign.score]} {gain}: {rows}"
             whose = "the paper" if sign.by_paper else "ours"
             lines.append(f"| {sign.claim} | {whose} | {measured} | {seeds} | {said} |")
     return "\n".join(lines) + "\n"

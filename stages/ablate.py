@@ -149,23 +149,27 @@ def scores_of(results: Sequence[Result], row: str, score: str) -> np.ndarray:
     return np.array([getattr(result, score) for result in results if result.row == row])
 
 
-def verdict(sign: Sign, results: Sequence[Result]) -> tuple[str, float]:
-    """Whether the sign holds, and the difference of the means.
+def verdict(sign: Sign, results: Sequence[Result]) -> tuple[str, str]:
+    """Whether the sign holds, and by how much: mean and range of the differences, seed by seed.
 
-    Beyond the seed spread: the worst seed of the better row is above the best seed of the other.
+    Rows share a seed's order of images and, where they have the same modules, its first weights: what these do to both
+    is not in the difference. Beyond the seed spread: the better row's worst seed is above the other's best.
     """
     better, worse = (scores_of(results, row, sign.score) for row in (sign.better, sign.worse))
-    difference = float(better.mean() - worse.mean())
+    gain = better - worse
     if better.min() > worse.max():
-        return "holds beyond the seed spread", difference
-    return ("holds in the mean only" if difference > 0 else "does not hold"), difference
+        said = "holds beyond the seed spread"
+    elif gain.min() > 0:
+        said = "holds for every seed"
+    else:
+        said = "holds in the mean only" if gain.mean() > 0 else "does not hold"
+    return said, spread(gain, "+.1f")
 
 
-def spread(values: np.ndarray) -> str:
+def spread(values: np.ndarray, style: str = ".1f") -> str:
     """Mean and range of the seeds."""
-    if len(values) == 1 or np.isnan(values).any():
-        return f"{values.mean():.1f}"
-    return f"{values.mean():.1f} ({values.min():.1f} to {values.max():.1f})"
+    mean, least, most = (format(value, style) for value in (values.mean(), values.min(), values.max()))
+    return mean if len(values) == 1 or np.isnan(values).any() else f"{mean} ({least} to {most})"
 
 
 def passes(results: Sequence[Result]) -> tuple[int, int]:
@@ -197,8 +201,8 @@ def markdown(command: str, ablation: Ablation, results: Sequence[Result]) -> str
     if ablation.signs:
         lines += ["", "| claim | by the paper | measured | verdict |", "|---|---|---|---|"]
         for sign in ablation.signs:
-            said, difference = verdict(sign, results)
-            measured = f"{SCORES[sign.score]}: {sign.better} {difference:+.1f} over {sign.worse}"
+            said, gain = verdict(sign, results)
+            measured = f"{SCORES[sign.score]}: {sign.better} {gain} over {sign.worse}"
             lines.append(f"| {sign.claim} | {'yes' if sign.by_paper else 'no'} | {measured} | {said} |")
     lines += ["", f"Teacher passes: {taken:,}; with the teacher live in every run: {live:,}."]
     return "\n".join(lines) + "\n"

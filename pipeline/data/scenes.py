@@ -183,17 +183,23 @@ def _finish(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip(noisy * 255 + 0.5, 0, 255).astype(np.uint8))
 
 
-def render_scene(rng: np.random.Generator, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
-    """One scene: image (size, size, 3) uint8 and mask (size, size) uint8 of class indices into CLASSES."""
-    first, second = rng.choice(len(STUFF), 2, replace=False)
-    stuff_images = [_paint_stuff(rng, STUFF[index], size) for index in (first, second)]
+def render_scene(
+    rng: np.random.Generator, size: int = SIZE, names: Sequence[str] = CLASSES
+) -> tuple[np.ndarray, np.ndarray]:
+    """One scene: image (size, size, 3) uint8 and mask (size, size) uint8 of class indices into CLASSES.
+
+    No class but those of `names` occurs, among which one thing and two stuffs must be.
+    """
+    things, stuff = ([name for name in kind if name in names] for kind in (THINGS, STUFF))
+    grounds = [stuff[index] for index in rng.choice(len(stuff), 2, replace=False)]
+    stuff_images = [_paint_stuff(rng, name, size) for name in grounds]
     # A wavy border through a point near the middle.
     y, x = np.mgrid[:size, :size] / size - rng.uniform(0.35, 0.65, 2)[:, None, None]
     angle = rng.uniform(0, 2 * np.pi)
     along, across = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     side = across > rng.uniform(0, 0.1) * np.sin(2 * np.pi * (along * rng.uniform(1, 2) + rng.uniform()))
     image = np.where(side[..., None], *stuff_images)
-    mask = np.where(side, first, second).astype(np.uint8) + np.uint8(len(THINGS))
+    mask = np.where(side, *(CLASSES.index(name) for name in grounds)).astype(np.uint8)
     placed: list[tuple[float, float, float]] = []
     taken: list[np.ndarray] = []
     for _ in range(rng.integers(1, 6)):
@@ -205,11 +211,11 @@ def render_scene(rng: np.random.Generator, size: int = SIZE) -> tuple[np.ndarray
         else:
             continue
         placed.append((cx, cy, radius))
-        thing = int(rng.integers(len(THINGS)))
-        cover = coverage(rng, THINGS[thing], radius, (cx, cy), size)
+        thing = things[rng.integers(len(things))]
+        cover = coverage(rng, thing, radius, (cx, cy), size)
         taken.append(_colour(rng, THING_BRIGHTNESS, taken))
         image = image + cover[..., None] * (taken[-1] - image)
-        mask[cover > 0.5] = thing
+        mask[cover > 0.5] = CLASSES.index(thing)
     return _finish(rng, image), mask
 
 
@@ -230,8 +236,12 @@ def scene_rng(split: str, index: int) -> np.random.Generator:
     return np.random.default_rng([RENDER_VERSION, stream, index])
 
 
-def write_scenes(root: Path, progress: Callable[[int, int], None] | None = None) -> None:
+def write_scenes(
+    root: Path, progress: Callable[[int, int], None] | None = None, names: Sequence[str] = CLASSES
+) -> None:
     """Renders the dataset below `root`: images/ID.png, masks/ID.png, splits/SPLIT.txt. About half a minute.
+
+    `names`: the classes that may occur; masks hold indices into CLASSES all the same.
 
     The folder appears whole or not at all: it is rendered aside and renamed, so a kill leaves nothing to trust.
     """
@@ -246,7 +256,7 @@ def write_scenes(root: Path, progress: Callable[[int, int], None] | None = None)
         for split, count in SPLITS.items():
             ids = [f"{split}-{index:05d}" for index in range(count)]
             for index, image_id in enumerate(ids):
-                image, mask = render_scene(scene_rng(split, index))
+                image, mask = render_scene(scene_rng(split, index), names=names)
                 Image.fromarray(image).save(folder / "images" / f"{image_id}.png", compress_level=1)
                 Image.fromarray(mask).save(folder / "masks" / f"{image_id}.png", compress_level=1)
                 done += 1

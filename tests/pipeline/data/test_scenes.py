@@ -138,6 +138,12 @@ def test_textures_are_neither_flat_nor_noise(name: str) -> None:
         assert weights.std() > 0.15 and np.abs(np.diff(weights, axis=0)).mean() < weights.std()
 
 
+@pytest.mark.parametrize("names", [("moon", "grid", "waves"), ("dots", "clouds", "bolt", "circle", "checks")])
+def test_scenes_of_some_classes_alone(names: tuple[str, ...]) -> None:
+    masks = [render_scene(np.random.default_rng(index), 48, names)[1] for index in range(30)]
+    assert {CLASSES[index] for index in np.unique(np.stack(masks))} == set(names)
+
+
 @pytest.mark.parametrize("index", range(20))
 def test_render_concept(index: int) -> None:
     image = scenes.render_concept(np.random.default_rng(index), index, 64)
@@ -170,7 +176,7 @@ def snapshot(root: Path) -> dict[Path, tuple[int, bytes]]:
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in root.rglob("*") if path.is_file()}
 
 
-def fail(*_: object) -> None:
+def fail(*_: object, **__: object) -> None:
     raise RuntimeError("the power was cut")
 
 
@@ -192,7 +198,7 @@ def test_a_failure_leaves_nothing_to_trust(after: int, tmp_path: Path, monkeypat
     root = tmp_path / "data" / "scenes"
     rendered = 0
 
-    def render(rng: np.random.Generator) -> tuple[Array, Array]:
+    def render(rng: np.random.Generator, **_: object) -> tuple[Array, Array]:
         nonlocal rendered
         if rendered == after:
             fail()
@@ -214,7 +220,7 @@ def test_another_process_was_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """It finished while this one rendered: its files stay, and nothing is left beside them."""
     root = tmp_path / "scenes"
 
-    def render(rng: np.random.Generator) -> tuple[Array, Array]:
+    def render(rng: np.random.Generator, **_: object) -> tuple[Array, Array]:
         root.mkdir(exist_ok=True)
         (root / "theirs").touch()
         return render_scene(rng, 32)
