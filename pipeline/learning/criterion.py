@@ -76,19 +76,19 @@ class Criterion(nn.Module):
             channel[rows[~is_seen]] = torch.arange(num_seen, channels, device=labels.device)
             size = (-(-seen.shape[1] // self.config.label_stride), -(-seen.shape[2] // self.config.label_stride))
             target = channel[at_stride(labels, size)]  # UNLABELLED = -1 finds the last entry, which is UNLABELLED too
-            own = torch.where(target < num_seen, target, UNLABELLED)
             if self.config.unit_features:
                 features = nn.functional.normalize(features, dim=1)
                 auxiliary = None if auxiliary is None else nn.functional.normalize(auxiliary, dim=1)
+            of_nel = (num_seen if self.config.nel_channels == "seen" else channels) if self.config.nel else 0
+            sums = pixel_sums(
+                features, text_seen, pseudo, self.alpha, self.config.beta, target, of_nel, self.config.ce
+            )
             if self.config.nel:
-                labelled, others = (target, pseudo) if self.config.nel_channels == "all" else (own, pseudo[:0])
-                sums = pixel_sums(features, text_seen, others, self.alpha, self.config.beta, labelled, ce=False)
-                pairs = count_pairs(labelled, num_seen + len(others))
-                losses["nel"] = self.config.nel_weight * sums["nel"] / pairs
+                losses["nel"] = self.config.nel_weight * sums["nel"] / count_pairs(target, of_nel)
             if self.config.ce:
-                sums = pixel_sums(features, text_seen, pseudo, self.alpha, self.config.beta, target, nel=False)
                 losses["ce"] = sums["ce"] / count_labelled(target)
             if self.config.ce and auxiliary is not None:
-                of_seen = pixel_sums(auxiliary, text_seen, pseudo[:0], self.alpha, self.config.beta, own, nel=False)
+                own = torch.where(target < num_seen, target, UNLABELLED)
+                of_seen = pixel_sums(auxiliary, text_seen, pseudo[:0], self.alpha, self.config.beta, own, 0)
                 losses["auxiliary"] = AUXILIARY_WEIGHT * of_seen["ce"] / count_labelled(own)
         return losses

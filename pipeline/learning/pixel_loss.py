@@ -28,7 +28,10 @@ def count_labelled(labels: Tensor) -> Tensor:
 
 
 def count_pairs(labels: Tensor, channels: int) -> Tensor:
-    """(image, class) pairs that are present: what NEL's sum is divided by; see `mean_count`. (B, H, W) -> ()."""
+    """(image, class) pairs of the first `channels` classes that are present: what NEL's sum is divided by.
+
+    See `mean_count`. (B, H, W) -> ().
+    """
     return mean_count(torch.stack([(_sizes(image, channels) > 0).sum() for image in labels]).sum())
 
 
@@ -39,13 +42,13 @@ def pixel_sums(
     alpha: Tensor,
     beta: float,
     labels: Tensor,
-    nel: bool = True,
+    nel_channels: int,
     ce: bool = True,
 ) -> dict[str, Tensor]:
     """NEL and cross-entropy of the logits of Eq. 7, upsampled bilinearly to the labels' size, before their division.
 
-    nel: 100 x sigmoid focal loss, a mean over pixels and a sum over images and channels, unlabelled pixels being
-    negatives of every class, + dice over the classes present in each image. To be divided by `count_pairs`.
+    nel: 100 x sigmoid focal loss, a mean over pixels and a sum over images and channels, pixels of no channel being
+    negatives of every one, + dice over the classes present in each image. To be divided by `count_pairs`.
     ce: cross-entropy summed over labelled pixels. To be divided by `count_labelled`.
 
     Whatever autocast makes of the logits at the features' size, all that follows is in float32 (float64 stays).
@@ -53,7 +56,8 @@ def pixel_sums(
     Args:
         features: (B, C, h, w). text_seen: (K, C). prototypes: (P, C), P may be 0. alpha, beta: as `classify` takes.
         labels: (B, H, W), 0..K+P-1 or UNLABELLED.
-        nel, ce: which are wanted.
+        nel_channels: how many of the channels NEL is of, the first ones: K+P is all, 0 that it is not wanted.
+        ce: whether cross-entropy is, which is of all of them.
 
     Returns:
         Those under their names, scalars.
@@ -62,17 +66,18 @@ def pixel_sums(
     for image, own_labels in zip(features, labels, strict=True):
         logits = classify(image[None], text_seen, prototypes, alpha, beta)[0].permute(1, 2, 0).contiguous()
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        sizes = _sizes(own_labels, logits.shape[2])
+        sizes = _sizes(own_labels, nel_channels)
         present = sizes.nonzero()[:, 0]
-        negatives, scores, own, log_sum = _Upsampled.apply(logits, own_labels, present, nel, ce)
+        negatives, scores, own, log_sum = _Upsampled.apply(logits, own_labels, present, nel_channels, ce)
         labelled = own_labels != UNLABELLED
-        if nel:
+        if nel_channels:
             # Every logit as a negative, then the labelled pixels' own corrected: no one-hot target is ever built.
-            corrections = torch.where(labelled, _positive(own) - _negative(own), 0.0).sum()
+            positive = labelled & (own_labels < nel_channels)
+            corrections = torch.where(positive, _positive(own) - _negative(own), 0.0).sum()
             focal = (negatives + corrections) / own.numel()
-            hits = torch.where(labelled, own.sigmoid(), 0.0).flatten()
-            intersections = hits.new_zeros(len(sizes)).index_add(0, own_labels.clamp(min=0).flatten(), hits)[present]
-            dice = (1 - (2 * intersections + 1) / (scores + sizes[present] + 1)).sum()
+            hits = torch.where(positive, own.sigmoid(), 0.0).flatten()
+            intersections = hits.new_zeros(logits.shape[2]).index_add(0, own_labels.clamp(min=0).flatten(), hits)
+            dice = (1 - (2 * intersections[present] + 1) / (scores + sizes[present] + 1)).sum()
             sums["nel"].append(FOCAL_WEIGHT * focal + dice)
         if ce:
             sums["ce"].append(torch.where(labelled, log_sum - own, 0.0).sum())
@@ -80,8 +85,8 @@ def pixel_sums(
 
 
 def _sizes(labels: Tensor, channels: int) -> Tensor:
-    """(H, W) -> (N,) pixels of each class."""
-    return torch.bincount((labels + 1).flatten(), minlength=channels + 1)[1:]
+    """(H, W) -> (channels,) pixels of each of the first classes."""
+    return torch.bincount((labels + 1).flatten(), minlength=channels + 1)[1 : channels + 1]
 
 
 def _negative(x: Tensor) -> Tensor:
@@ -99,17 +104,17 @@ class _Upsampled(torch.autograd.Function):
 
     Args:
         logits: (h, w, N), channels last: so upsampling costs a CPU next to nothing. labels: (H, W).
-        present: (M,) channels. nel, ce: what the reductions are for.
+        present: (M,) of the first `count` channels, which NEL is of. ce: whether cross-entropy is wanted.
 
     Returns:
-        The focal loss of all upsampled logits as negatives, a sum; (M,) sigmoids summed over pixels; (H, W) the logit
-        of the label, of channel 0 where there is none; (H, W) log-sum-exp over channels. The first two are zero
-        without `nel`, the last without `ce`.
+        The focal loss of those channels' upsampled logits as negatives, a sum; (M,) sigmoids summed over pixels; (H, W)
+        the logit of the label, of channel 0 where there is none; (H, W) log-sum-exp over all channels, zero without
+        `ce`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, present: Tensor, nel: bool, ce: bool
+        ctx: Any, logits: Tensor, labels: Tensor, present: Tensor, count: int, ce: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         negatives, scores = logits.new_zeros(()), logits.new_zeros(len(present))
         own, log_sum = logits.new_zeros(labels.shape), logits.new_zeros(labels.shape)
@@ -119,12 +124,13 @@ class _Upsampled(torch.autograd.Function):
             own[rows] = x.gather(2, labels[rows, :, None].clamp(min=0))[..., 0]
             if ce:
                 log_sum[rows] = x.logsumexp(2)
-            if nel:
-                score = x.sigmoid()
+            if count:
+                first = x[..., :count]
+                score = first.sigmoid()
                 scores += score.index_select(2, present).sum(dim=(0, 1))
-                negatives += F.softplus(x).mul_(score).mul_(score).sum()
+                negatives += F.softplus(first).mul_(score).mul_(score).sum()
         ctx.save_for_backward(logits, labels, present, log_sum)
-        ctx.wanted = nel, ce
+        ctx.wanted = count, ce
         return negatives.mul_(1 - FOCAL_ALPHA), scores, own, log_sum
 
     @staticmethod
@@ -133,7 +139,7 @@ class _Upsampled(torch.autograd.Function):
         ctx: Any, of_negatives: Tensor, of_scores: Tensor, of_own: Tensor, of_log_sum: Tensor
     ) -> tuple[Tensor | None, ...]:
         logits, labels, present, log_sum = ctx.saved_tensors
-        nel, ce = ctx.wanted
+        count, ce = ctx.wanted
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
             tall = _resize(leaf, len(labels), logits.shape[1])
@@ -143,13 +149,13 @@ class _Upsampled(torch.autograd.Function):
                 band = tall[rows].detach().requires_grad_()
                 wide = _resize(band, len(labels[rows]), labels.shape[1])
             x = wide.detach()
-            if nel:
-                score = x.sigmoid()
-                gradient = _negative_gradient(x, score).mul_(of_negatives)
+            gradient = torch.zeros_like(x)
+            if count:
+                first = x[..., :count]
+                score = first.sigmoid()
+                gradient[..., :count] = _negative_gradient(first, score).mul_(of_negatives)
                 few = score.index_select(2, present)
                 gradient.index_add_(2, present, of_scores * few * (1 - few))
-            else:
-                gradient = torch.zeros_like(x)
             if ce:
                 gradient.addcmul_(x.sub_(log_sum[rows, :, None]).exp_(), of_log_sum[rows, :, None])
             gradient.scatter_add_(2, labels[rows, :, None].clamp(min=0), of_own[rows, :, None])

@@ -6,9 +6,15 @@ from pipeline.learning.pixel_loss import count_labelled, count_pairs, pixel_sums
 
 
 def losses(
-    features: Tensor, text_seen: Tensor, prototypes: Tensor, alpha: Tensor, beta: float, labels: Tensor
+    features: Tensor,
+    text_seen: Tensor,
+    prototypes: Tensor,
+    alpha: Tensor,
+    beta: float,
+    labels: Tensor,
+    nel_channels: int | None = None,
 ) -> dict[str, Tensor]:
-    """The sums, divided."""
-    sums = pixel_sums(features, text_seen, prototypes, alpha, beta, labels)
-    pairs = count_pairs(labels, len(text_seen) + len(prototypes))
-    return {"nel": sums["nel"] / pairs, "ce": sums["ce"] / count_labelled(labels)}
+    """The sums, divided; NEL of all channels, unless it is of the first few."""
+    count = len(text_seen) + len(prototypes) if nel_channels is None else nel_channels
+    sums = pixel_sums(features, text_seen, prototypes, alpha, beta, labels, count)
+    return {"nel": sums["nel"] / count_pairs(labels, count), "ce": sums["ce"] / count_labelled(labels)}

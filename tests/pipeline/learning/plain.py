@@ -10,13 +10,20 @@ FOCAL_WEIGHT, FOCAL_ALPHA, FOCAL_GAMMA = 100.0, 0.25, 2.0
 
 
 def pixel_losses(
-    features: Tensor, text_seen: Tensor, prototypes: Tensor, alpha: Tensor, beta: float, labels: Tensor
+    features: Tensor,
+    text_seen: Tensor,
+    prototypes: Tensor,
+    alpha: Tensor,
+    beta: float,
+    labels: Tensor,
+    nel_channels: int | None = None,
 ) -> dict[str, Tensor]:
     """Of the arguments of `pixel_sums`, both losses, divided by what they are to be divided by."""
     logits = classify(features, text_seen, prototypes, alpha, beta)
     if logits.shape[2:] != labels.shape[1:]:
         logits = nn.functional.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
-    return {"nel": nel(logits, labels), "ce": pixel_cross_entropy(logits, labels)}
+    own = labels if nel_channels is None else labels.where(labels < nel_channels, UNLABELLED)
+    return {"nel": nel(logits[:, :nel_channels], own), "ce": pixel_cross_entropy(logits, labels)}
 
 
 def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -81,15 +81,15 @@ def test_gradient_of_nel(shape: tuple[int, int, int, int], kind: str) -> None:
     assert_gradients(losses_of_logits(logits, labels)["nel"], plain_nel(logits, labels), logits)
 
 
-@pytest.mark.parametrize("size", [(2, 3), (6, 9), (5, 4), (1, 7), (3, 1)])
-def test_gradcheck(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("size", "nel_channels"), [((2, 3), 5), ((6, 9), 3), ((5, 4), 5), ((1, 7), 3), ((3, 1), 5)])
+def test_gradcheck(size: tuple[int, int], nel_channels: int) -> None:
     """Up, down and by no whole number; each loss with a weight of its own."""
     rng = np.random.default_rng(1)
     features, text, prototypes = leaf(draw(rng, 2, 4, 2, 3)), leaf(draw_unit(rng, 3, 4)), leaf(draw(rng, 2, 4))
     labels = torch.from_numpy(draw_labels(rng, "random", (2, 5, *size)))
 
     def total(*arguments: Tensor) -> Tensor:
-        sums = pixel_sums(*arguments, 2.0, labels)
+        sums = pixel_sums(*arguments, 2.0, labels, nel_channels)
         return 0.02 * sums["nel"] + 1.7 * sums["ce"]
 
     assert torch.autograd.gradcheck(total, (features, text, prototypes, leaf(np.array(1.3))), atol=1e-4)
@@ -115,14 +115,16 @@ def draw_problem(seed: int) -> tuple[list[Tensor], Tensor]:
     return [torch.tensor(array, dtype=torch.float32, requires_grad=True) for array in arrays], labels
 
 
+@pytest.mark.parametrize("of", ["all", "seen"])
 @pytest.mark.parametrize("seed", range(20))
-def test_plain_formula(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_formula(seed: int, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To 1e-5 in single precision, losses and gradients, within a quarter of its memory."""
     monkeypatch.setattr(pixel_loss, "CPU_BAND", 2**14)
     leaves, labels = draw_problem(seed)
+    nel_channels = len(leaves[1]) if of == "seen" else None
 
     def gradients(formula: Callable[..., dict[str, Tensor]], name: str, leaves: list[Tensor]) -> list[Tensor]:
-        found = formula(*leaves, 2.0, labels)
+        found = formula(*leaves, 2.0, labels, nel_channels)
         total = found["nel"] + found["ce"] if name == "both" else found[name]
         return [total.detach(), *torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)]
 
@@ -141,8 +143,9 @@ def test_plain_formula(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_loss_alone(name: str) -> None:
     """Equal to the bit to what it is beside the other, and the other is absent."""
     leaves, labels = draw_problem(4)
-    both = pixel_sums(*leaves, 2.0, labels)
-    alone = pixel_sums(*leaves, 2.0, labels, **{other: other == name for other in both})
+    count = len(leaves[1])
+    both = pixel_sums(*leaves, 2.0, labels, count)
+    alone = pixel_sums(*leaves, 2.0, labels, count if name == "nel" else 0, ce=name == "ce")
     assert list(alone) == [name] and torch.equal(alone[name], both[name])
     pairs = [torch.autograd.grad(sums[name], leaves) for sums in (alone, both)]
     for one, other in zip(*pairs, strict=True):
@@ -168,7 +171,8 @@ def test_autocast_sums_in_single_precision() -> None:
 
 def test_counts() -> None:
     labels = torch.tensor([[[0, 0], [2, -1]], [[2, 2], [2, 2]], [[-1, -1], [-1, -1]]])
-    assert count_pairs(labels, 4).item() == 3
+    assert count_pairs(labels, 4).item() == count_pairs(labels, 3).item() == 3
+    assert count_pairs(labels, 2).item() == 1
     assert count_labelled(labels).item() == 7
     assert count_pairs(labels[2:], 4).item() == count_labelled(labels[2:]).item() == 1
 
