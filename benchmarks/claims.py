@@ -18,9 +18,8 @@ def claims(folder: Path) -> str:
         if not (folder / f"{name}.csv").exists():
             continue
         results, table = read_csv(folder / f"{name}.csv"), read_ablation(name)[1]
-        seeds = len({result.seed for result in results})
         for sign in table.signs:
-            said, gain = verdict(sign, results)
+            said, gain, seeds = verdict(sign, results)
             rows = f"[{sign.better} against {sign.worse}](benchmarks/ablations/{name}.md)"
             measured = f"{SCORES[sign.score]} {gain}: {rows}"
             whose = "the paper" if sign.by_paper else "ours"

@@ -154,6 +154,12 @@ class Loss(Section):
     unit_features: bool = Field(False, description="Eq. 7 with R at unit length, in training; begin alpha near 1 / tau")
     label_stride: PositiveInt = Field(1, description="labels are compared at every n-th pixel; 1 is label size")
 
+    @model_validator(mode="after")
+    def _something_is_learnt(self) -> "Loss":
+        if not (self.global_ or self.nel or self.ce or self.bce):
+            raise ValueError("global, nel, ce and bce are all off: nothing is left to learn from")
+        return self
+
 
 class Train(Section):
     """The schedule: AdamW, linear warm-up, poly decay to 0 with power 1."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -15,12 +15,14 @@ from configs.ablation import Ablation, Sign
 from configs.errors import UserError
 from configs.load import as_settings
 from configs.schema import Config
+from pipeline.data.dataset import SegmentationDataset
 from stages.evaluate import evaluate, student_predictor
 from stages.inspect import summary, table
 from stages.precompute import precompute
 from stages.progress import say
-from stages.runs import RUNS, load_run, replace_file
+from stages.runs import RUNS, load_run, one_trainer, replace_file
 from stages.train import train
+from stages.training.provenance import commit
 
 RESULT = "result.json"
 SCORES = {"seen": "mIoU seen", "unseen": "mIoU unseen", "hiou": "hIoU", "purity": "purity"}
@@ -30,8 +32,9 @@ SCORES = {"seen": "mIoU seen", "unseen": "mIoU unseen", "hiou": "hIoU", "purity"
 class Result:
     """One run, a line of the CSV. Percentages, but gamma; purity is that of the cache's pseudo labels.
 
-    `fingerprint` names the resolved settings and the cache; `views` are those of the cache that training may use,
-    `shown` how many it was shown, `teacher_passes` how many of these met a live teacher.
+    `fingerprint` names the resolved settings, the cache, the student's first weights and the splits that are scored;
+    `views` are those of the cache that training may use, `shown` how many it was shown, `teacher_passes` how many of
+    these met a live teacher. `commit` is the code's, where it is a checkout; + that files differed from it.
     """
 
     row: str
@@ -47,6 +50,7 @@ class Result:
     views: int
     shown: int
     teacher_passes: int
+    commit: str = ""
 
 
 def ablate(
@@ -92,29 +96,45 @@ def ablate(
 
 def _result(row: str, seed: int, config: Config, data_root: Path, device: str) -> Result:
     cache = open_cache(precompute(config, data_root, None, device))
-    fingerprint = _fingerprint(config, cache)
+    fingerprint = _fingerprint(config, cache, data_root)
     run = RUNS / "ablations" / fingerprint
     file = run / RESULT
     if not file.exists():
         opened = load_run(train(config, cache, data_root, run, device), device)
         predict = student_predictor(opened.student, opened.text_features, config)
-        gamma, scores = evaluate(predict, config, data_root)
-        shown = config.train.iterations * config.train.batch_size
-        found = Result(
-            row, seed, fingerprint, cache.manifest.fingerprint, gamma, scores.pixel_accuracy, scores.miou_seen,
-            scores.miou_unseen, scores.hiou, 100 * _purity(cache, config, data_root),
-            len(cache.kept_rows) * config.views.count, shown, 0 if config.train.teacher == "cached" else shown,
-        )  # fmt: skip
-        replace_file(file, lambda aside: aside.write_text(json.dumps(asdict(found), indent=1)))
+        with one_trainer(run):  # nor does another process score it
+            gamma, scores = evaluate(predict, config, data_root)
+            shown = config.train.iterations * config.train.batch_size
+            found = Result(
+                row, seed, fingerprint, cache.manifest.fingerprint, gamma, scores.pixel_accuracy, scores.miou_seen,
+                scores.miou_unseen, scores.hiou, 100 * _purity(cache, config, data_root),
+                len(cache.kept_rows) * config.views.count, shown, 0 if config.train.teacher == "cached" else shown,
+                commit(),
+            )  # fmt: skip
+            replace_file(file, lambda aside: aside.write_text(json.dumps(asdict(found), indent=1)))
     try:
-        return Result(**{**json.loads(file.read_text()), "row": row, "seed": seed})
-    except (ValueError, TypeError) as error:
+        found = _typed({**json.loads(file.read_text()), "row": row, "seed": seed})
+        if found.fingerprint != fingerprint:
+            raise ValueError(f"it is of run {found.fingerprint}")
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is damaged ({error}): delete it, and run the same command again") from error
+    if found.commit != commit():
+        say(f"{run} was made at commit {found.commit or 'unknown'}, this is {commit()}: delete it to make it anew")
+    return found
 
 
-def _fingerprint(config: Config, cache: Cache) -> str:
-    content = json.dumps([as_settings(config), cache.manifest.fingerprint], sort_keys=True)
+def _fingerprint(config: Config, cache: Cache, data_root: Path) -> str:
+    splits = sorted({config.evaluate.split, "holdout"} & set(config.dataset.splits))
+    scored = [SegmentationDataset(config.dataset, data_root, split).digest() for split in splits]
+    weights = Path(config.student.weights)
+    first = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
+    content = json.dumps([as_settings(config), cache.manifest.fingerprint, first, scored], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def _typed(values: dict[str, Any]) -> Result:
+    kinds = get_type_hints(Result)
+    return Result(**{key: kinds[key](value) for key, value in values.items()})
 
 
 _purities: dict[tuple[str, int], float] = {}
@@ -139,35 +159,43 @@ def write_csv(path: Path, results: Sequence[Result]) -> None:
 
 def read_csv(path: Path) -> list[Result]:
     """What `write_csv` wrote."""
-    kinds = get_type_hints(Result)
     with path.open(newline="") as file:
-        return [Result(**{key: kinds[key](value) for key, value in line.items()}) for line in csv.DictReader(file)]
+        return [_typed(line) for line in csv.DictReader(file)]
 
 
-def scores_of(results: Sequence[Result], row: str, score: str) -> np.ndarray:
-    """(S,) a row's scores, seed by seed."""
-    return np.array([getattr(result, score) for result in results if result.row == row])
+def scores_of(results: Sequence[Result], row: str, score: str) -> dict[int, float]:
+    """A row's scores by seed."""
+    return {result.seed: getattr(result, score) for result in results if result.row == row}
 
 
-def verdict(sign: Sign, results: Sequence[Result]) -> tuple[str, str]:
-    """Whether the sign holds, and by how much: mean and range of the differences, seed by seed.
+def verdict(sign: Sign, results: Sequence[Result]) -> tuple[str, str, int]:
+    """Whether the sign holds, by how much (mean and range of the differences, seed by seed), and over how many seeds.
 
     Rows share a seed's order of images and, where they have the same modules, its first weights: what these do to both
-    is not in the difference. Beyond the seed spread: the better row's worst seed is above the other's best.
+    is not in the difference. Beyond the seed spread: the better row's worst seed is above the other's best. Undecided:
+    some seeds are for the claim, some against it. Seeds that one row lacks do not count.
     """
-    better, worse = (scores_of(results, row, sign.score) for row in (sign.better, sign.worse))
+    rows = [scores_of(results, row, sign.score) for row in (sign.better, sign.worse)]
+    seeds = sorted(rows[0].keys() & rows[1].keys())
+    if not seeds:
+        return "not measured", "", 0
+    better, worse = (np.array([row[seed] for seed in seeds]) for row in rows)
     gain = better - worse
-    if better.min() > worse.max():
+    if gain.max() <= 0:
+        said = "does not hold"
+    elif gain.min() <= 0:
+        said = "undecided"
+    elif len(seeds) > 1 and better.min() > worse.max():
         said = "holds beyond the seed spread"
-    elif gain.min() > 0:
-        said = "holds for every seed"
     else:
-        said = "holds in the mean only" if gain.mean() > 0 else "does not hold"
-    return said, spread(gain, "+.1f")
+        said = "holds for every seed" if len(seeds) > 1 else "holds for one seed"
+    return said, spread(gain, "+.1f"), len(seeds)
 
 
 def spread(values: np.ndarray, style: str = ".1f") -> str:
     """Mean and range of the seeds."""
+    if not len(values):
+        return ""
     mean, least, most = (format(value, style) for value in (values.mean(), values.min(), values.max()))
     return mean if len(values) == 1 or np.isnan(values).any() else f"{mean} ({least} to {most})"
 
@@ -196,12 +224,12 @@ def markdown(command: str, ablation: Ablation, results: Sequence[Result]) -> str
         "|---|---|---|---|---|---|",
     ]
     for row, settings in ablation.rows.items():
-        cells = [spread(scores_of(results, row, score)) for score in SCORES]
+        cells = [spread(np.array(list(scores_of(results, row, score).values()))) for score in SCORES]
         lines.append(f"| {row} | {' '.join(f'`{text}`' for text in settings)} | {' | '.join(cells)} |")
     if ablation.signs:
         lines += ["", "| claim | by the paper | measured | verdict |", "|---|---|---|---|"]
         for sign in ablation.signs:
-            said, gain = verdict(sign, results)
+            said, gain, _ = verdict(sign, results)
             measured = f"{SCORES[sign.score]}: {sign.better} {gain} over {sign.worse}"
             lines.append(f"| {sign.claim} | {'yes' if sign.by_paper else 'no'} | {measured} | {said} |")
     lines += ["", f"Teacher passes: {taken:,}; with the teacher live in every run: {live:,}."]
@@ -219,7 +247,7 @@ def _plot(path: Path, ablation: Ablation, results: Sequence[Result]) -> None:
     figure = Figure(figsize=(9, 1.2 + 0.45 * len(rows)), layout="constrained")
     for axes, score in zip(figure.subplots(1, 3, sharey=True), ("seen", "unseen", "hiou"), strict=True):
         for place, row in enumerate(rows):
-            values = scores_of(results, row, score)
+            values = np.array(list(scores_of(results, row, score).values()))
             axes.plot(values, [place] * len(values), "o", color="#0072b2", alpha=0.6)
             axes.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color="#d55e00")
         axes.set_xlabel(f"{SCORES[score]}, %")

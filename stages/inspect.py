@@ -46,7 +46,9 @@ def table(config: Config, cache: Cache, data_root: Path, rows: list[int]) -> lis
     """Every view of the chosen images (rows of the training split)."""
     dataset = SegmentationDataset(config.dataset, data_root, "train")
     check_cache(cache, config, dataset)
-    groups, clusters, views = (cache.load(name) for name in ("pseudo_labels", "kmeans_labels", "views"))
+    groups, clusters, views = (
+        cache.load(name, config.views.count) for name in ("pseudo_labels", "kmeans_labels", "views")
+    )
     grid, size = groups.shape[2], config.views.size
     found = []
     with progress_bar("inspect", len(rows), "images") as advance:

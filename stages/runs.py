@@ -86,7 +86,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         settings = yaml.safe_load((path / CONFIG).read_text())
-        if not isinstance(settings, dict):
+        if not isinstance(settings, dict) or not settings:
             raise ValueError("no settings in it")
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path / CONFIG} is damaged ({error}): train again, in another folder") from error
@@ -149,17 +149,17 @@ def load_run(path: Path, device: str = "cpu") -> Run:
             raise UserError(
                 f"{path} holds no {name}: it is no run, or one without a validation yet: run train --run {path}"
             )
+    settings = read_settings(path)
     try:
-        settings = yaml.safe_load((path / CONFIG).read_text())
         tensors = {}
         with safe_open(path / WEIGHTS, framework="pt") as file:
             iteration = int(file.metadata()["iteration"])
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 tensors[name] = file.get_tensor(name)
         text_features = tensors.pop(_TEXT)
-    except (yaml.YAMLError, SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(
-            f"{path}: {CONFIG} or {WEIGHTS} is damaged ({error}): train --run {path} puts back the last checkpoint's"
+            f"{path / WEIGHTS} is damaged ({error}): train --run {path} puts back the last checkpoint's"
         ) from error
     config = resolve(base=settings)
     student = Student(config.student, text_features.shape[1], load_weights=False)

@@ -22,7 +22,7 @@ from stages.training.learner import Learner, make_learner
 from stages.training.log import RunLog, import_wandb, is_validated
 from stages.training.pace import Pace
 from stages.training.pictures import attentions, few
-from stages.training.provenance import record_start
+from stages.training.provenance import check_same_cache, record_start
 from stages.training.ranks import anywhere, everyone_has, is_main, ranks, wait_for_all
 from stages.training.stopping import Stopped, outlive_signals, stop_on_signals
 from stages.training.validation import Validation
@@ -55,7 +55,7 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
     torch.manual_seed(schedule.seed)
     text_features = torch.from_numpy(cache.text_features).to(device)
     student = Student(config.student, text_features.shape[1]).to(device)
-    criterion = Criterion(config.loss, text_features[dataset.seen_indices]).to(device)
+    criterion = Criterion(config.loss, text_features[dataset.seen_indices], schedule.accumulate).to(device)
     learner = make_learner(config, student, criterion, device)
     validation_split = open_split(config.dataset, data_root, schedule.validate_on)
     path = Path(everyone_has(str(open_run(run, config)) if is_main() else ""))
@@ -70,6 +70,7 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
     with one_trainer(path) if is_main() else nullcontext():
         checkpoints = Checkpoints(path, schedule.keep_checkpoints)
         if is_main() and (resumed := _resume(learner, checkpoints)):
+            check_same_cache(path, cache)
             write_run(path)
         wait_for_all()
         if not is_main():  # only now are the damaged ones gone

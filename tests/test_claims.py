@@ -22,7 +22,7 @@ def test_readme_says_what_the_csvs_say() -> None:
 def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / "claims.py"))
     header = "row,seed,fingerprint,cache,gamma,pixel_accuracy,seen,unseen,hiou,purity,views,shown,teacher_passes\n"
-    for unseen, said in ((9, "holds beyond"), (3, "does not hold")):
+    for unseen, said in ((9, "holds for one seed"), (3, "does not hold")):
         lines = [f"{row},0,f,c,0,50,50,{value},20,90,10,10,0\n" for row, value in
                  (("all losses", unseen), ("no NEL", 5), ("no CE", 5), ("no BCE", 5), ("no GLM", 5))]  # fmt: skip
         (tmp_path / "losses.csv").write_text(header + "".join(lines))

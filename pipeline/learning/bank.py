@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class TokenBank:
-    """The CLS tokens of the last `iterations` batches, first in, first out, with the images they belong to."""
+    """The CLS tokens of the last `size` batches, first in, first out, with the images they belong to."""
 
-    def __init__(self, iterations: int) -> None:
-        self._batches: deque[tuple[Tensor, Tensor]] = deque(maxlen=iterations)
+    def __init__(self, size: int) -> None:
+        self._batches: deque[tuple[Tensor, Tensor]] = deque(maxlen=size)
 
     def enqueue(self, cls_tokens: Tensor, image_ids: Tensor) -> None:
         """Adds a batch, (B, C) and (B,); the oldest batch leaves when the bank is full."""

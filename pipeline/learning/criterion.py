@@ -18,14 +18,14 @@ AUXILIARY_WEIGHT = 0.4  # mmsegmentation's
 class Criterion(nn.Module):
     """Holds what is trained beside the student (alpha, the synthesizer), and the CLS token bank."""
 
-    def __init__(self, config: Loss, text_seen: Tensor) -> None:
-        """`text_seen`: (K, C) unit-length text features of the seen classes."""
+    def __init__(self, config: Loss, text_seen: Tensor, accumulate: int = 1) -> None:
+        """`text_seen`: (K, C) unit-length text features of the seen classes. `accumulate`: calls an iteration."""
         super().__init__()
         self.config = config
         self.register_buffer("text_seen", text_seen)
         self.alpha = nn.Parameter(torch.tensor(config.alpha))
         self.synthesizer = make_synthesizer(config.synthesizer, text_seen.shape[1])
-        self.bank = TokenBank(config.bank)
+        self.bank = TokenBank(config.bank * accumulate)
 
     def forward(
         self,

@@ -81,7 +81,7 @@ class Batches:
         if config.train.teacher != "cached":
             from stages.training.online import LiveTeacher  # and with it open_clip
 
-            self.teacher: Teacher = LiveTeacher(config, device)
+            self.teacher: Teacher = LiveTeacher(config, cache, device)
             live = self.teacher.live
         schedule, count = config.train, config.views.count  # the cache may hold more views
         samples = TrainingViews(

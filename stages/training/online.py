@@ -7,11 +7,14 @@ their last bits, and so may a pseudo label that they decide.
 from torch import Tensor, from_numpy
 from torch.random import fork_rng
 
+from cache.reader import Cache
+from configs.errors import UserError
 from configs.schema import Config
 from pipeline.data.training import LiveView
 from pipeline.data.views import normalise
 from pipeline.pseudo_labels import pseudo_labels
 from pipeline.teacher.clip import FrozenClip
+from pipeline.teacher.load import weights_fingerprint
 
 
 class LiveTeacher:
@@ -21,7 +24,14 @@ class LiveTeacher:
         live: what the loader must show it.
     """
 
-    def __init__(self, config: Config, device: str) -> None:
+    def __init__(self, config: Config, cache: Cache, device: str) -> None:
+        """UserError if the teacher's files are not those that `cache`, and with it the class features, were made by."""
+        for part, digest in weights_fingerprint(config.teacher).items():
+            if cache.manifest.settings["files"][part] != digest:
+                raise UserError(
+                    f"teacher.{part} {getattr(config.teacher, part)} has changed since {cache.location} was made: "
+                    "precompute again"
+                )
         self._device, self._pseudo_labels = device, config.pseudo_labels
         how = config.precompute
         with fork_rng(devices=[]):  # its random weights, where it has such, must not show in what the student draws

@@ -6,12 +6,15 @@ import re
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cache.reader import Cache
+from configs.errors import UserError
 from stages.runs import replace_file
 
 CODE = Path(__file__).parents[2]
@@ -57,6 +60,16 @@ def last_cache(run: Path) -> str | None:
     return str(found[-1]["cache"]) if found else None
 
 
+def check_same_cache(run: Path, cache: Cache) -> None:
+    """UserError if the run was last started with a cache of other content."""
+    found = starts(run)
+    if found and found[-1]["cache_fingerprint"] != cache.manifest.fingerprint:
+        raise UserError(
+            f"--run {run} was begun with cache {found[-1]['cache']}, and {cache.location} holds something else: name "
+            "the first by --cache, or choose another --run"
+        )
+
+
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit, and the files that differ from it, of the checkout whose root `folder` is; None where it is none."""
     try:
@@ -66,6 +79,13 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return {"commit": _git(folder, "rev-parse", "HEAD").strip(), "changed": changed}
     except (OSError, subprocess.SubprocessError):
         return None  # no git, or no commit
+
+
+@cache
+def commit() -> str:
+    """Of this program, short, with a + where its files differ from it; empty where it is no checkout."""
+    state = git_state(CODE)
+    return state["commit"][:12] + "+" * any(not line.startswith("??") for line in state["changed"]) if state else ""
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from configs.dataset import Dataset, Masks, Split, value_list
 from configs.load import as_settings
-from configs.schema import Config
+from configs.schema import Config, Loss
 
 SPLITS = {"train": {"images": "i/{id}.jpg", "masks": "m/{id}.png"}}
 DATASET: dict[str, Any] = {"name": "tiny", "splits": SPLITS, "classes": ["a", "b", "c", "d"], "unseen": ["d", "b"]}
@@ -191,3 +191,10 @@ def test_unseen_by_the_name_of_a_split() -> None:
         dataset = Dataset.model_validate(DATASET | {"unseen": name, "unseen_splits": named})
         assert dataset == Dataset.model_validate(DATASET | {"unseen": names, "unseen_splits": named})
         assert Dataset.model_validate(as_settings(dataset)) == dataset
+
+
+def test_a_training_without_losses_is_refused() -> None:
+    off = {"global": False, "nel": False, "ce": False}
+    assert Loss.model_validate(off).bce
+    with pytest.raises(ValidationError, match="nothing is left to learn from"):
+        Loss.model_validate({**off, "bce": False})

@@ -1,6 +1,8 @@
 """`ablate`: rows are trained and scored once, and what is said of them follows from the CSV."""
 
 import csv
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from cache.reader import open_cache
 from configs.ablation import Ablation, Sign, known_ablations, read_ablation
 from configs.load import resolve
-from stages.ablate import Result, passes, read_csv, spread, verdict, write_csv
+from pipeline.data.dataset import SegmentationDataset
+from stages.ablate import Result, _fingerprint, markdown, passes, read_csv, spread, verdict, write_csv
+from stages.inspect import table
 from tests.conftest import World, write_world
 
 TABLE = {
@@ -83,13 +88,49 @@ def test_a_row_run_anew_has_the_same_scores(world: World, tables: Path, tmp_path
     assert again == Result(**{**vars(first), "row": "other name"})
 
 
-def test_a_damaged_result_is_named(world: World, tables: Path) -> None:
-    file = world.folder / "runs" / "ablations" / read_csv(tables / "two.csv")[0].fingerprint / "result.json"
+@pytest.mark.parametrize("damage", ["cut short", "a score that is no number", "another run's", "a field too few"])
+def test_a_damaged_result_is_named(world: World, tables: Path, damage: str) -> None:
+    file, other = (
+        world.folder / "runs" / "ablations" / read_csv(tables / "two.csv")[index].fingerprint / "result.json"
+        for index in (0, 1)
+    )
     whole = file.read_text()
-    file.write_text(whole[:40])
+    values = json.loads(whole)
+    file.write_text({
+        "cut short": whole[:40],
+        "a score that is no number": json.dumps({**values, "hiou": "high"}),
+        "another run's": other.read_text(),
+        "a field too few": json.dumps({name: value for name, value in values.items() if name != "hiou"}),
+    }[damage])  # fmt: skip
     line = world.fails("ablate", "two.yaml", "--seeds", "2", "--data-root", world.data, "--config", world.config)
     file.write_text(whole)
     assert "result.json is damaged" in line and "delete it" in line
+
+
+def test_a_result_of_other_code_is_named_and_taken(world: World, tables: Path) -> None:
+    file = world.folder / "runs" / "ablations" / read_csv(tables / "two.csv")[0].fingerprint / "result.json"
+    whole = file.read_text()
+    file.write_text(json.dumps({**json.loads(whole), "commit": "0123456789ab"}))
+    done = world.run("ablate", "two.yaml", "--seeds", "2", "--data-root", world.data, "--config", world.config)
+    file.write_text(whole)
+    assert f"{file.parent.relative_to(world.folder)} was made at commit 0123456789ab" in done.stderr
+    assert read_csv(tables / "two.csv")[0].commit == "0123456789ab"
+
+
+def test_fingerprints_know_first_weights_and_what_is_scored(world: World, tables: Path, tmp_path: Path) -> None:
+    assert tables.exists()  # and with it data and a cache
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"some")
+    config = resolve(config=world.config, assignments=[f"student.weights={weights}"])
+    cache = open_cache(next(path for path in (world.folder / "caches").iterdir() if path.name != "text"))
+    data = tmp_path / "data"
+    shutil.copytree(world.data, data)
+    first = _fingerprint(config, cache, data)
+    weights.write_bytes(b"others")
+    second = _fingerprint(config, cache, data)
+    with SegmentationDataset(config.dataset, data, "val").root.joinpath("splits", "val.txt").open("r+") as file:
+        file.truncate(len(file.readline()))
+    assert len({first, second, _fingerprint(config, cache, data)}) == 3
 
 
 @pytest.mark.parametrize(
@@ -127,17 +168,39 @@ def test_csv_goes_round(tmp_path: Path) -> None:
         ((30, 32), (20, 29), "holds beyond the seed spread", "+6.5 (+3.0 to +10.0)"),
         ((30, 32), (20, 30), "holds for every seed", "+6.0 (+2.0 to +10.0)"),
         ((30, 40), (29, 39), "holds for every seed", "+1.0 (+1.0 to +1.0)"),
-        ((30, 32), (30, 31), "holds in the mean only", "+0.5 (+0.0 to +1.0)"),
-        ((30, 40), (39, 29), "holds in the mean only", "+1.0 (-9.0 to +11.0)"),
-        ((30, 32), (31, 31), "does not hold", "+0.0 (-1.0 to +1.0)"),
+        ((30, 32), (30, 31), "undecided", "+0.5 (+0.0 to +1.0)"),
+        ((30, 40), (39, 29), "undecided", "+1.0 (-9.0 to +11.0)"),
+        ((30, 32), (33, 31), "undecided", "-1.0 (-3.0 to +1.0)"),
+        ((30, 32), (30, 32), "does not hold", "+0.0 (+0.0 to +0.0)"),
         ((30, 32), (40, 41), "does not hold", "-9.5 (-10.0 to -9.0)"),
-        ((30,), (29,), "holds beyond the seed spread", "+1.0"),
+        ((30,), (29,), "holds for one seed", "+1.0"),
+        ((30,), (30,), "does not hold", "+0.0"),
+        ((30, 32, 1), (20, 29), "holds beyond the seed spread", "+6.5 (+3.0 to +10.0)"),
+        ((30, 32), (31,), "does not hold", "-1.0"),
+        ((30, 32), (), "not measured", ""),
     ],
 )
 def test_verdicts(better: tuple[float, ...], worse: tuple[float, ...], said: str, gain: str) -> None:
     found = [result("x", seed, hiou=value) for seed, value in enumerate(better)]
     found += [result("y", seed, hiou=value) for seed, value in enumerate(worse)]
-    assert verdict(Sign(claim="c", better="x", worse="y"), found) == (said, gain)
+    seeds = min(len(better), len(worse))
+    assert verdict(Sign(claim="c", better="x", worse="y"), found[::-1]) == (said, gain, seeds)
+
+
+def test_an_unfinished_table_has_a_page_all_the_same() -> None:
+    found = [result("x", 0), result("x", 1), result("y", 0, hiou=20.0)]
+    sign = Sign(claim="c", better="x", worse="y")
+    text = markdown("command", Ablation(title="t", rows={"x": (), "y": (), "z": ()}, signs=(sign,)), found)
+    assert "| z |  |  |  |  |  |" in text and "hIoU: x +10.0 over y | holds for one seed" in text
+
+
+def test_purity_is_that_of_the_views_that_are_asked_for(world: World) -> None:
+    crops = ("views.crop=random", "views.count=3", "views.ratio=[0.5, 1.5]")
+    world.run("precompute", "--config", world.config, "--cache", "caches/three", *(f"--set={text}" for text in crops))
+    cache = open_cache(world.folder / "caches" / "three")
+    for count in (1, 2):
+        config = resolve(config=world.config, assignments=[*crops, f"views.count={count}"])
+        assert [row.view for row in table(config, cache, world.data, [0, 1])] == [*range(count)] * 2
 
 
 def test_passes_count_a_cache_once_and_a_shared_run_once() -> None:

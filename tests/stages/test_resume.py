@@ -182,6 +182,18 @@ def test_settings_that_change_nothing_of_the_result_may_differ(
     assert (settings["workers"], settings["keep_checkpoints"]) == (1, 4)
 
 
+def test_another_cache_is_named(world: World, broken_off: Path) -> None:
+    """Of the same settings: labels made again from stored tokens."""
+    relabelled = world.folder / "caches" / "relabelled"
+    if not relabelled.exists():
+        world.run("precompute", "--only", "pseudo-labels", "--cache", "caches/tiny", "--config", world.config)
+        made = max((world.folder / "caches").glob("tiny-*"), key=lambda path: path.stat().st_mtime)
+        made.rename(relabelled)
+    line = world.fails("train", "--run", broken_off, "--cache", relabelled)
+    assert f"was begun with cache {world.folder}/caches/tiny" in line or "was begun with cache caches/tiny" in line
+    assert "--cache" in line and steps(broken_off) == [1, 2, 3, 4, 5]
+
+
 def test_a_run_has_one_trainer(world: World, broken_off: Path) -> None:
     with one_trainer(broken_off):
         assert "by another process" in world.fails("train", "--run", broken_off)

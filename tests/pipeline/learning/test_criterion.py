@@ -194,7 +194,18 @@ def test_iterations_fill_the_bank(bank: int) -> None:
         past.append(batch)
 
 
-@pytest.mark.parametrize("switches", list(product([False, True], repeat=4)))
+def test_accumulating_does_not_shorten_the_bank() -> None:
+    """Of three calls an iteration, the last two iterations."""
+    rng = np.random.default_rng(0)
+    criterion = Criterion(Loss(bank=2), torch.from_numpy(draw_unit(rng, 5, WIDTH)), accumulate=3).double()
+    drawn = [draw_batch(rng, "mixed")[0].tensors() for _ in range(9)]
+    for tensors in drawn:
+        criterion(*tensors)
+    kept = [tokens for tokens, _ in criterion.bank.state()]
+    assert len(kept) == 6 and all(torch.equal(a, tensors[1]) for a, tensors in zip(kept, drawn[3:], strict=True))
+
+
+@pytest.mark.parametrize("switches", list(product([False, True], repeat=4))[1:])
 def test_switches(switches: tuple[bool, ...]) -> None:
     """A loss that is off is absent, and the others are what they were."""
     batch, text_seen = draw_batch(np.random.default_rng(2), "mixed")

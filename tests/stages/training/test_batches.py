@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cache.reader import Cache, open_cache
+from configs.errors import UserError
 from configs.load import resolve
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
@@ -18,6 +19,7 @@ from pipeline.data.training import TrainingViews
 from pipeline.data.views import draw_views, normalise
 from stages.training import batches
 from stages.training.batches import Batch, Batches
+from stages.training.online import LiveTeacher
 from tests.conftest import World
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -87,6 +89,14 @@ def test_a_live_teacher_says_what_the_cache_holds(world: World, crops: str) -> N
             assert torch.equal(getattr(one, name), getattr(other, name)), name
         torch.testing.assert_close(one.cls_tokens, other.cls_tokens, rtol=2**-11, atol=2e-6)
         assert not torch.equal(one.cls_tokens, other.cls_tokens)  # it is not read from the cache
+
+
+@pytest.mark.parametrize("part", ["model", "pretrained"])
+def test_a_live_teacher_is_the_one_that_made_the_cache(world: World, crops: str, part: str) -> None:
+    config, cache, _ = opened(world, crops, "train.teacher=online")
+    cache.manifest.settings["files"][part] = "of other bytes"
+    with pytest.raises(UserError, match=rf"teacher.{part} .*tiny-vit.* has changed since .*cropped was made"):
+        LiveTeacher(config, cache, "cpu")
 
 
 def test_fresh_views_are_the_recorded_ones_first_and_new_ones_in_every_epoch(world: World, crops: str) -> None:
