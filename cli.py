@@ -90,7 +90,8 @@ def precompute(
         if scheduler or dry_run:
             raise UserError("--only pseudo-labels runs in this process: drop --scheduler and --dry-run")
         opened, settings = open_cache(cache, dataset, config, with_flags(set_, flags), runlocal)
-        recluster(settings, opened)
+        with resumable():
+            recluster(settings, opened)
         return
     from stages.precompute import precompute as stage
 

@@ -3,15 +3,15 @@
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
 
 from cache.reader import Cache, open_cache
-from configs.ablation import Ablation, Sign
+from configs.ablation import Ablation, Sign, known_ablations
 from configs.errors import UserError
 from configs.load import as_settings
 from configs.schema import Config
@@ -65,8 +65,8 @@ def ablate(
 ) -> list[Path]:
     """Runs every row with every seed, unless it is done, and writes OUTPUT/NAME.csv (after each), .md and .png.
 
-    A row's run is kept in runs/ablations under its fingerprint: tables share what they have in common. Every gamma is
-    the best on the split `holdout`, where `evaluate.gamma` is auto.
+    Done is what stands in a table in OUTPUT, or in runs/ablations, under its fingerprint: tables share what they have
+    in common. Every gamma is the best on the split `holdout`, where `evaluate.gamma` is auto.
 
     Args:
         name, ablation, seeds: what is run.
@@ -84,21 +84,28 @@ def ablate(
         for seed in range(seeds)
     }  # all, before the first hour of training: a misspelt setting is found now
     files = [output / f"{name}{ending}" for ending in (".csv", ".md", ".png")]
-    results: list[Result] = []
+    tables = [output / f"{table}.csv" for table in {name, *known_ablations()}]
+    known = {found.fingerprint: found for table in tables if table.exists() for found in read_csv(table)}
+    found = {(one.row, one.seed): one for one in read_csv(files[0])} if files[0].exists() else {}
     for number, ((row, seed), config) in enumerate(chosen.items(), 1):
         say(f"{name} {number}/{len(chosen)}: {row}, seed {seed}")
-        results.append(_result(row, seed, config, data_root, device))
-        write_csv(files[0], results)
+        found[row, seed] = _result(row, seed, config, data_root, device, known)
+        write_csv(files[0], [found[key] for key in chosen if key in found])
+    results = [found[key] for key in chosen]
     files[1].write_text(markdown(command, ablation, results))
     _plot(files[2], ablation, results)
     return files
 
 
-def _result(row: str, seed: int, config: Config, data_root: Path, device: str) -> Result:
+def _result(
+    row: str, seed: int, config: Config, data_root: Path, device: str, known: Mapping[str, Result]
+) -> Result:
     cache = open_cache(precompute(config, data_root, None, device))
     fingerprint = _fingerprint(config, cache, data_root)
     run = RUNS / "ablations" / fingerprint
     file = run / RESULT
+    if fingerprint in known:
+        return _of_now(replace(known[fingerprint], row=row, seed=seed))
     if not file.exists():
         opened = load_run(train(config, cache, data_root, run, device), device)
         predict = student_predictor(opened.student, opened.text_features, config)
@@ -118,8 +125,15 @@ def _result(row: str, seed: int, config: Config, data_root: Path, device: str) -
             raise ValueError(f"it is of run {found.fingerprint}")
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is damaged ({error}): delete it, and run the same command again") from error
+    return _of_now(found)
+
+
+def _of_now(found: Result) -> Result:
     if found.commit != commit():
-        say(f"{run} was made at commit {found.commit or 'unknown'}, this is {commit()}: delete it to make it anew")
+        say(
+            f"{found.fingerprint} was made at commit {found.commit or 'unknown'}, this is {commit()}: delete it from "
+            "the tables and from runs/ablations to make it anew"
+        )
     return found
 
 
@@ -249,7 +263,8 @@ def _plot(path: Path, ablation: Ablation, results: Sequence[Result]) -> None:
         for place, row in enumerate(rows):
             values = np.array(list(scores_of(results, row, score).values()))
             axes.plot(values, [place] * len(values), "o", color="#0072b2", alpha=0.6)
-            axes.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color="#d55e00")
+            if len(values):
+                axes.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color="#d55e00")
         axes.set_xlabel(f"{SCORES[score]}, %")
         axes.set_yticks(range(len(rows)), rows)
         axes.grid(axis="x", alpha=0.3)

@@ -22,6 +22,7 @@ from stages.precompute import precompute
 from stages.progress import output, say
 from stages.runs import load_run
 from stages.train import train
+from stages.training.provenance import begun_with
 
 DATA = Path("data")
 PICTURES = 6  # images in each picture
@@ -46,13 +47,20 @@ class Result:
 def demo(folder: Path, seeds: Sequence[int], assignments: Sequence[str], device: str) -> None:
     """Runs everything and writes FOLDER/scenes.md, pseudo-labels.png and predictions.png.
 
+    A training that was begun before, with the same settings and cache, is gone on with.
+
     Args:
         seeds: training seeds; each trains the full method and the method without GLM against the one cache.
         assignments: `--set` texts for every step.
     """
     started = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
     config = resolve("scenes", assignments=assignments)
+    chosen = {
+        (what, seed): resolve("scenes", assignments=[*assignments, f"train.seed={seed}", switch])
+        for seed in seeds
+        for what, switch in (("student", "loss.global=true"), ("student without GLM", "loss.global=false"))
+    }
+    folder.mkdir(parents=True, exist_ok=True)
     say("1/4 stage one: the teacher runs once")
     cache = open_cache(precompute(config, DATA, None, device))
     pseudo = summary(table(config, cache, DATA, cache.kept_rows.tolist()))
@@ -62,33 +70,36 @@ def demo(folder: Path, seeds: Sequence[int], assignments: Sequence[str], device:
     teacher = teacher_predictor(config, device)
     teacher_gamma, teacher_scores = evaluate(teacher, config, DATA)
     results = [Result("teacher's dense tokens", "-", teacher_gamma, teacher_scores)]
-    for seed in seeds:
-        for what, switch in (("student", "loss.global=true"), ("student without GLM", "loss.global=false")):
-            say(f"3/4 stage two: {what}, seed {seed}")
-            settings = resolve("scenes", assignments=[*assignments, f"train.seed={seed}", switch])
-            run = load_run(train(settings, cache, DATA, None, device), device)
-            predict = student_predictor(run.student, run.text_features, settings)
-            gamma, scores = evaluate(predict, settings, DATA)
-            results.append(Result(what, str(seed), gamma, scores))
-            if seed == seeds[0] and what == "student":
-                pair = (predict, gamma), (teacher, teacher_gamma)
-                pictures.append(_predictions(config, pair, folder / "predictions.png"))
+    done_before = 0
+    for (what, seed), settings in chosen.items():
+        say(f"3/4 stage two: {what}, seed {seed}")
+        before = begun_with(settings, cache)
+        done_before += before is not None
+        run = load_run(train(settings, cache, DATA, before, device), device)
+        predict = student_predictor(run.student, run.text_features, settings)
+        gamma, scores = evaluate(predict, settings, DATA)
+        results.append(Result(what, str(seed), gamma, scores))
+        if len(results) == 2:  # the teacher's and the first student's
+            pair = (predict, gamma), (teacher, teacher_gamma)
+            pictures.append(_predictions(config, pair, folder / "predictions.png"))
 
     say("4/4 results")
-    minutes = (time.perf_counter() - started) / 60
+    took = f"{(time.perf_counter() - started) / 60:.1f} minutes"
+    if done_before:
+        took += f", and before that {done_before} of {len(chosen)} trainings, or parts of them"
     report = folder / "scenes.md"
-    report.write_text(_markdown(config, results, pseudo, seeds, assignments, minutes))
+    report.write_text(_markdown(config, results, pseudo, seeds, assignments, took))
     shown = Table(*HEADER)
     for result in results:
         shown.add_row(*result.cells())
     output.print(shown)
     for line in (
         *_findings(results, pseudo),
-        f"{minutes:.1f} minutes",
+        took,
         f"table: {report}",
         *(f"picture: {p}" for p in pictures),
     ):
-        output.print(line, highlight=False)
+        output.print(line, highlight=False, markup=False)
 
 
 def _predictions(config: Config, predictors: tuple[tuple[Predictor, float], ...], path: Path) -> Path:
@@ -132,13 +143,13 @@ def _markdown(
     pseudo: dict[str, float],
     seeds: Sequence[int],
     assignments: Sequence[str],
-    minutes: float,
+    took: str,
 ) -> str:
     command = f"clip-zss demo --seeds {','.join(map(str, seeds))}" + "".join(f" --set {text}" for text in assignments)
     lines = [
         f"# {config.dataset.name}: the student against its teacher, with and without GLM",
         "",
-        f"`{command}`, {minutes:.1f} minutes on {os.cpu_count()} CPU cores "
+        f"`{command}`, {took}, on {os.cpu_count()} CPU cores "
         f"({platform.machine()}, Python {platform.python_version()}).",
         f"Test split `{config.evaluate.split}`; every gamma is the best on the split `holdout`, which is "
         "neither trained nor tested on.",

@@ -53,11 +53,15 @@ def student_predictor(student: Student, text_features: Tensor, config: Config) -
 
 
 def teacher_predictor(config: Config, device: str) -> Predictor:
-    """The teacher's own zero-shot dense prediction: cosine of its dense tokens and the class features."""
+    """The teacher's own zero-shot dense prediction among the classes of `config.dataset`."""
     from pipeline.teacher.clip import FrozenClip  # only here: nothing else in evaluation may load CLIP
 
     teacher = FrozenClip(config.teacher, device)
-    text_features = torch.from_numpy(class_features(config, lambda: teacher)).to(device)
+    return dense_predictor(teacher, torch.from_numpy(class_features(config, lambda: teacher)).to(device), config)
+
+
+def dense_predictor(teacher: "FrozenClip", text_features: Tensor, config: Config) -> Predictor:
+    """Cosine of the teacher's dense tokens and `text_features` (K, C)."""
 
     def classify(pixels: Tensor) -> Tensor:
         height, width = pixels.shape[-2:]

@@ -19,14 +19,14 @@ from torch import nn
 from configs.errors import UserError
 from configs.schema import Config
 from pipeline.data.dataset import BrokenFile
-from pipeline.data.photos import find_photos, read_photo
+from pipeline.data.photos import find_photos, read_photo, upright_rgb
 from pipeline.data.views import normalise
 from pipeline.inference import short_side_to
 from pipeline.learning.glm import attention
 from pipeline.metrics import calibrated_argmax
 from pipeline.pictures import contact_sheet, legend, lit, overlay, palette, stacked
 from stages.devices import choose_device
-from stages.evaluate import Predictor, student_predictor, teacher_predictor
+from stages.evaluate import Predictor, dense_predictor, student_predictor
 from stages.progress import progress_bar
 from stages.runs import Run, load_run
 from stages.words import Vocabulary, vocabulary
@@ -75,7 +75,7 @@ class Segmenter:
         """Segments one image.
 
         Args:
-            image: (H, W, 3) uint8 RGB, a PIL image, or a file's path.
+            image: (H, W, 3) uint8 RGB, a PIL image, or a file's path; these two as `read_photo` reads a file.
             classes: K words, synonyms as in `cow|bull|calf`. New ones meet CLIP's text tower once; their features are
                 kept below caches/text/.
 
@@ -83,20 +83,23 @@ class Segmenter:
             (H, W) uint8: for each pixel the index in `classes`.
 
         Raises:
-            UserError: words as in `parse_words`; a file that is no image; new words, but no text tower.
+            UserError: words as in `parse_words`; no image; new words, but no text tower.
         """
         if isinstance(image, str | Path):
             image = read_photo(Path(image))
         elif isinstance(image, Image.Image):
-            image = np.asarray(image.convert("RGB"))
+            image = upright_rgb(image, "image")
+        elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise UserError(f"an image array is (H, W, 3) uint8, RGB, not {image.shape} {image.dtype}")
         words = self.vocabulary(classes)
         return segment(student_predictor(self.run.student, words.features, words.config), image, words, self.gamma)
 
     def vocabulary(self, classes: Sequence[str] | None = None) -> Vocabulary:
         """The words, parsed, with their features."""
-        key = tuple(classes or self.classes)
+        words = self.classes if classes is None else classes
+        key = tuple(words)
         if key not in self._vocabularies:
-            self._vocabularies[key] = vocabulary(self.run, key)
+            self._vocabularies[key] = vocabulary(self.run, words)
         return self._vocabularies[key]
 
 
@@ -122,8 +125,8 @@ def predict(
     output.mkdir(parents=True, exist_ok=True)
     words = segmenter.vocabulary(classes)
     device = str(segmenter.run.text_features.device)
-    by_teacher = teacher_predictor(words.config, device) if compare else None
-    teacher = _teacher(words.config, device) if show_attention else None
+    teacher = _teacher(words.config, device) if compare or show_attention else None
+    by_teacher = dense_predictor(teacher, words.features, words.config) if teacher and compare else None
     failures = []
     with progress_bar("predict", len(files), "photos") as advance:
         for file in files:
@@ -145,7 +148,7 @@ def predict(
                 sheet = contact_sheet([row], ("photo", "teacher, dense", "student"), [file.name], 512)
                 both = np.concatenate([mask.ravel(), other.ravel()])
                 stacked([sheet, _legend(both, words)]).save(output / f"{file.name}.compare.png")
-            if teacher:
+            if teacher and show_attention:
                 weights = cls_attention(segmenter.run, teacher, photo)
                 Image.fromarray(lit(small, weights)).save(output / f"{file.name}.attention.png")
             advance()

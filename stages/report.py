@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -16,12 +16,14 @@ from configs.dataset import Dataset
 from configs.load import known_datasets, resolve
 from configs.schema import Config
 from pipeline.metrics import Scores
-from stages.bench import HEADER, Row
 from stages.datasets import Check
 from stages.inspect import PseudoLabelRow, summary
 from stages.overview import CacheEntry, Entry, RunEntry
 from stages.plan import duration, size, timed_runs
 from stages.progress import output
+
+if TYPE_CHECKING:
+    from stages.bench import Row
 
 SCORE_NAMES = {"hiou": "hIoU", "miou": "mIoU"}
 
@@ -37,10 +39,10 @@ def score_table(name: str, config: Config, gamma: float, scores: Scores) -> None
     values = {"pAcc": scores.pixel_accuracy, "mIoU": scores.miou}
     if config.dataset.unseen:
         values |= {"mIoU seen": scores.miou_seen, "mIoU unseen": scores.miou_unseen, "hIoU": scores.hiou}
-    overall = Table(*values)
+    overall = _folded(*values)
     overall.add_row(*(f"{value:.1f}" for value in values.values()))
     output.print(overall)
-    classes = Table("class", "", "IoU")
+    classes = _folded("class", "", "IoU")
     for label, iou in zip(config.dataset.classes, scores.iou, strict=True):
         classes.add_row(
             escape(label), "unseen" if label in config.dataset.unseen else "", "-" if math.isnan(iou) else f"{iou:.1f}"
@@ -60,7 +62,7 @@ def score_report(name: str, config: Config, gamma: float, scores: Scores) -> dic
 
 def pseudo_label_table(rows: Sequence[PseudoLabelRow]) -> None:
     """One line a view, then the means."""
-    table = Table("image", "view", "K-means regions", "fused groups", "coverage", "purity")
+    table = _folded("image", "view", "K-means regions", "fused groups", "coverage", "purity")
     for row in rows:
         purity = "-" if math.isnan(row.purity) else f"{row.purity:.2f}"
         table.add_row(
@@ -74,7 +76,7 @@ def pseudo_label_table(rows: Sequence[PseudoLabelRow]) -> None:
 
 def dataset_list() -> None:
     """Every dataset in configs/datasets/."""
-    table = Table("dataset", "classes", "unseen", "images")
+    table = _folded("dataset", "classes", "unseen", "images")
     for name in known_datasets():
         config = resolve(name).dataset
         counts = ", ".join(f"{split} {files.count or '?'}" for split, files in config.splits.items())
@@ -95,7 +97,7 @@ def dataset_layout(config: Dataset, data_root: Path) -> None:
         for listing in files.ids:
             _print(f"  ids     {listing}")
     values, ignored = config.value_of_class(None), ", ".join(map(str, config.ignore_index))
-    classes = Table("value", "class", "", "in prompts")
+    classes = _folded("value", "class", "", "in prompts")
     for value, name, synonyms in zip(values, config.classes, config.synonyms, strict=True):
         unseen = "unseen" if name in config.unseen else ""
         classes.add_row(str(value), escape(name), unseen, escape(", ".join(synonyms)))
@@ -119,7 +121,7 @@ def check_report(config: Dataset, found: Check) -> dict[str, Any]:
 
 def check_table(config: Dataset, found: Check) -> None:
     """The class histogram, then every fault."""
-    table = Table("class", "", "images", "pixels", "share")
+    table = _folded("class", "", "images", "pixels", "share")
     total = max(int(found.pixels.sum()), 1)
     for name, images, pixels in zip(config.classes, found.images.tolist(), found.pixels.tolist(), strict=True):
         unseen = "unseen" if name in config.unseen else ""
@@ -130,9 +132,11 @@ def check_table(config: Dataset, found: Check) -> None:
         _print(f"fault: {fault}")
 
 
-def bench_table(rows: Sequence[Row]) -> None:
+def bench_table(rows: Sequence["Row"]) -> None:
     """Times and ratios of `bench inference`."""
-    table = Table(*HEADER)
+    from stages.bench import HEADER  # and with it open_clip, which no other table needs
+
+    table = _folded(*HEADER)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row.cells()))
     output.print(table)
@@ -149,7 +153,7 @@ def cache_table(found: Info) -> None:
     )
     for name, borrowed in sorted(manifest.borrowed.items()):
         _print(f"{name}: in {borrowed.cache}")
-    sizes = Table("array", "shape", "type", "bytes", "bytes a view")
+    sizes = _folded("array", "shape", "type", "bytes", "bytes a view")
     for name, spec in manifest.arrays.items():
         shape = (manifest.images, manifest.array_views(name), *spec.tail)
         total = found.array_bytes[name]

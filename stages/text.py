@@ -13,7 +13,7 @@ from cache.sealed import sha256
 from cache.store import open_store
 from configs.schema import Config
 from stages.caches import CACHES
-from stages.progress import progress_bar, say
+from stages.progress import progress_bar
 
 
 class TextTower(Protocol):
@@ -45,5 +45,4 @@ def class_features(config: Config, teacher: Callable[[], TextTower], width: int 
         with progress_bar(f"class features of {dataset.name}"):
             features = teacher().text_features(dataset.synonyms, dataset.templates).cpu().numpy()
         open_store(path.parent).write(path.name, save({"text_features": features}))
-        say(f"class features: {path}")
     return read_text_features(path, len(dataset.classes), width)

@@ -1,8 +1,10 @@
 """Words that a user wants to segment by, and their features: CLIP is only asked for those that are new to a run."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,11 +42,11 @@ def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def read_words(classes: str) -> list[str]:
-    """What --classes says: words between commas, or the lines of the text file of that name."""
+    """What --classes says: words between commas or line ends, or the lines of the text file of that name."""
     if not os.path.isfile(classes):  # Path.is_file raises where the words are too long for a path
-        return classes.split(",")
+        return re.split("[,\n]", classes)
     try:
-        return [line for line in Path(classes).read_text().splitlines() if line.strip()]
+        return [line for line in Path(classes).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(f"--classes {classes} is no text file ({error.reason}): one class a line, in UTF-8") from error
 
@@ -70,20 +72,27 @@ class Vocabulary:
 
 
 def vocabulary(run: Run, words: Sequence[str]) -> Vocabulary:
-    """Names of the training vocabulary keep the run's features and need no CLIP; others meet its text tower, once."""
+    """Names of the training vocabulary keep the run's features and need no CLIP; others meet its text tower, once.
+
+    Raises:
+        UserError: as `parse_words`; or there is no text tower.
+    """
+    if isinstance(words, str):
+        raise UserError(f"classes are a list of words, such as [{words!r}], not one text")
     parsed, trained = parse_words(words), run.config.dataset
     known = {name: row for row, name in enumerate(trained.classes)}
     new = {name: names for name, names in parsed.items() if names != (name,) or name not in known}
     rows = {name: run.text_features[known[name]] for name in parsed if name not in new}
-    if new:
 
-        def teacher() -> "FrozenClip":
-            from pipeline.teacher.clip import FrozenClip
+    @cache
+    def teacher() -> "FrozenClip":
+        from pipeline.teacher.clip import FrozenClip
 
-            return FrozenClip(run.config.teacher)
+        return FrozenClip(run.config.teacher)
 
-        features = torch.from_numpy(class_features(_with_classes(run.config, new), teacher, run.text_features.shape[1]))
-        rows |= dict(zip(new, features.to(run.text_features.device), strict=True))
+    for name, names in new.items():  # each is kept by itself: another list may have it too
+        (row,) = class_features(_with_classes(run.config, {name: names}), teacher, run.text_features.shape[1])
+        rows[name] = torch.from_numpy(row).to(run.text_features.device)
     seen = [index for index, name in enumerate(parsed) if name in known and known[name] in trained.seen_indices]
     unseen = [index for index in range(len(parsed)) if index not in seen]
     return Vocabulary(_with_classes(run.config, parsed), torch.stack([rows[name] for name in parsed]), seen, unseen)

@@ -166,9 +166,9 @@ def train_text(model: CLIP, tokenizer: open_clip.SimpleTokenizer, rng: np.random
 def share_direction(model: CLIP, tokenizer: open_clip.SimpleTokenizer, scenes: int = 300) -> None:
     """Adds one direction to all text features, so that those of two classes have a cosine of about TEXT_COSINE.
 
-    Without it, features of classes are orthogonal, which CLIP's are not: there a push at the logits of seen classes moves
-    those of unseen ones as well, since most of what one text says, all say. The direction is one that images hardly have
-    (CLIP's modality gap), of those that tell no classes apart and that the last norm's bias can reach: predictions stay.
+    Without it, features of classes are orthogonal, which CLIP's are not: there a push at the logits of seen classes
+    moves those of unseen ones as well, since most of what one text says, all say. The direction is one that images
+    hardly have (CLIP's modality gap), of those that tell no classes apart and that the last norm's bias can reach.
     """
     texts = model.encode_text(tokenizer([t.format(name) for name in CLASSES for t in TEMPLATES])).double()
     images = np.stack([render_scene(scene_rng("pretrain_eval", 10_000 + i))[0] for i in range(scenes)])

@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
+from cache.manifest import different_settings
 from cache.reader import Cache
 from configs.errors import UserError
-from stages.runs import replace_file
+from configs.load import as_settings
+from configs.schema import Config
+from stages.runs import CONFIG, FREE, RUNS, read_settings, replace_file
 
 CODE = Path(__file__).parents[2]
 FILE = "run.json"
@@ -58,6 +61,15 @@ def last_cache(run: Path) -> str | None:
     """The location of the cache that the run was last started with; None where no record says so."""
     found = starts(run)
     return str(found[-1]["cache"]) if found else None
+
+
+def begun_with(config: Config, cache: Cache) -> Path | None:
+    """The newest run below runs/ that has these settings, but for FREE, and was begun with this cache, if any."""
+    for file in sorted(RUNS.glob(f"*/{CONFIG}"), key=lambda file: file.stat().st_mtime, reverse=True):
+        same_cache = any(start["cache_fingerprint"] == cache.manifest.fingerprint for start in starts(file.parent)[-1:])
+        if same_cache and not different_settings(read_settings(file.parent), as_settings(config), free=FREE):
+            return file.parent
+    return None
 
 
 def check_same_cache(run: Path, cache: Cache) -> None:

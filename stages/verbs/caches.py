@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 
 from configs.errors import UserError
-from stages.verbs.options import DATA, DataRootOption, DeviceOption, JsonOption, device_of, print_result
+from stages.verbs.options import (
+    DATA,
+    DataRootOption,
+    DeviceOption,
+    JsonOption,
+    device_of,
+    print_result,
+    resumable,
+)
 
 app = typer.Typer(
     no_args_is_help=True, help="What a cache holds, whether every byte of it is as it was written, and how to mend it."
@@ -52,7 +60,8 @@ def cache_repair(location: LocationArgument, data_root: DataRootOption = DATA, d
     from stages.maintenance import repair
     from stages.report import damage_list
 
-    damage_list(repair(location, data_root, device_of(device)))
+    with resumable():
+        damage_list(repair(location, data_root, device_of(device)))
 
 
 @app.command("gc")

@@ -107,7 +107,8 @@ def predict(
     from stages.words import read_words
 
     segmenter = Segmenter.load(run or newest_run(), device_of(device), gamma)
-    failures = stage(segmenter, photos, read_words(classes) if classes else None, output, rle, compare, attention)
+    words = None if classes is None else read_words(classes)
+    failures = stage(segmenter, photos, words, output, rle, compare, attention)
     for line in failures:
         typer.echo(f"left out: {line}", err=True)
     typer.echo(f"results: {output}")

@@ -39,7 +39,8 @@ def demo(
         chosen = [int(seed) for seed in seeds.split(",")]
     except ValueError as error:
         raise UserError(f"--seeds {seeds}: write numbers separated by commas") from error
-    stage(output, chosen, set_, device_of(device))
+    with resumable():
+        stage(output, chosen, set_, device_of(device))
 
 
 def ablate(

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -80,11 +81,12 @@ def test_a_row_run_anew_has_the_same_scores(world: World, tables: Path, tmp_path
     first = read_csv(tables / "two.csv")[0]
     (world.folder / "runs" / "ablations").rename(tmp_path / "aside")
     try:
-        world.run("ablate", "again.yaml", "--seeds", "1", "--data-root", world.data, "--config", world.config)
+        world.run("ablate", "again.yaml", "--seeds", "1", "--data-root", world.data, "--config", world.config,
+                  "--output", tmp_path)  # fmt: skip
     finally:
         (world.folder / "runs" / "ablations").rename(tmp_path / "anew")
         (tmp_path / "aside").rename(world.folder / "runs" / "ablations")
-    (again,) = read_csv(tables / "again.csv")
+    (again,) = read_csv(tmp_path / "again.csv")
     assert again == Result(**{**vars(first), "row": "other name"})
 
 
@@ -102,7 +104,8 @@ def test_a_damaged_result_is_named(world: World, tables: Path, damage: str) -> N
         "another run's": other.read_text(),
         "a field too few": json.dumps({name: value for name, value in values.items() if name != "hiou"}),
     }[damage])  # fmt: skip
-    line = world.fails("ablate", "two.yaml", "--seeds", "2", "--data-root", world.data, "--config", world.config)
+    line = world.fails("ablate", "two.yaml", "--seeds", "2", "--data-root", world.data, "--config", world.config,
+                       "--output", "elsewhere")  # fmt: skip
     file.write_text(whole)
     assert "result.json is damaged" in line and "delete it" in line
 
@@ -111,10 +114,32 @@ def test_a_result_of_other_code_is_named_and_taken(world: World, tables: Path) -
     file = world.folder / "runs" / "ablations" / read_csv(tables / "two.csv")[0].fingerprint / "result.json"
     whole = file.read_text()
     file.write_text(json.dumps({**json.loads(whole), "commit": "0123456789ab"}))
-    done = world.run("ablate", "two.yaml", "--seeds", "2", "--data-root", world.data, "--config", world.config)
+    shutil.rmtree(world.folder / "elsewhere", ignore_errors=True)
+    done = world.run("ablate", "two.yaml", "--seeds", "2", "--data-root", world.data, "--config", world.config,
+                     "--output", "elsewhere")  # fmt: skip
     file.write_text(whole)
-    assert f"{file.parent.relative_to(world.folder)} was made at commit 0123456789ab" in done.stderr
-    assert read_csv(tables / "two.csv")[0].commit == "0123456789ab"
+    assert f"{file.parent.name} was made at commit 0123456789ab" in done.stderr
+    assert read_csv(world.folder / "elsewhere" / "two.csv")[0].commit == "0123456789ab"
+
+
+def test_a_table_knows_what_it_holds_and_what_others_hold(world: World, tables: Path, tmp_path: Path) -> None:
+    """Nothing is trained, though no run is left; what a table holds and does not reach again stays in it."""
+    lines = (tables / "two.csv").read_text().splitlines(keepends=True)
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    (folder / "bank.csv").write_text("".join(lines[:4]))  # as if the paper's table held the first three
+    (folder / "two.csv").write_text(lines[0] + "".join(lines[4:]))
+    (world.folder / "runs" / "ablations").rename(tmp_path / "aside")
+    written = []
+    try:
+        with mock.patch("stages.ablate.write_csv", lambda path, results: written.append(len(results))):
+            world.run("ablate", "two.yaml", "--seeds", "2", "--data-root", world.data, "--config", world.config,
+                      "--output", folder)  # fmt: skip
+        assert not (world.folder / "runs" / "ablations").exists()
+    finally:
+        (tmp_path / "aside").rename(world.folder / "runs" / "ablations")
+    assert written == [4, 5, 6, 6, 6, 6]
+    assert (folder / "two.md").read_text().splitlines()[-9:] == (tables / "two.md").read_text().splitlines()[-9:]
 
 
 def test_fingerprints_know_first_weights_and_what_is_scored(world: World, tables: Path, tmp_path: Path) -> None:

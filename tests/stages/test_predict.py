@@ -8,12 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
+import stages.predict
 from configs.errors import UserError
+from configs.schema import Config
 from pipeline.data.photos import find_photos, read_photo
 from pipeline.data.scenes import CLASSES, render_scene
 from pipeline.data.views import normalise
 from pipeline.teacher.clip import FrozenClip
-from stages.predict import Segmenter, cls_attention, coco_rle
+from stages.evaluate import Predictor, student_predictor
+from stages.predict import Segmenter, cls_attention, coco_rle, predict
 from stages.words import parse_words, read_words
 from tests.conftest import SIZE, World
 
@@ -95,6 +98,31 @@ def test_new_words_meet_the_text_tower_once(
     torch.testing.assert_close(Segmenter(segmenter.run).vocabulary(words).features, wanted)
 
 
+def test_a_word_is_kept_whatever_list_it_was_in(
+    segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loads = []
+    load = FrozenClip.__init__
+
+    def counted(self: FrozenClip, *arguments: object) -> None:
+        loads.append(arguments)
+        load(self, *arguments)
+
+    monkeypatch.setattr(FrozenClip, "__init__", counted)
+    first = Segmenter(segmenter.run).vocabulary(["cow", "grass", "sky"])
+    assert len(loads) == 1
+    other = Segmenter(segmenter.run).vocabulary(["sky", "cow"])
+    assert len(loads) == 1 and torch.equal(other.features, first.features[[2, 0]])
+    Segmenter(segmenter.run).vocabulary(["cow|bull", "sky"])
+    assert len(loads) == 2
+
+
+def test_one_text_is_no_list_of_words(segmenter: Segmenter, no_clip: None) -> None:
+    with pytest.raises(UserError, match=r"such as \['star'\]"):
+        segmenter(scene(0), "star")
+
+
 def test_a_class_of_the_training_by_other_names_is_new(
     segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -107,7 +135,7 @@ def test_a_class_of_the_training_by_other_names_is_new(
 @pytest.mark.parametrize(
     ("classes", "message"),
     [("cow,,grass", "has an empty name"), ("cow|", "has an empty name"), ("cow, cow", "is there twice"),
-     (",".join(map(str, range(256))), "256 classes; give 1 to 255")],
+     ("", "has an empty name"), (",".join(map(str, range(256))), "256 classes; give 1 to 255")],
 )  # fmt: skip
 def test_wrong_words(classes: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -116,7 +144,14 @@ def test_wrong_words(classes: str, message: str) -> None:
 
 def test_words_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("cow|bull\n\n grass \n")
-    assert parse_words(read_words(str(tmp_path / "names.txt"))) == {"cow": ("cow", "bull"), "grass": ("grass",)}
+    wanted = {"cow": ("cow", "bull"), "grass": ("grass",)}
+    assert parse_words(read_words(str(tmp_path / "names.txt"))) == wanted
+    assert parse_words(read_words("cow|bull\ngrass")) == wanted  # "$(cat names.txt)"
+    (tmp_path / "windows.txt").write_bytes("\ufeffcow|bull\r\ngrass\r\n".encode())
+    assert parse_words(read_words(str(tmp_path / "windows.txt"))) == wanted
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match="0 classes"):
+        parse_words(read_words(str(tmp_path / "empty.txt")))
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"bad\.txt is no text file"):
         read_words(str(tmp_path / "bad.txt"))
@@ -247,10 +282,50 @@ def test_compare_and_attention(world: World, trained: Path, tmp_path: Path, segm
     np.testing.assert_allclose(weights, wanted / wanted.sum(), rtol=1e-3)
 
 
+def test_the_teacher_beside_it_is_asked_for_the_same_features(
+    segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the run, which may come of a file or of other prompts than the class's name."""
+    asked = []
+
+    def dense_predictor(teacher: FrozenClip, features: torch.Tensor, config: Config) -> Predictor:
+        asked.append(features)
+        return student_predictor(segmenter.run.student, features, config)
+
+    monkeypatch.setattr(stages.predict, "dense_predictor", dense_predictor)
+    Image.fromarray(scene(3)).save(tmp_path / "a.png")
+    predict(segmenter, [tmp_path / "a.png"], [CLASSES[4], CLASSES[1]], tmp_path / "out", compare=True)
+    assert torch.equal(asked[0], segmenter.run.text_features[[4, 1]])
+
+
+def test_an_open_picture_is_read_like_its_file(segmenter: Segmenter, no_clip: None, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned
+    Image.fromarray(scene(4)[:40]).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(scene(4)[..., 0].astype(np.uint16) * 257).save(tmp_path / "16.png")
+    clear = np.dstack([scene(4), np.where(np.arange(SIZE) < 30, 0, 255)[:, None] * np.ones((1, SIZE))])
+    Image.fromarray(clear.astype(np.uint8)).save(tmp_path / "clear.png")
+    for name in ("turned.png", "16.png", "clear.png"):
+        with Image.open(tmp_path / name) as picture:
+            np.testing.assert_array_equal(segmenter(picture), segmenter(tmp_path / name), strict=True)
+
+
+@pytest.mark.parametrize("image", [scene(0)[..., 0], scene(0) / 255, scene(0)[..., [0, 0, 1, 2]], scene(0)[:0]])
+def test_an_array_that_is_no_image_is_named(segmenter: Segmenter, no_clip: None, image: np.ndarray) -> None:
+    with pytest.raises(UserError, match=r"an image array is \(H, W, 3\) uint8"):
+        segmenter(image)
+
+
+def test_a_folder_of_photos_has_other_things_too(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.webp", "film.mpg", "scan.pdf", "notes.txt", "a.webp.mask.png", "a.webp.overlay.png"):
+        (tmp_path / name).touch()
+    assert find_photos([tmp_path]) == [tmp_path / "a.webp", tmp_path / "b.JPG"]
+
+
 def test_what_cannot_be_found(world: World, trained: Path, tmp_path: Path) -> None:
     assert "no such photo" in world.fails("predict", tmp_path / "none.jpg", "--run", trained)
     (tmp_path / "empty").mkdir()
-    assert "holds no image" in world.fails("predict", tmp_path / "empty", "--run", trained)
+    assert "holds no photo" in world.fails("predict", tmp_path / "empty", "--run", trained)
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         Image.fromarray(scene(0)).save(tmp_path / folder / "same.png")

@@ -48,7 +48,8 @@ def test_same_seed_gives_equal_losses_and_weights_another_seed_does_not(world: W
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_training_never_imports_open_clip(world: World) -> None:
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
+def test_the_student_never_imports_open_clip(world: World, trained: Path, verb: str) -> None:
     import subprocess
 
     script = (
@@ -59,6 +60,8 @@ def test_training_never_imports_open_clip(world: World) -> None:
     )
     shutil.rmtree(world.folder / "runs" / "alone", ignore_errors=True)
     arguments = [*TRAIN, "--config", str(world.config), "--run", "runs/alone", "--set", "train.iterations=1"]
+    if verb == "evaluate":
+        arguments = ["evaluate", "--run", str(trained), "--data-root", str(world.data)]
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments], cwd=world.folder, env={"PYTHONPATH": str(ROOT), "PATH": ""},
         capture_output=True, text=True,
