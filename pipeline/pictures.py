@@ -4,12 +4,14 @@ import colorsys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from pipeline.data.dataset import IGNORE
 
 IGNORED_COLOUR = (40, 40, 40)
+_NUMBER_HEIGHT, _NUMBER_LEAST = 0.07, 12  # of a picture's longer side; pixels
 _GOLDEN = 0.61803398875
+_CELLS = 64  # along the longer side, when places for numbers are looked for
 
 
 def palette(count: int = 256) -> np.ndarray:
@@ -28,9 +30,48 @@ def colourise(labels: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, strength: float = 0.65) -> np.ndarray:
-    """Labels in colour over the image; ignored pixels are darkened. (H, W, 3), (H, W) -> (H, W, 3) uint8."""
+    """Labels in colour over the image, and their numbers; ignored pixels are darkened.
+
+    (H, W, 3), (H, W) -> (H, W, 3) uint8.
+    """
     mixed = (1 - strength) * image + strength * colourise(labels)
-    return np.asarray(mixed.round().astype(np.uint8))
+    return numbered(mixed.round().astype(np.uint8), labels)
+
+
+def numbered(picture: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Each patch's label as a number where it is thickest, if there is room: not every eye tells the colours apart.
+
+    (H, W, 3), (H, W) -> (H, W, 3) uint8.
+    """
+    step = -(-max(labels.shape) // _CELLS)
+    cells = labels[::step, ::step]
+    patches, room = Image.fromarray(cells).copy(), 2 * step * _depths(cells)  # floodfill needs memory of its own
+    shown, size = Image.fromarray(picture), max(_NUMBER_LEAST, round(_NUMBER_HEIGHT * max(labels.shape)))
+    draw, font = ImageDraw.Draw(shown), ImageFont.load_default(size)
+    while (left := np.where(np.asarray(patches) == IGNORE, 0, room)).max() >= size:
+        y, x = divmod(int(left.argmax()), patches.width)
+        width = font.getlength(str(cells[y, x]))
+        if room[y, x] >= 0.85 * width:  # a little may hang over
+            middle = min(max((x + 0.5) * step, width / 2), shown.width - width / 2)  # not cut off by the edge
+            _number(draw, int(cells[y, x]), (middle, (y + 0.5) * step), size)
+        ImageDraw.floodfill(patches, (x, y), IGNORE)
+    return np.asarray(shown)
+
+
+def _depths(labels: np.ndarray) -> np.ndarray:
+    """How far, in squares around it, each pixel is from another label or the edge, at least 1. (H, W) -> (H, W) int."""
+    least, most = (Image.fromarray(np.pad(labels, 1, constant_values=value)) for value in (0, 255))
+    depths = np.zeros((least.height, least.width), int)
+    while (same := np.asarray(least) == np.asarray(most)).any():
+        depths += same
+        least, most = least.filter(ImageFilter.MinFilter(3)), most.filter(ImageFilter.MaxFilter(3))
+    return depths[1:-1, 1:-1]
+
+
+def _number(draw: ImageDraw.ImageDraw, number: int, centre: tuple[float, float], size: int) -> None:
+    """White with a dark outline, to be read on any colour."""
+    font = ImageFont.load_default(size)
+    draw.text(centre, str(number), "white", font, "mm", stroke_width=size // 8, stroke_fill="black")
 
 
 def contact_sheet(
@@ -66,16 +107,17 @@ def lit(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def legend(names: Mapping[int, str], columns: int = 10) -> Image.Image:
-    """A strip of colour swatches with class names, by class index."""
+    """A strip of colour swatches, each with its class index on it, and class names."""
     font = ImageFont.load_default(14)
-    width = 34 + max(int(font.getlength(name)) for name in names.values())
+    width = 46 + max(int(font.getlength(name)) for name in names.values())
     lines = -(-len(names) // columns)
     strip = Image.new("RGB", (width * min(columns, len(names)) + 6, 24 * lines + 6), "white")
     draw = ImageDraw.Draw(strip)
     for place, (index, name) in enumerate(names.items()):
         x, y = 6 + width * (place % columns), 6 + 24 * (place // columns)
-        draw.rectangle((x, y, x + 16, y + 16), fill=tuple(int(part) for part in palette()[index]))
-        draw.text((x + 22, y), name, "black", font)
+        draw.rectangle((x, y, x + 28, y + 16), fill=tuple(int(part) for part in palette()[index]))
+        _number(draw, index, (x + 14.5, y + 8.5), 13)
+        draw.text((x + 34, y), name, "black", font)
     return strip
 
 

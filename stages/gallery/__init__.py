@@ -5,7 +5,7 @@ from pathlib import Path
 from cache.reader import Cache
 from configs.schema import Config
 from stages.gallery.collect import collect
-from stages.gallery.write import check_folder, write_gallery
+from stages.gallery.write import write_gallery
 from stages.progress import progress_bar
 
 
@@ -15,7 +15,6 @@ def make_gallery(config: Config, cache: Cache, data_root: Path, rows: list[int],
     Raises:
         UserError: the folder holds other files, the cache does not fit, or a file is damaged.
     """
-    check_folder(folder)
     with progress_bar("gallery", len(rows) * cache.manifest.views, "views") as advance:
         views = collect(config, cache, data_root, rows)
         return write_gallery(config, cache.location, (view for view in views if advance() is None), folder)

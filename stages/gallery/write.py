@@ -35,9 +35,27 @@ def check_folder(folder: Path) -> None:
 
 
 def write_gallery(config: Config, location: str, views: Iterable[View], folder: Path) -> Path:
-    """Writes the page about the cache at `location`, and returns its path. Views are taken one at a time."""
+    """Writes the page about the cache at `location`, and returns its path. Views are taken one at a time.
+
+    A gallery that is there stays as it is until the new one is complete.
+    """
     check_folder(folder)
-    shutil.rmtree(folder / VIEWS, ignore_errors=True)
+    beside = folder.resolve()  # `.` has no name
+    aside = beside.with_name(f".{beside.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _write(config, location, views, aside)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.move(aside / INDEX, folder / INDEX)  # first: after a kill from here on, the folder counts as a gallery
+        shutil.rmtree(folder / VIEWS, ignore_errors=True)
+        for name in (VIEWS, *PARTS, PAGE):  # what else is in the folder stays
+            shutil.move(aside / name, folder / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder / PAGE
+
+
+def _write(config: Config, location: str, views: Iterable[View], folder: Path) -> None:
     (folder / VIEWS).mkdir(parents=True)
     table, histogram, fusable, differing = [], np.zeros(BINS, np.int64), 0, 0
     hidden = [config.dataset.classes.index(name) for name in config.dataset.unseen]
@@ -60,14 +78,26 @@ def write_gallery(config: Config, location: str, views: Iterable[View], folder: 
         "hidden": hidden,
         "views": table,
         "similarities": histogram.tolist(),
-        "withTokens": fusable,
+        "fusable": fusable,
+        "missing": _what_is_missing(config, len(table), fusable),
         "differing": differing,
     }
     for name in PARTS:
         (folder / name).write_text(_part(name))
     (folder / INDEX).write_text(_call("start", index))
     (folder / PAGE).write_text(_part("page.html"))
-    return folder / PAGE
+
+
+def _what_is_missing(config: Config, views: int, fusable: int) -> str:
+    """Why the page cannot fuse all views anew, and what to do; empty if it can."""
+    if fusable == views:
+        return ""
+    why = f"{views - fusable} views have no dense tokens in the cache"
+    setting = "a higher storage.dense_views" if fusable else "--set storage.dense_tokens=float16"
+    if config.pseudo_labels.kmeans == "per-scale":
+        why = "With pseudo_labels.kmeans=per-scale, the tokens of a region do not tell what was fused"
+        setting = "--set pseudo_labels.kmeans=joint"
+    return f"{why}: for the λ slider and class names, precompute with {setting}."
 
 
 def _part(name: str) -> str:

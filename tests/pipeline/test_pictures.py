@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.pictures import IGNORED_COLOUR, colourise, contact_sheet, legend, overlay, palette, stacked
+from pipeline.pictures import IGNORED_COLOUR, colourise, contact_sheet, legend, numbered, overlay, palette, stacked
 from tests.pipeline.draws import draw_classes
 from tests.reference import NONE, Array
 
@@ -52,6 +52,72 @@ def test_overlay(strength: float) -> None:
     assert np.abs(shown - expected).max() <= 0.5 + 1e-9
 
 
+def ink(labels: Array, ground: int = 128) -> Array:
+    """Where `numbered` draws on a picture of one grey."""
+    return (numbered(np.full((*labels.shape, 3), ground, np.uint8), labels) != ground).any(axis=2)
+
+
+def crop(marked: Array) -> Array:
+    """The rectangle around what is marked."""
+    down, across = (np.flatnonzero(marked.any(axis=axis)) for axis in (1, 0))
+    return marked[down[0] : down[-1] + 1, across[0] : across[-1] + 1]
+
+
+@pytest.mark.parametrize("scale", [1, 4, 15])
+def test_numbers_stand_on_the_larger_patches(scale: int) -> None:
+    """Two of label 3, one of 8, one of 170; none on what is ignored or small."""
+    labels = np.full((128, 100), NONE, np.uint8)
+    places = [(slice(4, 44), slice(0, 40)), (slice(60, 100), slice(4, 44)), (slice(0, 40), slice(60, 100))]
+    for place, label in zip(places, (3, 3, 8), strict=True):
+        labels[place] = label
+    labels[60:100, 60:100] = 170
+    labels[110:114, 20:80] = 5
+    labels = labels.repeat(scale, axis=0).repeat(scale, axis=1)
+    inside = [tuple(slice(part.start * scale, part.stop * scale) for part in place) for place in places]
+    marked = ink(labels)
+    found = [crop(marked[place]) for place in inside]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert found[0].shape != found[2].shape or (found[0] != found[2]).any()
+    assert marked[labels == 170].any()
+    assert not marked[(labels == NONE) | (labels == 5)].any()
+    for place in inside:  # in the middle, as high as can be read, whole
+        down = np.flatnonzero(marked[place].any(axis=1))
+        assert abs(down.mean() - 20 * scale) < 3 * scale
+        assert 8 * scale <= len(down) <= 16 * scale
+
+
+@pytest.mark.parametrize("ground", [0, 90, 255])
+def test_numbers_are_readable_on_any_ground(ground: int) -> None:
+    """White inside black."""
+    picture = np.full((64, 64, 3), ground, np.uint8)
+    shown = numbered(picture, np.full((64, 64), 88, np.uint8))
+    assert (picture == ground).all()
+    assert (shown > 200).all(axis=2).sum() > 20 and (shown < 50).all(axis=2).sum() > 20
+
+
+@pytest.mark.parametrize("place", [slice(70), slice(-70, None)])
+def test_numbers_are_not_cut_off_by_the_edge(place: slice) -> None:
+    """But for their outline."""
+    labels = np.full((640, 640), NONE, np.uint8)
+    labels[:, place] = 188
+    whole = crop(ink(np.full((640, 640), 188, np.uint8))).shape[1]
+    assert whole > 70 and crop(ink(labels)).shape[1] >= whole - round(0.07 * 640) // 8
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 400), (300, 2), (7, 90), (65, 129), (128, 128)])
+def test_noise_and_thin_pictures_get_no_numbers(shape: tuple[int, int]) -> None:
+    labels = draw_classes(np.random.default_rng(0), shape, 0.2, 20)
+    assert not ink(labels).any()
+    assert not ink(np.full(shape, NONE, np.uint8)).any()
+
+
+def test_an_overlay_is_numbered() -> None:
+    image, labels = draw_picture(64, 96), np.full((64, 96), 17, np.uint8)
+    mixed = (0.5 * image + 0.5 * colourise(labels)).round().astype(np.uint8)
+    np.testing.assert_array_equal(overlay(image, labels, 0.5), numbered(mixed, labels))
+    assert ink(labels).any()
+
+
 @pytest.mark.parametrize("side", [192, 40])
 @pytest.mark.parametrize("shape", [(40, 40), (8, 8), (100, 50), (50, 100), (300, 300), (1, 1), (1, 400), (20, 7)])
 def test_contact_sheet(shape: tuple[int, int], side: int) -> None:
@@ -95,18 +161,24 @@ def test_contact_sheet_leaves_its_pictures_alone() -> None:
 @pytest.mark.parametrize("columns", [1, 3, 10])
 @pytest.mark.parametrize("count", [1, 3, 4, 20])
 def test_legend(count: int, columns: int) -> None:
-    """One swatch for each name, in reading order, in the class's colour."""
+    """One swatch for each name, in reading order, in the class's colour, with its number."""
     names = [f"class {index}" for index in range(count)]
     strip = legend(dict(enumerate(names)), columns)
     pixels = np.asarray(strip)
     lines = -(-count // columns)
     assert strip.height == 24 * lines + 6
     width = (strip.width - 6) // min(columns, count)
+    numbers = set()
     for index in range(count):
         x, y = 6 + width * (index % columns), 6 + 24 * (index // columns)
-        assert (pixels[y : y + 17, x : x + 17] == palette()[index]).all()
-        name = pixels[y : y + 17, x + 18 : min(x + width, strip.width)]
+        swatch = pixels[y : y + 17, x : x + 29]
+        number = (swatch != palette()[index]).any(axis=2)
+        assert not number[:, [0, 1, -2, -1]].any() and not number[[0, -1]].any()
+        assert (swatch > 200).all(axis=2).any() and (swatch < 50).all(axis=2).any()
+        numbers.add(number.tobytes())
+        name = pixels[y : y + 17, x + 30 : min(x + width, strip.width)]
         assert (name == 0).all(axis=2).any() and (name == 255).all(axis=2).any()
+    assert len(numbers) == count
     beyond = pixels[6 + 24 * (lines - 1) :, 6 + width * (count - columns * (lines - 1)) :]
     assert (beyond == 255).all()
 

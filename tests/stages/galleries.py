@@ -59,8 +59,9 @@ def expand(clusters: np.ndarray, group_of: np.ndarray) -> np.ndarray:
 class Made:
     """Random views, what they are made of, and the gallery of them."""
 
-    def __init__(self, folder: Path, with_tokens: bool = True, views: int = VIEWS) -> None:
-        self.config = resolve("scenes").model_copy(deep=True)
+    def __init__(self, folder: Path, with_tokens: int = VIEWS, views: int = VIEWS, kmeans: str = "joint") -> None:
+        """`with_tokens`: how many of the views, the first ones, have dense tokens."""
+        self.config = resolve("scenes", assignments=[f"pseudo_labels.kmeans={kmeans}"])
         self.hidden = [self.config.dataset.classes.index(name) for name in self.config.dataset.unseen]
         rng = np.random.default_rng(0)
         self.text = rng.normal(size=(len(self.config.dataset.classes), WIDTH))
@@ -72,6 +73,7 @@ class Made:
             groups = self.fused(tokens, clusters, THRESHOLD)
             truth = rng.integers(0, len(self.text), 3)[rng.integers(0, 3, clusters.shape)].astype(np.uint8)
             truth[rng.random(clusters.shape) < 0.2] = IGNORE
+            regions = find_regions(tokens, clusters, groups, self.text, THRESHOLD)
             picture = rng.integers(0, 256, (grid * 4, grid * 4, 3), dtype=np.uint8)
             image_id = ODD_IDS[number] if number < len(ODD_IDS) else f"image-{number}"
             self.tokens.append(tokens)
@@ -85,7 +87,7 @@ class Made:
                     clusters=clusters,
                     groups=groups,
                     seeds=[(7, 100), (3, 155)],
-                    regions=find_regions(tokens, clusters, groups, self.text, THRESHOLD) if with_tokens else None,
+                    regions=regions if number < with_tokens else None,
                 )
             )
         self.page = write_gallery(self.config, "caches/<i>odd</i>", self.views, folder)

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from cache.reader import open_cache
+from configs.errors import UserError
 from pipeline.data.dataset import IGNORE
 from pipeline.metrics import purity
 from pipeline.pseudo_labels.fusion import fuse, similarities
-from stages.gallery.collect import count_seeds
-from stages.gallery.write import hidden_classes_found
+from stages.gallery.collect import View, count_seeds
+from stages.gallery.write import hidden_classes_found, write_gallery
 from tests import reference
 from tests.conftest import World
 from tests.stages.browser import CHROMIUM, Browser, chromium
@@ -54,6 +55,10 @@ def set_to(page: Browser, control: str, value: str | float) -> None:
     )
 
 
+def read_folder(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def shown_ids(page: Browser) -> list[str]:
     return page.run("[...document.querySelectorAll('article h2')].map((title) => title.firstChild.textContent)")
 
@@ -73,6 +78,7 @@ def test_the_slider_fuses_as_python_does(page: Browser, made: Made) -> None:
         for number, groups in enumerate(all_groups(page)):
             expected = made.fused(made.tokens[number], made.clusters[number], threshold)
             np.testing.assert_array_equal(groups, expected.ravel(), err_msg=f"view {number} at {threshold}")
+    assert page.run("document.getElementById('missing').hidden")
     page.run("document.getElementById('as-cached').click()")
     for view, groups in zip(made.views, all_groups(page), strict=True):
         np.testing.assert_array_equal(groups, view.groups.ravel())
@@ -263,27 +269,92 @@ def test_seeds_of_each_window() -> None:
 
 
 @NEEDS_CHROMIUM
-def test_without_dense_tokens_there_is_no_slider(browser: Browser, tmp_path: Path) -> None:
-    made = Made(tmp_path / "g", with_tokens=False, views=8)
+@pytest.mark.parametrize(
+    ("with_tokens", "kmeans", "why", "setting"),
+    [
+        (0, "joint", "8 views have no dense tokens in the cache", "--set storage.dense_tokens=float16"),
+        (5, "joint", "3 views have no dense tokens in the cache", "a higher storage.dense_views"),
+        (0, "per-scale", "With pseudo_labels.kmeans=per-scale, the tokens", "--set pseudo_labels.kmeans=joint"),
+    ],
+)
+def test_why_there_is_no_slider(
+    browser: Browser, tmp_path: Path, with_tokens: int, kmeans: str, why: str, setting: str
+) -> None:
+    made = Made(tmp_path / "g", with_tokens, 8, kmeans)
     browser.open(made.page)
-    assert browser.run("document.getElementById('fusion').hidden")
-    assert "storage.dense_tokens" in browser.run("document.getElementById('without-tokens').innerText")
+    assert browser.run("document.getElementById('fusion').hidden") == (with_tokens == 0)
+    shown = browser.run("document.getElementById('missing').innerText")
+    assert shown.startswith(why) and shown.endswith(f"class names, precompute with {setting}.")
     browser.until("gallery.groups(0)")
     np.testing.assert_array_equal(browser.run("gallery.groups(0)"), made.views[0].groups.ravel())
 
 
+@NEEDS_CHROMIUM
+def test_similarities_without_a_pair_of_regions(browser: Browser, made: Made, tmp_path: Path) -> None:
+    """The chart is empty, from 0 to 1, with its ticks where they belong."""
+    alone = [view for view in made.views if view.row.clusters < 2]
+    assert alone
+    browser.open(write_gallery(made.config, "cache", alone, tmp_path / "g"))
+    heights = browser.run("[...document.querySelectorAll('#similarities rect')].map((bar) => bar.height.baseVal.value)")
+    assert heights == [0.0] * 50
+    ticks = browser.run(
+        "[...document.querySelectorAll('#similarities .tick')].map((t) => [t.textContent, t.x.baseVal[0].value])"
+    )
+    assert dict(ticks) == pytest.approx({"0": 8, "0.5": 160, "1": 312})
+
+
 def test_a_gallery_is_replaced_and_other_folders_are_not(tmp_path: Path) -> None:
     Made(tmp_path / "g", views=9)
+    (tmp_path / "g" / "notes.txt").write_text("my own")
     Made(tmp_path / "g", views=6)
     assert len(list((tmp_path / "g" / "views").iterdir())) == 12
     index = (tmp_path / "g" / "gallery-index.js").read_text()
     assert index.isascii() and "NaN" not in index
+    assert (tmp_path / "g" / "notes.txt").read_text() == "my own"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("my own")
+    with pytest.raises(UserError, match="other holds other files"):
+        Made(tmp_path / "other", views=1)
+    assert read_folder(tmp_path / "other") == {"notes.txt": b"my own"}
+
+
+@pytest.mark.parametrize("error", [UserError("the cache has other settings"), KeyboardInterrupt()])
+@pytest.mark.parametrize("done", [0, 3])
+def test_what_ends_early_leaves_the_gallery_as_it_was(tmp_path: Path, error: BaseException, done: int) -> None:
+    made = Made(tmp_path / "g", views=6)
+    before = read_folder(tmp_path / "g")
+
+    def views() -> Iterator[View]:
+        yield from made.views[:done]
+        raise error
+
+    for folder in (tmp_path / "g", tmp_path / "new"):
+        with pytest.raises(type(error)):
+            write_gallery(made.config, "cache", views(), folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["g"]
+    assert read_folder(tmp_path / "g") == before
+
+
+def test_what_a_kill_leaves_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Made(tmp_path / ".g.partial", views=9)
+    made = Made(tmp_path / "g", views=6)
+    expected = read_folder(tmp_path / "g")
+    assert [path.name for path in tmp_path.iterdir()] == ["g"] and len(expected) == 12 + 8
+    shutil.rmtree(tmp_path / "g" / "views")  # a kill while the new one is put in place
+    write_gallery(made.config, "caches/<i>odd</i>", made.views, tmp_path / "g")
+    assert read_folder(tmp_path / "g") == expected
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_gallery(made.config, "caches/<i>odd</i>", made.views, Path("."))
+    assert read_folder(tmp_path / "here") == expected
 
 
 @NEEDS_CHROMIUM
 def test_from_the_command_line(browser: Browser, world: World, tmp_path: Path) -> None:
     done = world.run("inspect-pseudolabels", "--cache", "caches/tiny", "--output", tmp_path / "g", "--count", "99")
     assert done.stdout.splitlines() == [f"gallery: {tmp_path / 'g' / 'index.html'}"]
+    command = ("inspect-pseudolabels", "--cache", "caches/tiny", "--output", tmp_path / "g")
+    assert "has other settings" in world.fails(*command, "--set", "pseudo_labels.lambda=0.9")
     browser.errors.clear()
     browser.open(tmp_path / "g" / "index.html")
     assert set(shown_ids(browser)) == {f"train-{index}" for index in range(10)}

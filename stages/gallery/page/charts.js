@@ -88,7 +88,8 @@ const charts = {
 
   similarities(index, lambda) {
     const bins = index.similarities.length;
-    const first = Math.min(index.similarities.findIndex((count) => count > 0), bins / 2);
+    const found = index.similarities.findIndex((count) => count > 0);
+    const first = found < 0 ? bins / 2 : Math.min(found, bins / 2);  // none is found where no view has two regions
     const place = (value) => ((value + 1) / 2) * bins - first;
     const ticks = [-1, -0.5, 0, 0.5, 1].map((value) => [place(value) - 0.5, `${value}`]).filter((tick) => tick[0] > -1);
     const made = charts.bars("similarity of two regions of a view (all views)", index.similarities.slice(first), ticks, {
@@ -117,7 +118,7 @@ const charts = {
       charts.numbers("groups in a view", lines.map((line) => line.groups), "views"),
       charts.doublings("size of a group, in tokens", lines.flatMap((line) => line.sizes), "groups"),
     ];
-    if (index.withTokens) found.push(charts.similarities(index, lambda));
+    if (index.fusable) found.push(charts.similarities(index, lambda));
     found.push(charts.shares("hidden classes: tokens in groups that are mostly theirs", shares));
     return found;
   },

@@ -19,12 +19,9 @@ const gallery = (() => {
     at("dataset").textContent = `of ${index.dataset}`;
     document.title = `Pseudo labels of ${index.dataset}`;
     at("about").textContent = about();
-    at("fusion").hidden = !index.withTokens;
-    if (index.withTokens < lines.length) {
-      at("without-tokens").hidden = false;
-      at("without-tokens").textContent = `${lines.length - index.withTokens} views have no dense tokens in the cache: ` +
-        "for the λ slider and class names, precompute with --set storage.dense_tokens=float16.";
-    }
+    at("fusion").hidden = !index.fusable;
+    at("missing").hidden = !index.missing;
+    at("missing").textContent = index.missing;
     at("slider").value = at("lambda").value = lambda;
     const near = new IntersectionObserver(cross, { rootMargin: "600px" });
     index.views.forEach((line, number) => {
@@ -42,10 +39,10 @@ const gallery = (() => {
   }
 
   function about() {
-    const same = index.withTokens - index.differing;
-    const told = index.withTokens
+    const same = index.fusable - index.differing;
+    const told = index.fusable
       ? ` Fused anew from the stored dense tokens, ${same.toLocaleString("en")} of ` +
-        `${index.withTokens.toLocaleString("en")} views give the cache's groups at its own λ.`
+        `${index.fusable.toLocaleString("en")} views give the cache's groups at its own λ.`
       : "";
     return `Cache ${index.cache}, fused at λ ${index.lambda}.${told}`;
   }
