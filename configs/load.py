@@ -1,12 +1,14 @@
 """Resolves a configuration: defaults < experiment YAML < --runlocal < flags < `--set key.path=value`."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from configs.dataset import Dataset
 from configs.errors import UserError
@@ -104,36 +106,53 @@ def _assignment(text: str) -> dict[str, Any]:
     return nested
 
 
-def _section_keys(model: Any, path: Sequence[str]) -> list[str]:
-    """The keys that the section at `path` below `model` takes."""
-    for part in path:
-        if get_origin(model) in (dict, tuple):  # the part is a key or an index
-            model = next(kind for kind in reversed(get_args(model)) if kind is not Ellipsis)
+Location = tuple[int | str, ...]
+
+
+def _walk(model: Any, location: Location) -> tuple[Location, Any]:
+    """`location` as far as it is fields, keys and indices below `model`, and the type there.
+
+    Where pydantic tries the members of a union, it adds their names to the location.
+    """
+    for depth, part in enumerate(location):
+        kind = get_origin(model)
+        if kind is dict or (kind is tuple and isinstance(part, int)):
+            model = next(inner for inner in reversed(get_args(model)) if inner is not Ellipsis)
             continue
         field = next((f for n, f in getattr(model, "model_fields", {}).items() if part in (n, f.alias)), None)
         if field is None:
-            return []
+            return location[:depth], model
         model = field.annotation
-    return [field.alias or name for name, field in getattr(model, "model_fields", {}).items()]
+    return location, model
+
+
+def _explain(model: Any, errors: list[ErrorDetails]) -> str:
+    """The first of the errors: the setting, what is wrong with it, and what it may be."""
+    first = errors[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        _, section = _walk(model, first["loc"][:-1])
+        known = [field.alias or name for name, field in section.model_fields.items()]
+        return f"unknown setting {key}{suggest(str(first['loc'][-1]), known)}"
+    if first["type"] == "missing":
+        return f"setting {key} is missing"
+    location, _ = _walk(model, first["loc"])
+    tried = [error for error in errors if _walk(model, error["loc"])[0] == location]  # every member of a union
+    message, *others = dict.fromkeys(error["msg"].partition(", unable to")[0] for error in tried)
+    message = message.removeprefix("Value error, ") + "".join(
+        f", or {other.removeprefix('Input should be ')}" for other in others
+    )
+    if isinstance(value := first["input"], str | int | float):
+        words = re.findall("'(.*?)'", " ".join(error.get("ctx", {}).get("expected", "") for error in tried))
+        message += f" (it is {value!r}){suggest(str(value), words)}"
+    return f"setting {'.'.join(map(str, location))}: {message}" if location else message
 
 
 def validate(model: type[_Model], settings: dict[str, Any], source: str) -> _Model:
     try:
         return model.model_validate(settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        location = [str(part) for part in first["loc"]]
-        key = ".".join(location)
-        if first["type"] == "extra_forbidden":
-            hint = suggest(location[-1], _section_keys(model, location[:-1]))
-            raise UserError(f"{source}: unknown setting {key}{hint}") from error
-        if first["type"] == "missing":
-            raise UserError(f"{source}: setting {key} is missing") from error
-        value = first["input"]
-        shown = f" (it is {value!r})" if isinstance(value, (str, int, float, bool)) else ""
-        message = first["msg"].removeprefix("Value error, ")
-        where = f"setting {key}: " if key else ""
-        raise UserError(f"{source}: {where}{message}{shown}") from error
+        raise UserError(f"{source}: {_explain(model, error.errors())}") from error
 
 
 def resolve(
@@ -142,6 +161,7 @@ def resolve(
     assignments: Sequence[str] = (),
     base: dict[str, Any] | None = None,
     runlocal: bool = False,
+    base_name: str = "settings of the run or cache",
 ) -> Config:
     """The configuration that the flags ask for.
 
@@ -151,11 +171,14 @@ def resolve(
         assignments: `key.path=value` texts (`--set`), applied last.
         base: settings to start from: those of the cache or run at hand.
         runlocal: lay configs/runlocal.yaml over the experiment.
+        base_name: what errors call `base`.
 
     Raises:
         UserError: unknown names, unreadable files, misspelt keys, values out of range.
     """
     settings: dict[str, Any] = dict(base or {})
+    if base:
+        validate(Config, base, base_name)
     experiment = read_yaml(config) if config else {}
     chosen = dataset or experiment.pop("dataset", None)
     experiment.pop("dataset", None)

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 from typing import NamedTuple
 
 import torch
@@ -14,14 +15,27 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def choose_device(asked: str) -> str:
-    """`auto` is a GPU where there is one."""
+    """`auto` is a GPU where there is one.
+
+    Raises:
+        UserError: it is none of auto, cpu, cuda and cuda:N, or torch cannot use it.
+    """
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=asked)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {asked} cannot be used here: choose cpu or auto") from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", asked):
+        raise UserError(f"--device {asked}: choose auto, cpu, cuda or cuda:N")
+    if why := obstacle(asked):
+        raise UserError(f"--device {asked} cannot be used here ({why}): choose cpu or auto")
     return asked
+
+
+def obstacle(device: str) -> str | None:
+    """What keeps torch from this device, in its own words; None if nothing does."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        return str(error).partition("\n")[0]
+    return None
 
 
 def keep_freed_memory() -> None:

@@ -17,9 +17,11 @@ from PIL import Image
 
 from cache.reader import open_cache
 from cache.verify import verify
+from configs.errors import UserError
 from configs.load import resolve
 from configs.schema import Config
 from pipeline.data.scenes import render_scene, scene_rng
+from stages.devices import choose_device, keep_freed_memory, obstacle
 from stages.plan import size
 from stages.precompute import precompute
 from stages.predict import Segmenter
@@ -37,26 +39,32 @@ class Finding:
     fault: bool = False
 
 
-def doctor(device: str) -> Iterator[Finding]:
+def doctor(asked: str) -> Iterator[Finding]:
     """Findings as they are made: packages, devices, room; then stage one, the cache's bytes, stage two, prediction."""
     yield Finding("python", f"{platform.python_version()}, {platform.platform()}")
     yield Finding("packages", ", ".join(f"{name} {number}" for name, number in versions().items()))
     yield Finding("processor", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch")
-    yield from _gpus(device)
+    yield from _gpus()
     yield Finding("faiss", f"{faiss.get_compile_options().strip()}; {faiss.get_num_gpus()} GPUs")
     for folder in (Path("."), Path(tempfile.gettempdir())):
         yield Finding("disk", f"{size(shutil.disk_usage(folder).free)} free in {folder.absolute()}")
+    try:
+        device = choose_device(asked)
+    except UserError as error:
+        yield Finding("device", str(error), fault=True)
+        return
+    yield Finding("device", device)
+    keep_freed_memory()
     yield from _smoke(device)
 
 
-def _gpus(device: str) -> Iterator[Finding]:
+def _gpus() -> Iterator[Finding]:
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):  # NVML may count what is no use
         gpu = torch.cuda.get_device_properties(number)
         yield Finding("GPU", f"cuda:{number}: {gpu.name}, {size(gpu.total_memory)}, CUDA {torch.version.cuda}")
     if not torch.cuda.is_available():
         build = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-        yield Finding("GPU", f"none that torch can use ({build}); all runs on the processor")
-    yield Finding("device", device)
+        yield Finding("GPU", f"none that torch can use ({build}: {obstacle('cuda')}); all runs on the processor")
 
 
 def _smoke(device: str) -> Iterator[Finding]:

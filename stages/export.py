@@ -40,15 +40,32 @@ def export(run: Run, output: Path, precision: Literal["fp32", "fp16"] = "fp32") 
         UserError: ONNX's packages are missing, `output` holds something, or a program differs by more than TOLERANCE.
     """
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ModuleNotFoundError as error:
         raise UserError(f"export needs {error.name}: pip install 'clip-zss[export]'") from error
     if output.exists() and any(output.iterdir()):
         raise UserError(f"--output {output} is not empty: choose another folder, or delete it")
+    output = output.absolute()  # `.` has no name
     aside = output.with_name(f".{output.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    try:
+        found = _write(run, aside, precision)
+        if output.exists():  # it may be the working folder
+            for file in aside.iterdir():
+                file.rename(output / file.name)
+        else:
+            aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return found
+
+
+def _write(run: Run, folder: Path, precision: Literal["fp32", "fp16"]) -> dict[str, float]:
+    """What `export` says, in a folder that is there."""
+    import onnxruntime
+
     model = Portable(run.student, DTYPES[precision]).eval()
     fixed = -(-run.config.views.size // model.multiple) if run.config.student.model.startswith("swin") else None
     shapes = [shape if fixed is None else (shape[0], fixed, fixed, shape[3]) for shape in SHAPES]
@@ -56,14 +73,14 @@ def export(run: Run, output: Path, precision: Literal["fp32", "fp16"] = "fp32") 
         program = torch.export.export(
             model, _inputs(model, (2, fixed or 3, fixed or 4, 5)), dynamic_shapes=_dynamic(model, fixed is None)
         )
-        torch.export.save(program, aside / PROGRAM)
+        torch.export.save(program, folder / PROGRAM)
         made = torch.onnx.export(
             program, dynamo=True, input_names=["image", "text_features"], output_names=["logits"], verbose=False
         )
         assert made is not None
-        made.save(str(aside / ONNX), external_data=False)
-    session = onnxruntime.InferenceSession(str(aside / ONNX), providers=["CPUExecutionProvider"])
-    loaded = torch.export.load(aside / PROGRAM).module()
+        made.save(str(folder / ONNX), external_data=False)
+    session = onnxruntime.InferenceSession(str(folder / ONNX), providers=["CPUExecutionProvider"])
+    loaded = torch.export.load(folder / PROGRAM).module()
 
     def in_onnx(image: Tensor, features: Tensor) -> Tensor:
         fed = {"image": image.numpy(), "text_features": features.numpy()}
@@ -74,18 +91,15 @@ def export(run: Run, output: Path, precision: Literal["fp32", "fp16"] = "fp32") 
     for name, difference in found.items():
         if not difference <= TOLERANCE[precision]:
             raise UserError(
-                f"{aside / name} differs from the student by {difference:.1e} of its largest logit, more than "
-                f"{TOLERANCE[precision]:.0e}: do not use it" + ("; try --precision fp32" if precision == "fp16" else "")
+                f"nothing is exported: {name} differs from the student by {difference:.1e} of its largest logit, more "
+                f"than {TOLERANCE[precision]:.0e}" + ("; try --precision fp32" if precision == "fp16" else "")
             )
     for name in (CONFIG, WEIGHTS):
-        shutil.copy(run.path / name, aside / name)
-    np.save(aside / FEATURES, run.text_features.cpu().numpy())
+        shutil.copy(run.path / name, folder / name)
+    np.save(folder / FEATURES, run.text_features.cpu().numpy())
     description = _describe(run, model, precision, fixed)
-    (aside / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-    (aside / CARD).write_text(_card(run, description, found))
-    if output.exists():
-        output.rmdir()
-    aside.rename(output)
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    (folder / CARD).write_text(_card(run, description, found))
     return found
 
 
@@ -127,6 +141,7 @@ def _describe(run: Run, model: Portable, precision: str, fixed: int | None) -> d
         "smallest": (fixed or 2) * model.multiple,
         "largest": (fixed or MOST) * model.multiple,
         "short_side": run.config.views.size,
+        "padding": [round(255 * value) for value in run.student.mean],
         "precision": precision,
         "classes": list(dataset.classes),
         "unseen": list(dataset.unseen),

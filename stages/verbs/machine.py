@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import typer
 
-from stages.verbs.options import STDOUT, DeviceOption, JsonOption, device_of, print_result
+from stages.verbs.options import STDOUT, DeviceOption, JsonOption, print_result
 
 
 def runs(json_file: JsonOption = None) -> None:
@@ -32,7 +32,7 @@ def doctor(device: DeviceOption = "auto", json_file: JsonOption = None) -> None:
     from stages.doctor import doctor as stage
 
     found = []
-    for item in stage(device_of(device)):
+    for item in stage(device):
         found.append(item)
         if json_file != STDOUT:
             typer.echo(f"{'FAULT' if item.fault else 'ok':5} {item.part}: {item.text}")

@@ -8,8 +8,19 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from configs.errors import UserError
 from configs.load import named_dataset, resolve
 from configs.schema import Config
+
+
+def check_json(json_file: Path | None) -> Path | None:
+    """Refuses, before the work, a file that could not be written after it."""
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise UserError(f"--json {json_file}: there is no folder {json_file.parent}, make it first")
+    if json_file and json_file.is_dir():
+        raise UserError(f"--json {json_file} is a folder: name a file in it")
+    return json_file
+
 
 DatasetOption = Annotated[
     str | None,
@@ -46,7 +57,9 @@ RunlocalOption = Annotated[
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 JsonOption = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="The same as JSON; - prints it, in place of the table."),
+    typer.Option(
+        "--json", metavar="FILE", help="The same as JSON; - prints it, in place of the table.", callback=check_json
+    ),
 ]
 DATA = Path("data")
 STDOUT = Path("-")
@@ -61,8 +74,12 @@ def print_result(table: Callable[[], None], data: Any, json_file: Path | None) -
         text = json.dumps(plain, indent=2)
         if json_file == STDOUT:
             typer.echo(text)
-        else:
+        elif json_file.is_symlink() or (json_file.exists() and not json_file.is_file()):  # such as /dev/stdout
             json_file.write_text(text + "\n")
+        else:
+            from stages.runs import replace_file
+
+            replace_file(json_file, lambda aside: aside.write_text(text + "\n"))
 
 
 @contextmanager
@@ -94,4 +111,5 @@ def open_cache(
     from stages.caches import cached_settings, choose_cache
 
     opened = choose_cache(cache, named_dataset(dataset, config))
-    return opened, resolve(dataset, config, assignments, cached_settings(opened.manifest), runlocal)
+    settings, name = cached_settings(opened.manifest), f"cache {opened.location}"
+    return opened, resolve(dataset, config, assignments, settings, runlocal, name)

@@ -184,6 +184,20 @@ def test_a_named_dataset_replaces_the_caches(tiny: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"loss": {"foo": 1}}, "unknown setting loss.foo"),
+        ({"dataset": "scenes"}, "setting dataset: Input should be a valid dictionary"),
+        ({"dataset": None}, "setting dataset: Input should be a valid dictionary"),
+    ],
+)
+def test_wrong_settings_of_a_run_or_cache_are_named_as_its(wrong: dict[str, Any], message: str) -> None:
+    base = cache_settings() | wrong
+    assert refusal(base=base, base_name="runs/one/config.yaml").startswith(f"runs/one/config.yaml: {message}")
+    assert refusal(base=base, assignments=["loss.bank=3"]).startswith(f"settings of the run or cache: {message}")
+
+
+@pytest.mark.parametrize(
     ("assignment", "message"),
     [
         ("trian.iterations=3", "unknown setting trian; did you mean 'train'?"),
@@ -225,6 +239,29 @@ def test_misspelt_setting_in_a_file(tiny: str, write: Write) -> None:
 def test_wrong_value_names_the_setting(setting: str, value: str, tiny: str) -> None:
     message = refusal(dataset=tiny, assignments=[f"{setting}={value}"])
     assert message.startswith(f"--set {setting}={value}: setting {setting}")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("evaluate.gamma=abc", "Input should be a valid number, or 'auto' (it is 'abc')"),
+        ("evaluate.gamma=atuo", "Input should be a valid number, or 'auto' (it is 'atuo'); did you mean 'auto'?"),
+        ("evaluate.gamma=[1]", "Input should be a valid number, or 'auto'"),
+        (
+            "dataset.templates=zegclap",
+            "Input should be 'single', 'zegclip' or 'imagenet', or a valid tuple (it is 'zegclap'); "
+            "did you mean 'zegclip'?",
+        ),
+        ("dataset.templates=[1, 2]", "Input should be 'single', 'zegclip' or 'imagenet', or a valid string"),
+        (
+            "loss.glm=maxx",
+            "Input should be 'attention', 'max', 'mean' or 'selective' (it is 'maxx'); did you mean 'max'?",
+        ),
+    ],
+)
+def test_all_that_a_setting_may_be_is_said(assignment: str, message: str, tiny: str) -> None:
+    key = assignment.partition("=")[0]
+    assert refusal(dataset=tiny, assignments=[assignment]) == f"--set {assignment}: setting {key}: {message}"
 
 
 def test_the_source_of_a_wrong_value_is_named(tiny: str, write: Write) -> None:

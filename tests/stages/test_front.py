@@ -6,9 +6,14 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 import yaml
 
 import stages.doctor
+import stages.runs
+from configs.errors import UserError
+from stages.devices import choose_device, obstacle
+from stages.verbs.options import print_result
 from tests.conftest import World
 
 
@@ -105,6 +110,57 @@ def test_doctor_finds_a_cache_that_changed_on_the_disk(tmp_path: Path) -> None:
     with mock.patch.object(stages.doctor, "precompute", damage):
         done = here.run("doctor", "--device", "cpu", check=False)
     assert done.returncode == 1 and "FAULT cache: changed:" in done.stdout
+
+
+@pytest.mark.parametrize(("device", "why"), [("cuda:99", "cannot be used here ("), ("meta", "choose auto, cpu, cuda")])
+def test_doctor_tells_versions_and_why_a_device_cannot_be_used(tmp_path: Path, device: str, why: str) -> None:
+    done = World(tmp_path).run("doctor", "--device", device, "--json", "-", check=False)
+    assert done.returncode == 1
+    found = {item["part"]: item for item in json.loads(done.stdout)}
+    assert "torch" in found["packages"]["text"] and "free in" in found["disk"]["text"] and "stage one" not in found
+    assert found["device"]["fault"] and found["device"]["text"].startswith(f"--device {device}")
+    assert why in found["device"]["text"]
+
+
+def test_torchs_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver(*_: object, **__: object) -> None:
+        raise RuntimeError("no driver\nand much advice")
+
+    assert choose_device("cpu") == "cpu" and obstacle("cpu") is None
+    monkeypatch.setattr(torch, "empty", no_driver)
+    with pytest.raises(UserError, match=r"^--device cuda:1 cannot be used here \(no driver\): choose cpu or auto$"):
+        choose_device("cuda:1")
+    for device in ("meta", "cuda:", "cuda:x", "CPU", ""):
+        with pytest.raises(UserError, match=r"choose auto, cpu, cuda or cuda:N$"):
+            choose_device(device)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("nodir/s.json", "there is no folder nodir, make it first"), (".", "is a folder: name a file in it")],
+)
+@pytest.mark.parametrize("verb", [("evaluate", "--run", "no-such-run"), ("cache", "info", "no-cache"), ("doctor",)])
+def test_a_json_file_that_cannot_be_is_refused_before_the_work(
+    world: World, verb: tuple[str, ...], file: str, message: str
+) -> None:
+    line = world.fails(*verb, "--json", file)
+    assert line.startswith(f"error: --json {file}") and line.endswith(message)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    file, link = tmp_path / "found.json", tmp_path / "link.json"
+    file.write_text("old")
+    with (
+        mock.patch.object(stages.runs.os, "replace", side_effect=OSError(28, "no room")),
+        pytest.raises(OSError, match="no room"),
+    ):
+        print_result(lambda: None, [1, float("nan")], file)
+    assert file.read_text() == "old"
+    link.symlink_to(file)  # as /dev/stdout is one
+    print_result(lambda: None, [1, float("nan")], link)
+    assert json.loads(file.read_text()) == [1, None] and link.is_symlink()
+    print_result(lambda: None, [2], file)
+    assert json.loads(file.read_text()) == [2]
 
 
 def test_data_as_json(world: World, tmp_path: Path) -> None:
