@@ -122,14 +122,14 @@ def train(
     Example: clip-zss train --run runs/scenes-001
     """
     from stages.caches import choose_cache
-    from stages.runs import is_run, read_settings
+    from stages.runs import CONFIG, is_run, read_settings
     from stages.train import train as stage
     from stages.training.provenance import last_cache
 
     assignments = with_flags(set_, {"train.seed": seed})
     if run and is_run(run):
         opened = choose_cache(cache or last_cache(run), named_dataset(dataset, config))
-        settings = resolve(dataset, config, assignments, read_settings(run), runlocal)
+        settings = resolve(dataset, config, assignments, read_settings(run), runlocal, str(run / CONFIG))
     else:
         opened, settings = open_cache(cache, dataset, config, assignments, runlocal)
     stage(settings, opened, data_root, run, device_of(device))

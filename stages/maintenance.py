@@ -24,7 +24,7 @@ def repair(location: str, data_root: Path, device: str) -> list[Damage]:
     """
     found = prepare_repair(location)
     manifest = info(location).manifest
-    config = resolve(base=cached_settings(manifest))
+    config = resolve(base=cached_settings(manifest), base_name=f"cache {location}")
     if manifest.borrowed:
         recluster(config, open_cache(manifest.borrowed[DENSE_TOKENS].cache), location)
     else:

@@ -161,7 +161,7 @@ def load_run(path: Path, device: str = "cpu") -> Run:
         raise UserError(
             f"{path / WEIGHTS} is damaged ({error}): train --run {path} puts back the last checkpoint's"
         ) from error
-    config = resolve(base=settings)
+    config = resolve(base=settings, base_name=str(path / CONFIG))
     student = Student(config.student, text_features.shape[1], load_weights=False)
     try:
         student.load_state_dict(tensors)

@@ -21,6 +21,7 @@ from stages.verbs.options import (
     RunOption,
     SeedOption,
     SetOption,
+    check_json,
     device_of,
     open_cache,
     print_result,
@@ -154,7 +155,10 @@ def inspect_pseudolabels(
     ),
     terminal: Annotated[bool, typer.Option("--terminal", help="Print the table instead.")] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="The table, and as JSON; - prints that alone.")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", callback=check_json, help="The table, and as JSON; - prints that alone."
+        ),
     ] = None,
     png: Annotated[
         Path | None, typer.Option("--png", metavar="FILE.png", help="Write a picture of a few images instead.")
