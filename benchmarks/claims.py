@@ -12,7 +12,7 @@ BEGIN, END = "<!-- claims: benchmarks/claims.py writes them -->\n", "<!-- end of
 
 
 def claims(folder: Path) -> str:
-    """A Markdown table: every sign of the tables that `folder` holds a CSV of."""
+    """A Markdown table: what was measured of the signs of the tables that `folder` holds a CSV of."""
     lines = ["| claim | whose | better by, mean and range of the seeds | seeds | verdict |", "|---|---|---|---|---|"]
     for name in known_ablations():
         if not (folder / f"{name}.csv").exists():
@@ -20,6 +20,8 @@ def claims(folder: Path) -> str:
         results, table = read_csv(folder / f"{name}.csv"), read_ablation(name)[1]
         for sign in table.signs:
             said, gain, seeds = verdict(sign, results)
+            if not seeds:
+                continue
             rows = f"[{sign.better} against {sign.worse}](benchmarks/ablations/{name}.md)"
             measured = f"{SCORES[sign.score]} {gain}: {rows}"
             whose = "the paper" if sign.by_paper else "ours"

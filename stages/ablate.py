@@ -97,9 +97,7 @@ def ablate(
     return files
 
 
-def _result(
-    row: str, seed: int, config: Config, data_root: Path, device: str, known: Mapping[str, Result]
-) -> Result:
+def _result(row: str, seed: int, config: Config, data_root: Path, device: str, known: Mapping[str, Result]) -> Result:
     cache = open_cache(precompute(config, data_root, None, device))
     fingerprint = _fingerprint(config, cache, data_root)
     run = RUNS / "ablations" / fingerprint
@@ -244,7 +242,7 @@ def markdown(command: str, ablation: Ablation, results: Sequence[Result]) -> str
         lines += ["", "| claim | by the paper | measured | verdict |", "|---|---|---|---|"]
         for sign in ablation.signs:
             said, gain, _ = verdict(sign, results)
-            measured = f"{SCORES[sign.score]}: {sign.better} {gain} over {sign.worse}"
+            measured = f"{SCORES[sign.score]}: {sign.better} {gain} over {sign.worse}" if gain else ""
             lines.append(f"| {sign.claim} | {'yes' if sign.by_paper else 'no'} | {measured} | {said} |")
     lines += ["", f"Teacher passes: {taken:,}; with the teacher live in every run: {live:,}."]
     return "\n".join(lines) + "\n"
