@@ -28,5 +28,6 @@ def test_what_is_killed_and_resumed_is_whole(world: World, tmp_path: Path) -> No
 
 
 def test_a_run_that_loses_a_worker_completes(world: World, tmp_path: Path) -> None:
+    """On a busy machine some are completed before the kill; the one that is hit must be too, or the script fails."""
     said = kill(world, tmp_path, "--kills", "1", "--seed", "3", "--hit", "a worker")
-    assert "1  a worker, " in said and "1  runs completed" in said.split("kills")[1]
+    assert "1  a worker, " in said and "runs completed" in said and "gave up" not in said
