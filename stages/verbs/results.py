@@ -104,10 +104,12 @@ def predict(
     """
     from stages.predict import Segmenter
     from stages.predict import predict as stage
+    from stages.progress import say
     from stages.runs import newest_run
     from stages.words import read_words
 
     segmenter = Segmenter.load(run or newest_run(), device_of(device), gamma)
+    say(f"run: {segmenter.run.path}, iteration {segmenter.run.iteration}")
     words = None if classes is None else read_words(classes)
     failures = stage(segmenter, photos, words, output, rle, compare, attention)
     for line in failures:
