@@ -1,7 +1,6 @@
 """Tables of runs that differ in a few settings: trained, scored, and compared with what the paper says."""
 
 import csv
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,6 +10,7 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from cache.reader import Cache, open_cache
+from cache.sealed import sha256
 from configs.ablation import Ablation, Sign, known_ablations
 from configs.errors import UserError
 from configs.load import as_settings
@@ -84,9 +84,10 @@ def ablate(
         for seed in range(seeds)
     }  # all, before the first hour of training: a misspelt setting is found now
     files = [output / f"{name}{ending}" for ending in (".csv", ".md", ".png")]
-    tables = [output / f"{table}.csv" for table in {name, *known_ablations()}]
-    known = {found.fingerprint: found for table in tables if table.exists() for found in read_csv(table)}
-    found = {(one.row, one.seed): one for one in read_csv(files[0])} if files[0].exists() else {}
+    paths = {other: output / f"{other}.csv" for other in {name, *known_ablations()}}
+    tables = {other: read_csv(path) for other, path in paths.items() if path.exists()}
+    known = {one.fingerprint: one for results in tables.values() for one in results}
+    found = {(one.row, one.seed): one for one in tables.get(name, [])}
     for number, ((row, seed), config) in enumerate(chosen.items(), 1):
         say(f"{name} {number}/{len(chosen)}: {row}, seed {seed}")
         found[row, seed] = _result(row, seed, config, data_root, device, known)
@@ -139,9 +140,9 @@ def _fingerprint(config: Config, cache: Cache, data_root: Path) -> str:
     splits = sorted({config.evaluate.split, "holdout"} & set(config.dataset.splits))
     scored = [SegmentationDataset(config.dataset, data_root, split).digest() for split in splits]
     weights = Path(config.student.weights)
-    first = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
+    first = sha256(weights.read_bytes()) if weights.is_file() else None
     content = json.dumps([as_settings(config), cache.manifest.fingerprint, first, scored], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+    return sha256(content.encode())[:12]
 
 
 def _typed(values: dict[str, Any]) -> Result:
@@ -175,9 +176,9 @@ def read_csv(path: Path) -> list[Result]:
         return [_typed(line) for line in csv.DictReader(file)]
 
 
-def scores_of(results: Sequence[Result], row: str, score: str) -> dict[int, float]:
-    """A row's scores by seed."""
-    return {result.seed: getattr(result, score) for result in results if result.row == row}
+def scores_of(results: Sequence[Result], row: str, score: str) -> np.ndarray:
+    """(S,) a row's scores, seed by seed."""
+    return np.array([getattr(result, score) for result in results if result.row == row])
 
 
 def verdict(sign: Sign, results: Sequence[Result]) -> tuple[str, str, int]:
@@ -187,7 +188,10 @@ def verdict(sign: Sign, results: Sequence[Result]) -> tuple[str, str, int]:
     is not in the difference. Beyond the seed spread: the better row's worst seed is above the other's best. Undecided:
     some seeds are for the claim, some against it. Seeds that one row lacks do not count.
     """
-    rows = [scores_of(results, row, sign.score) for row in (sign.better, sign.worse)]
+    rows = [
+        {result.seed: getattr(result, sign.score) for result in results if result.row == row}
+        for row in (sign.better, sign.worse)
+    ]
     seeds = sorted(rows[0].keys() & rows[1].keys())
     if not seeds:
         return "not measured", "", 0
@@ -236,7 +240,7 @@ def markdown(command: str, ablation: Ablation, results: Sequence[Result]) -> str
         "|---|---|---|---|---|---|",
     ]
     for row, settings in ablation.rows.items():
-        cells = [spread(np.array(list(scores_of(results, row, score).values()))) for score in SCORES]
+        cells = [spread(scores_of(results, row, score)) for score in SCORES]
         lines.append(f"| {row} | {' '.join(f'`{text}`' for text in settings)} | {' | '.join(cells)} |")
     if ablation.signs:
         lines += ["", "| claim | by the paper | measured | verdict |", "|---|---|---|---|"]
@@ -259,7 +263,7 @@ def _plot(path: Path, ablation: Ablation, results: Sequence[Result]) -> None:
     figure = Figure(figsize=(9, 1.2 + 0.45 * len(rows)), layout="constrained")
     for axes, score in zip(figure.subplots(1, 3, sharey=True), ("seen", "unseen", "hiou"), strict=True):
         for place, row in enumerate(rows):
-            values = np.array(list(scores_of(results, row, score).values()))
+            values = scores_of(results, row, score)
             axes.plot(values, [place] * len(values), "o", color="#0072b2", alpha=0.6)
             if len(values):
                 axes.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color="#d55e00")

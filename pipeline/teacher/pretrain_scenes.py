@@ -8,9 +8,9 @@ loss is the sigmoid loss of SigLIP (Zhai et al. 2023, Eq. 1) over all image-capt
 what a crop shows: no pixel label reaches the model.
 
 The text tower is taught first and locked, and in the end all its features get one direction in common, as CLIP's have.
-The image tower learns on crops of half the side, four times cheaper than
-whole scenes; a crop's tokens keep the positions they have in the scene, so that whole scenes need no second phase.
-Scenes come from random streams of their own, so the teacher never saw an image that the student trains or tests on.
+The image tower learns on crops of half the side, four times cheaper than whole scenes; a crop's tokens keep the
+positions they have in the scene, so that whole scenes need no second phase. Scenes come from random streams of their
+own, so the teacher never saw an image that the student trains or tests on.
 """
 
 import json

@@ -57,16 +57,22 @@ def starts(run: Path) -> list[dict[str, Any]]:
     return found if isinstance(found, list) else []
 
 
+def last_start(run: Path) -> dict[str, Any] | None:
+    """None where no record says so."""
+    return next(reversed(starts(run)), None)
+
+
 def last_cache(run: Path) -> str | None:
     """The location of the cache that the run was last started with; None where no record says so."""
-    found = starts(run)
-    return str(found[-1]["cache"]) if found else None
+    last = last_start(run)
+    return str(last["cache"]) if last else None
 
 
 def begun_with(config: Config, cache: Cache) -> Path | None:
     """The newest run below runs/ that has these settings, but for FREE, and was begun with this cache, if any."""
     for file in sorted(RUNS.glob(f"*/{CONFIG}"), key=lambda file: file.stat().st_mtime, reverse=True):
-        same_cache = any(start["cache_fingerprint"] == cache.manifest.fingerprint for start in starts(file.parent)[-1:])
+        last = last_start(file.parent)
+        same_cache = last and last["cache_fingerprint"] == cache.manifest.fingerprint
         if same_cache and not different_settings(read_settings(file.parent), as_settings(config), free=FREE):
             return file.parent
     return None
@@ -74,10 +80,10 @@ def begun_with(config: Config, cache: Cache) -> Path | None:
 
 def check_same_cache(run: Path, cache: Cache) -> None:
     """UserError if the run was last started with a cache of other content."""
-    found = starts(run)
-    if found and found[-1]["cache_fingerprint"] != cache.manifest.fingerprint:
+    last = last_start(run)
+    if last and last["cache_fingerprint"] != cache.manifest.fingerprint:
         raise UserError(
-            f"--run {run} was begun with cache {found[-1]['cache']}, and {cache.location} holds something else: name "
+            f"--run {run} was begun with cache {last['cache']}, and {cache.location} holds something else: name "
             "the first by --cache, or choose another --run"
         )
 
