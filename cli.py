@@ -3,11 +3,16 @@
 Heavy libraries are imported inside the verbs: help stays quick, and training never loads the teacher's library.
 """
 
+import os
 import sys
 import traceback
 from typing import Annotated, Literal
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError as missing:
+    print(f"error: {missing}: activate the environment that holds clip-zss, or install it", file=sys.stderr)
+    sys.exit(2)
 
 from configs.errors import UserError
 from configs.load import named_dataset, resolve
@@ -38,6 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _debug = False
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the hub's retries, two lines each; workers inherit it
 
 
 @app.callback(epilog="Exit codes: 0 done; 1 a fault of this program; 2 a mistake in what it was given; 130 Ctrl-C.")
@@ -149,18 +155,26 @@ def main() -> None:
     global _debug
     _debug = False
     try:
-        app()
+        code = app(standalone_mode=False)
     except Exception as error:
         if _debug:
             traceback.print_exc()
-        # An error without a file is not about one that the user could mend.
-        mistake = isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None)
-        text = " ".join(str(error).split())
-        hint = (
-            "" if mistake else f" ({type(error).__name__}, a fault of clip-zss: see it whole by clip-zss --debug ...)"
-        )
-        typer.echo(f"error: {text}{hint}", err=True)
-        sys.exit(2 if mistake else 1)
+        text, code = _last_words(error)
+        if text:
+            typer.echo(f"error: {' '.join(text.split())}", err=True)
+    sys.exit(code)
+
+
+def _last_words(error: Exception) -> tuple[str, int]:
+    """What is said of an error, and the exit code."""
+    if isinstance(error, typer.TyperException):  # the command line's; empty of a group alone, whose help is shown
+        context = getattr(error, "ctx", None)
+        said = error.format_message().rstrip(".")
+        return f"{said} (see {context.command_path} --help)" if said and context else said, 2
+    # An error without a file is not about one that the user could mend.
+    if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
+        return str(error), 2
+    return f"{error} ({type(error).__name__}, a fault of clip-zss: see it whole by clip-zss --debug ...)", 1
 
 
 if __name__ == "__main__":

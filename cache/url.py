@@ -11,7 +11,7 @@ from zarr.storage import FsspecStore
 
 from cache.base import Store
 from cache.lock import LOCK, heartbeat, holder_of
-from configs.errors import UserError
+from configs.errors import UserError, reason
 
 _T = TypeVar("_T")
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds; on top of what fsspec's own clients retry
@@ -120,10 +120,9 @@ class UrlStore(Store):
                 if not _is_of_the_store(error):
                     raise  # a mistake of ours
                 if delay is None or _is_final(error):
-                    reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
                     raise UserError(
-                        f"cannot {verb} {self.show(key)} ({reason}): check the URL, the credentials and the network, "
-                        "then run the same command again"
+                        f"cannot {verb} {self.show(key)} ({reason(error)}): check the URL, the credentials and the "
+                        "network, then run the same command again"
                     ) from error
                 time.sleep(delay)
         raise AssertionError

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -47,9 +47,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def suggest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _read_experiment(path: Path) -> dict[str, Any]:
+    """From here, or from where clip-zss is installed: configs/experiments/... is meant by its name anywhere."""
+    installed = CONFIGS.parent / path
+    return read_yaml(path if path.is_file() or not installed.is_file() else installed)
+
+
+def suggest(word: str, known: Sequence[str], prefix: str = "", cutoff: float = 0.6) -> str:
+    """Ends a message about a misspelt word: the known one that is most like it, with what comes before it."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
 
 def known_datasets() -> list[str]:
@@ -126,14 +133,29 @@ def _walk(model: Any, location: Location) -> tuple[Location, Any]:
     return location, model
 
 
+def _names(section: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _paths(section: type[BaseModel]) -> Iterator[str]:
+    """Every setting in the section, as `--set` takes it."""
+    for name, field in zip(_names(section), section.model_fields.values(), strict=True):
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from (f"{name}.{below}" for below in _paths(field.annotation))
+        else:
+            yield name
+
+
 def _explain(model: Any, errors: list[ErrorDetails]) -> str:
     """The first of the errors: the setting, what is wrong with it, and what it may be."""
     first = errors[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        _, section = _walk(model, first["loc"][:-1])
-        known = [field.alias or name for name, field in section.model_fields.items()]
-        return f"unknown setting {key}{suggest(str(first['loc'][-1]), known)}"
+        above, word = first["loc"][:-1], str(first["loc"][-1])
+        elsewhere = [path for path in _paths(model) if path.rpartition(".")[2] == word]
+        names = _names(_walk(model, above)[1])
+        hint = suggest(word, elsewhere, cutoff=0) or suggest(word, names, "".join(f"{part}." for part in above))
+        return f"unknown setting {key}{hint}"
     if first["type"] == "missing":
         return f"setting {key} is missing"
     location, _ = _walk(model, first["loc"])
@@ -179,7 +201,7 @@ def resolve(
     settings: dict[str, Any] = dict(base or {})
     if base:
         validate(Config, base, base_name)
-    experiment = read_yaml(config) if config else {}
+    experiment = _read_experiment(config) if config else {}
     chosen = dataset or experiment.pop("dataset", None)
     experiment.pop("dataset", None)
     if isinstance(chosen, dict):
@@ -206,7 +228,7 @@ def resolve(
 
 def named_dataset(dataset: str | None, config: Path | None) -> str | None:
     """The name of the dataset that `--dataset`, or else the experiment, asks for; None where neither names one."""
-    chosen = dataset or (read_yaml(config).get("dataset") if config else None)
+    chosen = dataset or (_read_experiment(config).get("dataset") if config else None)
     if chosen is None:
         return None
     settings = chosen if isinstance(chosen, dict) else dataset_settings(str(chosen))

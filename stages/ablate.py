@@ -257,7 +257,7 @@ def _plot(path: Path, ablation: Ablation, results: Sequence[Result]) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        say(f"{path.name} is not drawn: pip install 'clip-zss[ablate]' for it")
+        say(f"{path.name} is not drawn: pip install -e '.[ablate]' where clip-zss lies")
         return
     rows = list(ablation.rows)
     figure = Figure(figsize=(9, 1.2 + 0.45 * len(rows)), layout="constrained")

@@ -43,7 +43,7 @@ def export(run: Run, output: Path, precision: Literal["fp32", "fp16"] = "fp32") 
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ModuleNotFoundError as error:
-        raise UserError(f"export needs {error.name}: pip install 'clip-zss[export]'") from error
+        raise UserError(f"export needs {error.name}: pip install -e '.[export]' where clip-zss lies") from error
     if output.exists() and any(output.iterdir()):
         raise UserError(f"--output {output} is not empty: choose another folder, or delete it")
     output = output.absolute()  # `.` has no name

@@ -11,7 +11,7 @@ from configs.schema import Config
 from pipeline.data.dataset import IGNORE, SegmentationDataset
 from pipeline.data.views import majority_tokens, replay
 from pipeline.metrics import purity
-from pipeline.pictures import contact_sheet, overlay
+from pipeline.pictures import contact_sheet, legend, overlay, stacked
 from stages.caches import check_cache
 from stages.progress import progress_bar
 
@@ -62,19 +62,28 @@ def table(config: Config, cache: Cache, data_root: Path, rows: list[int]) -> lis
 
 
 def sheet(config: Config, cache: Cache, data_root: Path, rows: list[int], path: Path) -> Path:
-    """Writes the contact sheet of the chosen images' first views to `path` (PNG)."""
+    """Writes the contact sheet of the chosen images' first views to `path` (PNG).
+
+    The legend has the classes of the masks, unseen ones with a star; regions are numbered in each image.
+    """
     dataset = SegmentationDataset(config.dataset, data_root, "train")
     check_cache(cache, config, dataset)
-    size, lines = config.views.size, []
+    size, lines, present = config.views.size, [], set[int]()
     for row in rows:
         image, mask = dataset.pair(row)
         view = cache.read("views", row)[0]
         shown, true_mask = replay(view, image, size), replay(view, mask, size)
+        present |= set(np.unique(true_mask).tolist())
         seen_mask = replay(view, np.where(dataset.seen_lookup[mask] == IGNORE, IGNORE, mask).astype(np.uint8), size)
         regions = [_pixels(cache.read(name, row)[0], size) for name in ("kmeans_labels", "pseudo_labels")]
         lines.append([shown, *(overlay(shown, labels) for labels in (seen_mask, *regions, true_mask))])
     path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(lines, TITLES, [dataset.ids[row] for row in rows]).save(path)
+    names = {
+        index: f"{name}*" if name in config.dataset.unseen else name
+        for index, name in enumerate(config.dataset.classes) if index in present
+    }  # fmt: skip
+    parts = [contact_sheet(lines, TITLES, [dataset.ids[row] for row in rows])]
+    stacked([*parts, legend(names)] if names else parts).save(path)
     return path
 
 

@@ -130,6 +130,7 @@ def _make(
             with progress_bar("calibrating"):
                 speeds = on_every_worker(client, calibrate, jobs[0])
             todo = plan(manifest, shards, speeds, store.free_bytes())
+            say(f"teacher: {config.teacher.model}, {config.teacher.pretrained}, {config.teacher.dense} dense tokens")
             say(str(todo))
             todo.check_room(store)
         if dry_run:

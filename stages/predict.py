@@ -19,7 +19,7 @@ from torch import nn
 from configs.errors import UserError
 from configs.schema import Config
 from pipeline.data.dataset import BrokenFile
-from pipeline.data.photos import find_photos, read_photo, upright_rgb
+from pipeline.data.photos import WRITTEN, find_photos, read_photo, upright_rgb
 from pipeline.data.views import normalise
 from pipeline.inference import short_side_to
 from pipeline.learning.glm import attention
@@ -106,8 +106,10 @@ class Segmenter:
 def predict(
     segmenter: Segmenter, photos: Sequence[Path], classes: Sequence[str] | None, output: Path,
     rle: bool = False, compare: bool = False, show_attention: bool = False,
-) -> list[str]:  # fmt: skip
+) -> tuple[int, list[str]]:  # fmt: skip
     """Writes PHOTO.overlay.png and PHOTO.mask.png (indices of the classes) of every photo to the folder `output`.
+
+    What stands there of the photo already is deleted.
 
     Args:
         photos: files, or folders of them.
@@ -116,7 +118,7 @@ def predict(
         show_attention: PHOTO.attention.png too: what GLM attends to for CLIP's CLS token of the photo. Loads CLIP.
 
     Returns:
-        Why, of each photo that could not be read.
+        How many photos were segmented, and of each that could not be read why.
     """
     files = find_photos(photos)
     name, times = Counter(file.name for file in files).most_common(1)[0]
@@ -130,6 +132,8 @@ def predict(
     failures = []
     with progress_bar("predict", len(files), "photos") as advance:
         for file in files:
+            for ending in WRITTEN:
+                (output / f"{file.name}{ending}").unlink(missing_ok=True)
             try:
                 photo = read_photo(file)
             except BrokenFile as error:
@@ -139,20 +143,19 @@ def predict(
             _save_mask(mask, output / f"{file.name}.mask.png")
             small = _small(photo)
             shown = overlay(small, _small(mask))
-            stacked([Image.fromarray(shown), _legend(mask, words)]).save(output / f"{file.name}.overlay.png")
+            stacked([Image.fromarray(shown), _legend([mask], words)]).save(output / f"{file.name}.overlay.png")
             if rle:
                 (output / f"{file.name}.json").write_text(json.dumps(coco_rle(mask, words.names)) + "\n")
             if by_teacher:
                 other = segment(by_teacher, photo, words, 0.0)
                 row = [small, overlay(small, _small(other)), shown]
                 sheet = contact_sheet([row], ("photo", "teacher, dense", "student"), [file.name], 512)
-                both = np.concatenate([mask.ravel(), other.ravel()])
-                stacked([sheet, _legend(both, words)]).save(output / f"{file.name}.compare.png")
+                stacked([sheet, _legend([other, mask], words)]).save(output / f"{file.name}.compare.png")
             if teacher and show_attention:
                 weights = cls_attention(segmenter.run, teacher, photo)
                 Image.fromarray(lit(small, weights)).save(output / f"{file.name}.attention.png")
             advance()
-    return failures
+    return len(files) - len(failures), failures
 
 
 def _teacher(config: Config, device: str) -> "FrozenClip":
@@ -210,9 +213,12 @@ def _small(picture: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize(size, method))
 
 
-def _legend(mask: np.ndarray, words: Vocabulary) -> Image.Image:
-    """The classes in it, the largest first, each with its share."""
-    counts = np.bincount(mask.ravel(), minlength=1)
-    order = sorted(np.flatnonzero(counts).tolist(), key=lambda index: -counts[index])
-    shares = {index: round(100 * counts[index] / mask.size) for index in order}
-    return legend({index: f"{words.names[index]} {share or '< 1'} %" for index, share in shares.items()}, columns=4)
+def _legend(masks: Sequence[np.ndarray], words: Vocabulary) -> Image.Image:
+    """The classes in the masks, the largest first, each with its share of every mask."""
+    shares = 100 * np.stack([np.bincount(mask.ravel(), minlength=len(words.names)) / mask.size for mask in masks])
+    names = {}
+    for index in np.argsort(-shares.sum(0), kind="stable").tolist():
+        if shares[:, index].any():
+            texts = ("0" if not share else "< 1" if share < 1 else f"{share:.0f}" for share in shares[:, index])
+            names[index] = f"{words.names[index]} {', '.join(texts)} %"
+    return legend(names, columns=4)

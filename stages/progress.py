@@ -1,5 +1,6 @@
 """What the stages print: one line at a time, and progress bars with rate and time left."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+LINE_EVERY = 30  # seconds
 
 console = Console(stderr=True)
 output = Console(soft_wrap=True)
@@ -33,15 +36,53 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.1f} {task.fields['unit']}/s")
 
 
+class _Lines:
+    """Progress for a log file."""
+
+    def __init__(self, name: str, total: int | None, unit: str, done: int) -> None:
+        self._name, self._total, self._unit, self._done = name, total, unit, done
+        self._new, self._note = 0, ""
+        self._said = self._started = time.monotonic()
+        if total is None:
+            say(name)
+
+    def __call__(self, count: int = 1, note: str | None = None) -> None:
+        self._done, self._new = self._done + count, self._new + count
+        self._note = self._note if note is None else note
+        now = time.monotonic()
+        if now - self._said >= LINE_EVERY and self._total and self._new:
+            rate = self._new / (now - self._said)
+            left = (self._total - self._done) / rate / 60
+            say(
+                f"{self._name} {self._done:,} of {self._total:,} {self._unit}, {rate:.1f} {self._unit}/s, "
+                f"{left:.0f} minutes left" + (f", {self._note}" if self._note else "")
+            )
+            self._new, self._said = 0, now
+
+    def end(self) -> None:
+        if self._total is not None:
+            say(f"{self._name}: {self._done:,} {self._unit}, {time.monotonic() - self._started:.0f} s")
+
+
 @contextmanager
-def progress_bar(name: str, total: int | None = None, unit: str = "") -> Iterator[Callable[..., None]]:
-    """A bar on stderr. The yielded function advances it: `advance(count, note="...")`."""
+def progress_bar(
+    name: str, total: int | None = None, unit: str = "", done: int = 0
+) -> Iterator[Callable[..., None]]:
+    """A bar on stderr; a line every half a minute, and one at the end, where that is no terminal.
+
+    The yielded function advances it: `advance(count, note="...")`.
+    """
+    if not console.is_terminal:
+        lines = _Lines(name, total, unit, done)
+        yield lines
+        lines.end()
+        return
     columns = (
         SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn(),
         _Rate(), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(name, total=total, unit=unit, note="")
+        task = bar.add_task(name, total=total, completed=done, unit=unit, note="")
 
         def advance(count: int = 1, note: str | None = None) -> None:
             bar.update(task, advance=count)

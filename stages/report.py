@@ -16,11 +16,13 @@ from configs.dataset import Dataset
 from configs.load import known_datasets, resolve
 from configs.schema import Config
 from pipeline.metrics import Scores
+from stages.caches import CACHES
 from stages.datasets import Check
 from stages.inspect import PseudoLabelRow, summary
 from stages.overview import CacheEntry, Entry, RunEntry
 from stages.plan import duration, size, timed_runs
 from stages.progress import output
+from stages.runs import RUNS
 
 if TYPE_CHECKING:
     from stages.bench import Row
@@ -120,13 +122,14 @@ def check_report(config: Dataset, found: Check) -> dict[str, Any]:
 
 
 def check_table(config: Dataset, found: Check) -> None:
-    """The class histogram, then every fault."""
+    """The class histogram, if anything could be read, then every fault."""
     table = _folded("class", "", "images", "pixels", "share")
     total = max(int(found.pixels.sum()), 1)
     for name, images, pixels in zip(config.classes, found.images.tolist(), found.pixels.tolist(), strict=True):
         unseen = "unseen" if name in config.unseen else ""
         table.add_row(escape(name), unseen, f"{images:,}", f"{pixels:,}", f"{100 * pixels / total:.2f} %")
-    output.print(table)
+    if found.readable:
+        output.print(table)
     _print(f"{found.readable:,} images, {found.unlabelled:,} pixels without a class")
     for fault in found.faults:
         _print(f"fault: {fault}")
@@ -187,24 +190,28 @@ def cache_report(found: Info) -> dict[str, Any]:
 
 
 def overview_table(caches: Sequence[CacheEntry], runs: Sequence[RunEntry]) -> None:
-    """Caches, then runs, each with the settings that it does not share with all the others of its dataset."""
-    table = _folded("cache", "dataset", "views", "size", "differs in")
-    for cache in caches:
-        done = f"{cache.views:,}"
-        progress = done if cache.views == cache.views_planned else f"{done} of {cache.views_planned:,}"
-        table.add_row(*map(escape, (cache.path, cache.dataset, progress, size(cache.bytes), _difference(cache))))
-    output.print(table)
-    table = _folded("run", "dataset", "iterations", "best validation", "size", "differs in")
-    for run in runs:
-        progress = f"{run.iteration:,}" + ("" if run.iteration == run.iterations else f" of {run.iterations:,}")
-        score = "-" if run.score is None else f"{SCORE_NAMES[run.score_name]} {run.score:.1f} on {run.score_split}"
-        table.add_row(*map(escape, (run.path, run.dataset, progress, score, size(run.bytes), _difference(run))))
-    output.print(table)
+    """A table of each dataset's caches, then of its runs, with the settings that not all of them share."""
+    if not caches and not runs:
+        _print(f"nothing yet below {CACHES}/ and {RUNS}/: precompute makes a cache, train a run")
+    for dataset in sorted({entry.dataset for entry in caches}):
+        table = _folded(f"cache of {escape(dataset)}", "views", "size", "differs in")
+        for cache in (entry for entry in caches if entry.dataset == dataset):
+            done = f"{cache.views:,}" + ("" if cache.views == cache.views_planned else f" of {cache.views_planned:,}")
+            table.add_row(*map(escape, (cache.path, done, size(cache.bytes), _difference(cache))))
+        output.print(table)
+    for dataset in sorted({entry.dataset for entry in runs}):
+        table = _folded(f"run of {escape(dataset)}", "iterations", "best validation", "size", "differs in")
+        for run in (entry for entry in runs if entry.dataset == dataset):
+            done = f"{run.iteration:,}" + ("" if run.iteration == run.iterations else f" of {run.iterations:,}")
+            score = "-" if run.score is None else f"{SCORE_NAMES[run.score_name]} {run.score:.1f} on {run.score_split}"
+            table.add_row(*map(escape, (run.path, done, score, size(run.bytes), _difference(run))))
+        output.print(table)
 
 
-def _folded(*columns: str) -> Table:
-    """No path is cut short, however narrow the terminal."""
+def _folded(name: str, *columns: str) -> Table:
+    """A table whose first column is not broken where others can be, and in which nothing is cut short."""
     table = Table()
+    table.add_column(name, overflow="fold", no_wrap=True)
     for column in columns:
         table.add_column(column, overflow="fold")
     return table

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cache.manifest import different_settings
@@ -35,6 +35,9 @@ class Run:
     student: Student
     text_features: Tensor
     iteration: int
+
+    def __str__(self) -> str:
+        return f"{self.path} (iteration {self.iteration:,} of {self.config.train.iterations:,})"
 
 
 def new_run(path: Path | None, dataset: str) -> Path:
@@ -126,7 +129,8 @@ def save_student(path: Path, student: Student, text_features: Tensor, iteration:
     """Weights and class features in one file, put in place whole."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
     tensors[_TEXT] = text_features.cpu().contiguous()
-    replace_file(path / WEIGHTS, lambda aside: save_file(tensors, aside, metadata={"iteration": str(iteration)}))
+    content = save(tensors, {"iteration": str(iteration)})  # save_file's is for its owner's eyes alone
+    replace_file(path / WEIGHTS, lambda aside: aside.write_bytes(content))
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cache.reader import Cache
-from configs.errors import UserError
+from configs.errors import UserError, reason
 from configs.schema import Config
 from pipeline.learning.criterion import Criterion
 from pipeline.student.student import Student
@@ -84,7 +84,7 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
         with (
             stop_on_signals() as stop,
             closing(batches),
-            progress_bar("train", schedule.iterations, "it") as advance,
+            progress_bar("train", schedule.iterations, "it", first) as advance,
             closing(_Writer(config, path, first, cache, device, batches)) if is_main() else nullcontext() as writer,
         ):
             if writer:
@@ -110,7 +110,6 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
                 return learner.iteration % schedule.validate_every == 0 or learner.iteration == schedule.iterations
 
             student.train()
-            advance(first)
             try:
                 if first and anywhere(writer is not None and due() and not validation.done(first), device):
                     validate()
@@ -164,8 +163,7 @@ def _resume(learner: Learner, checkpoints: Checkpoints) -> bool:
     try:
         learner.restore(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{checkpoints.folder} is of another version of this program ({reason}): choose another --run"
+            f"{checkpoints.folder} is of another version of this program ({reason(error)}): choose another --run"
         ) from error
     return True

@@ -1,6 +1,7 @@
 """How the command line ends: mistakes, faults, Ctrl-C; and how much it says."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def test_a_fault_is_a_line_and_a_traceback_on_demand(world: World, debug: bool) 
 def test_a_mistake_is_exit_code_2_with_debug_too(world: World) -> None:
     done = world.run("--debug", *TRAIN, "--set", "loss.bnk=2", check=False)
     assert done.returncode == 2 and "Traceback" in done.stderr
-    assert "did you mean 'bank'" in done.stderr.splitlines()[-1]
+    assert "did you mean 'loss.bank'" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -81,3 +82,31 @@ def group_lives(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (["trian"], r"No such command 'trian'\. Did you mean 'train'\? \(see .+ --help\)"),
+        (["train", "--sed", "1"], r"No such option: --sed.* \(see .+ train --help\)"),
+        (["cache", "info"], r"Missing argument 'CACHE' \(see .+ cache info --help\)"),
+        (["train", "--seed"], r"Option '--seed' requires an argument"),
+        (["train", "--seed", "x"], r"Invalid value for '--seed': .*valid integer.*\(see .+ train --help\)"),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_one_line(world: World, command: list[str], line: str) -> None:
+    done = world.run(*command, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(f"error: {line}\n", done.stderr)
+
+
+@pytest.mark.parametrize("command", [[], ["cache"]])
+def test_a_verb_alone_shows_its_help(world: World, command: list[str]) -> None:
+    done = world.run(*command, check=False)
+    assert done.returncode == 2 and "Usage:" in done.stdout and not done.stderr
+
+
+def test_without_its_packages_it_says_so(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-S", ROOT / "cli.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: No module named 'typer': activate") and done.stderr.count("\n") == 1

@@ -229,7 +229,7 @@ def test_links_point_to_files(page: Path) -> None:
         ("trian --seed 1", "No such command 'trian'"),
         ("train --seed one", "valid int"),
         ("cache info", "Missing parameter: location"),
-        ("train --set loss.bnk=2", "did you mean 'bank'"),
+        ("train --set loss.bnk=2", "did you mean 'loss.bank'"),
         ("train --set loss.bank=-2", "greater than or equal to 0"),
         ("train --config configs/experiments/voc.yaml", "cannot read"),
         ("precompute --dataset pascal-vox", "did you mean 'pascal-voc'"),
@@ -249,7 +249,7 @@ def test_a_mistake_in_a_command_is_found(mistake: str, said: str) -> None:
         ("--sed", "--sed"),
         ("--set loss.bank=x", "valid integer"),
         ("loss.bank=x", "valid integer"),
-        ("loss.bnk", "did you mean 'bank'"),
+        ("loss.bnk", "did you mean 'loss.bank'"),
         ("docs/none.md", "docs/none.md"),
     ],
 )

@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -94,10 +94,10 @@ class SegmentationDataset:
             source = f"the split list {self.root / self._files.ids[0]} is empty"
         if not ids:
             raise UserError(f"{source}: check the dataset's files, its YAML and --data-root")
-        ordered = sorted(ids)
-        twice = [a for a, b in pairwise(ordered) if a == b]
+        twice = [name for name, times in Counter(ids).items() if times > 1]
         if twice:
-            raise UserError(f"split {self.split} of {self.root} has the id {twice[0]!r} twice: keep one of them")
+            names = ", ".join(map(repr, twice[:10])) + (f" and {len(twice) - 10} more" if len(twice) > 10 else "")
+            raise UserError(f"split {self.split} of {self.root} lists {names} more than once: keep one of each")
         return ids
 
     def _scan(self, pattern: str) -> dict[str, str]:

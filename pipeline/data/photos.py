@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from pillow_heif import register_heif_opener
 
 from configs.errors import UserError
 from pipeline.data.dataset import BrokenFile, opened
 
-WRITTEN = (".overlay.png", ".mask.png", ".compare.png", ".attention.png")  # beside photos, by `predict`
+register_heif_opener()
+WRITTEN = (".overlay.png", ".mask.png", ".compare.png", ".attention.png", ".json")  # beside photos, by `predict`
 # Photos that Pillow refuses as a likely attack, twice this size, are refused; below that there is nothing to warn of.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.errors import UserError, reason
 
 TOKEN = 16  # pixels that a token of a plain ViT covers
 
@@ -24,9 +24,13 @@ def create(name: str, pretrained: bool, **options: Any) -> Any:
             if "dynamic_img_size" not in str(error):
                 raise
             return timm.create_model(name, pretrained=pretrained, **options)
-    except Exception as error:  # timm and the hub each raise their own
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"student.model timm:{name} cannot be made by timm: {reason}") from error
+    except OSError as error:  # the hub's
+        raise UserError(
+            f"student.weights timm: the weights of {name} cannot be downloaded ({reason(error)}): connect once, or set "
+            "student.weights to a local file of them, or to none"
+        ) from error
+    except Exception as error:  # timm's own
+        raise UserError(f"student.model timm:{name} cannot be made by timm: {reason(error)}") from error
 
 
 class Swin(nn.Module):
@@ -99,15 +103,17 @@ class TimmEncoder(nn.Module):
     @torch.no_grad()
     def _find_multiple(self, name: str, stride: int, native: int) -> int:
         """The stride of the coarsest level, or the native size where windows of a fixed count want that."""
-        training, reason = self.training, ""
+        training = self.training
         for multiple in (stride, native):
             try:
                 self.eval()(torch.zeros(1, 3, multiple, 2 * multiple))
                 self.train(training)
                 return multiple
             except Exception as error:  # assertions and shape errors: each model has its own
-                reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"student.model timm:{name} does not take images of any size ({reason}): choose another")
+                refusal = error
+        raise UserError(
+            f"student.model timm:{name} does not take images of any size ({reason(refusal)}): choose another"
+        )
 
 
 class FeaturePyramid(nn.Module):

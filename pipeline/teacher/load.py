@@ -18,7 +18,7 @@ import torch
 from open_clip.openai import load_openai_model
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, reason
 from configs.schema import CONFIGS, Teacher
 
 HUB = "hf-hub:"
@@ -88,7 +88,7 @@ def _located(name: str) -> Path:
 def _reason(error: Exception) -> str:
     if "weights_only" in str(error):  # torch goes on to advise loading it unsafely
         return "it is no file of tensors alone"
-    return " ".join(str(error).split())[:200]
+    return reason(error)
 
 
 def _is_tag(config: Teacher) -> bool:

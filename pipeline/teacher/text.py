@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from configs.errors import UserError
+from configs.errors import UserError, reason
 
 BATCH = 256  # prompts per pass of the text tower
 
@@ -96,5 +96,5 @@ def _read(path: Path) -> np.ndarray:
     except OSError as error:
         raise UserError(f"text features: cannot read {path}: {error.strerror or error}") from error
     except (ValueError, EOFError, SafetensorError, TypeError, KeyError) as error:
-        raise UserError(f"text features {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"text features {path} cannot be read: {reason(error)}") from error
     raise UserError(f"text features {path} must be a .npy or a .safetensors file")

@@ -4,6 +4,7 @@ CLS tokens and pseudo labels of the whole dataset are in memory as they are stor
 of the cache. (The pictures of a validation do.)
 """
 
+import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple, Protocol
@@ -92,7 +93,7 @@ class Batches:
         # One pass over it is the whole run: workers live as long as that, and fetch two batches each ahead.
         loader = DataLoader(
             samples, micro_batch(schedule), sampler=own_draws(schedule, first),
-            num_workers=schedule.workers, pin_memory=cuda, worker_init_fn=worker_init,
+            num_workers=min(schedule.workers, os.cpu_count() or 1), pin_memory=cuda, worker_init_fn=worker_init,
             multiprocessing_context="spawn" if schedule.workers else None,
             generator=torch.Generator(),  # its own: where a run starts must not show in what the student draws
         )  # fmt: skip

@@ -62,7 +62,7 @@ def evaluate(
         settings = resolve(dataset, config, set_, as_settings(opened.config), runlocal)
         settings, features = features_of(settings, opened, on)
         name, predict = (
-            f"{opened.path} (iteration {opened.iteration})",
+            str(opened),
             student_predictor(opened.student, features, settings),
         )
     gamma, scores = stage(predict, settings, data_root)
@@ -109,14 +109,16 @@ def predict(
     from stages.words import read_words
 
     segmenter = Segmenter.load(run or newest_run(), device_of(device), gamma)
-    say(f"run: {segmenter.run.path}, iteration {segmenter.run.iteration}")
+    say(f"run: {segmenter.run}")
     words = None if classes is None else read_words(classes)
-    failures = stage(segmenter, photos, words, output, rle, compare, attention)
+    done, failures = stage(segmenter, photos, words, output, rle, compare, attention)
     for line in failures:
         typer.echo(f"left out: {line}", err=True)
-    typer.echo(f"results: {output}")
+    if done:
+        typer.echo(f"results: {output}")
     if failures:
-        raise UserError(f"{len(failures)} photos could not be read, listed above: replace them; the others are done")
+        others = "; the others are done" if done else ""
+        raise UserError(f"{len(failures)} photos could not be read, listed above: replace them{others}")
 
 
 def export(

@@ -233,7 +233,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     (split(masks={"file": "m/{id}.png"}), "setting splits.val.masks.0.files is missing"),
     (
         split(masks={"files": "m/{id}.png", "value": "0-3"}),
-        "unknown setting splits.val.masks.0.value; did you mean 'values'?",
+        "unknown setting splits.val.masks.0.value; did you mean 'splits.val.masks.0.values'?",
     ),
     (
         split(masks=["m/{id}.png", {"files": "n/{id}.png", "values": "0-3x"}]),
@@ -243,7 +243,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         split(masks={"files": "n/{id}.png", "values": "0-4"}),
         "values 0-4 are 5 values for 4 classes",
     ),
-    (split(image="x"), "unknown setting splits.val.image; did you mean 'images'?"),
+    (split(image="x"), "unknown setting splits.val.image; did you mean 'splits.val.images'?"),
     (split(count=0), "setting splits.val.count: Input should be greater than 0 (it is 0)"),
     ({"unseen": "zs3"}, "unseen 'zs3' is none of unseen_splits (there is none)"),
     (

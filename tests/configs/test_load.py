@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from configs.errors import UserError
-from configs.load import as_settings, dataset_settings, known_datasets, resolve
+from configs.load import as_settings, dataset_settings, known_datasets, named_dataset, resolve
 from configs.schema import CONFIGS, Config, Loss, PseudoLabels, Train
 from tests.configs.test_schema import DATASET
 
@@ -201,10 +201,13 @@ def test_wrong_settings_of_a_run_or_cache_are_named_as_its(wrong: dict[str, Any]
     ("assignment", "message"),
     [
         ("trian.iterations=3", "unknown setting trian; did you mean 'train'?"),
-        ("train.iteration=3", "unknown setting train.iteration; did you mean 'iterations'?"),
-        ("dataset.unsen=[a]", "unknown setting dataset.unsen; did you mean 'unseen'?"),
-        ("pseudo_labels.lamda=0.3", "unknown setting pseudo_labels.lamda; did you mean 'lambda'?"),
-        ("loss.global_=no", "unknown setting loss.global_; did you mean 'global'?"),
+        ("iterations=3", "unknown setting iterations; did you mean 'train.iterations'?"),
+        ("train.bank=3", "unknown setting train.bank; did you mean 'loss.bank'?"),
+        ("zzz=3", "unknown setting zzz"),
+        ("train.iteration=3", "unknown setting train.iteration; did you mean 'train.iterations'?"),
+        ("dataset.unsen=[a]", "unknown setting dataset.unsen; did you mean 'dataset.unseen'?"),
+        ("pseudo_labels.lamda=0.3", "unknown setting pseudo_labels.lamda; did you mean 'pseudo_labels.lambda'?"),
+        ("loss.global_=no", "unknown setting loss.global_; did you mean 'loss.global'?"),
         ("train.q=3", "unknown setting train.q"),
         ("train..x=3", "unknown setting train."),
         ("1=2", "unknown setting 1"),
@@ -216,7 +219,7 @@ def test_misspelt_setting(assignment: str, message: str, tiny: str) -> None:
 
 def test_misspelt_setting_in_a_file(tiny: str, write: Write) -> None:
     path = write("experiment.yaml", {"train": {"lrr": 3}})
-    assert refusal(dataset=tiny, config=path) == f"{path}: unknown setting train.lrr; did you mean 'lr'?"
+    assert refusal(dataset=tiny, config=path) == f"{path}: unknown setting train.lrr; did you mean 'train.lr'?"
 
 
 @pytest.mark.parametrize(
@@ -377,3 +380,14 @@ def test_a_key_that_stands_twice(write: Write) -> None:
     path = write("twice.yaml", "loss: {bank: 3}\ntrain: {lr: 1}\nloss: {tau: 1}\n")
     line = refusal(config=path)
     assert "twice.yaml" in line and "'loss' stands twice" in line
+
+
+def test_an_experiment_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name that the README gives it; a file of that name here comes first."""
+    monkeypatch.chdir(tmp_path)
+    experiment = Path("configs/experiments/voc-segformer-b4.yaml")
+    assert resolve(config=experiment).dataset.name == named_dataset(None, experiment) == "pascal-voc"
+    (tmp_path / experiment).parent.mkdir(parents=True)
+    (tmp_path / experiment).write_text("dataset: scenes\n")
+    assert resolve(config=experiment).dataset.name == named_dataset(None, experiment) == "scenes"
+    assert "cannot read configs/experiments/none.yaml" in refusal(config=Path("configs/experiments/none.yaml"))

@@ -161,7 +161,7 @@ def test_fingerprints_know_first_weights_and_what_is_scored(world: World, tables
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"rows": {"x": ["loss.globl=false"]}, "signs": []}, "did you mean 'global'"),
+        ({"rows": {"x": ["loss.globl=false"]}, "signs": []}, "did you mean 'loss.global'"),
         ({"rows": {}, "signs": []}, "rows"),
         ({"signs": [{"claim": "c", "better": "al", "worse": "no GLM"}]}, "no row; did you mean 'all'"),
         ({"signs": [{"claim": "c", "better": "all", "worse": "no GLM", "score": "iou"}]}, "score"),

@@ -147,7 +147,7 @@ SPLIT_FAULTS: dict[str, tuple[dict[str, Any], str, int]] = {
     "no list": ({"ids": "none.txt"}, "cannot read the split list {root}/none.txt: ", 0),
     "no second list": ({"ids": ["list.txt", "none.txt"]}, "cannot read the split list {root}/none.txt: ", 0),
     "empty list": ({"ids": "empty.txt"}, "the split list {root}/empty.txt is empty: ", 0),
-    "id twice": ({"ids": ["list.txt", "again.txt"]}, "split train of {root} has the id '1' twice: ", 0),
+    "id twice": ({"ids": ["list.txt", "again.txt"]}, "split train of {root} lists '1' more than once: ", 0),
     "no folder": ({"images": "pictures/{id}.png"}, "no folder {root}/pictures", 0),
     "no file": ({"images": "images/{id}.jpg"}, "{root} holds no file images/{{id}}.jpg: ", 0),
 }
@@ -246,7 +246,7 @@ def test_every_fault_of_one_tree(world: World) -> None:
         "data/shelf: split more has 3 images, 2 are expected",
         "cannot read the split list data/shelf/none.txt: ",
         "the split list data/shelf/empty.txt is empty: ",
-        "split twice of data/shelf has the id 'sound/[x]' twice: ",
+        "split twice of data/shelf lists 'sound/[x]' more than once: ",
         "data/shelf holds no file images/sound/{id}.jpg: ",
         "no folder data/shelf/pictures",
     ]

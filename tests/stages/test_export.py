@@ -124,7 +124,7 @@ def test_mistakes_are_one_line(world: World, trained: Path, tmp_path: Path) -> N
     (tmp_path / "full" / "file").touch()
     assert "not empty" in world.fails("export", "--run", trained, "--output", tmp_path / "full")
     with mock.patch.dict(sys.modules, {"onnxruntime": None}):
-        assert "clip-zss[export]" in world.fails("export", "--run", trained, "--output", tmp_path / "new")
+        assert "'.[export]'" in world.fails("export", "--run", trained, "--output", tmp_path / "new")
     assert "holds no config.yaml" in world.fails("export", "--run", tmp_path, "--output", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

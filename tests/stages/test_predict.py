@@ -200,6 +200,7 @@ def odd_photos(folder: Path) -> dict[str, tuple[int, int]]:
     save("palette.gif", picture.convert("P"))
     save("animated.gif", picture, save_all=True, append_images=[picture.rotate(90)] * 2)
     save("clear.gif", picture.convert("P"), transparency=3)
+    save("phone.HEIC", picture, format="HEIF")
     for name in ("photo.webp", "photo.bmp", "photo.tiff", "photo.ppm", "photo.tga", "photo.ico", "photo.jp2"):
         save(name, picture.resize((32, 32)))
     save("dot.png", picture.resize((1, 1)))
@@ -241,6 +242,32 @@ def test_odd_photos_give_a_result_or_a_line(world: World, trained: Path, tmp_pat
         assert first["segmentation"]["size"] == [size[1], size[0]]
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert written == {f"{name}{end}" for name in made for end in (".mask.png", ".overlay.png", ".json")}
+
+
+def test_nothing_stands_that_is_of_another_time(world: World, trained: Path, tmp_path: Path) -> None:
+    """Another answer about the same photo replaces all of the first; no photo, no results."""
+    photo, out = tmp_path / "a.png", tmp_path / "out"
+    Image.fromarray(scene(0)).save(photo)
+    world.run("predict", photo, "--run", trained, "--output", out, "--rle")
+    (out / "a.png.notes").touch()  # the user's
+    done = world.run("predict", photo, "--run", trained, "--output", out)
+    assert f"results: {out}" in done.stdout
+    assert sorted(file.name for file in out.iterdir()) == ["a.png.mask.png", "a.png.notes", "a.png.overlay.png"]
+    photo.write_bytes(b"no photo any more")
+    done = world.run("predict", photo, "--run", trained, "--output", out, check=False)
+    assert done.returncode == 2 and not done.stdout and "the others are done" not in done.stderr
+    assert [file.name for file in out.iterdir()] == ["a.png.notes"]
+
+
+def test_shares_of_each_mask(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[int, str]] = []
+    monkeypatch.setattr(stages.predict, "legend", lambda names, columns: told.append(dict(names)))
+    words = segmenter.vocabulary([CLASSES[2], CLASSES[0], CLASSES[1], CLASSES[5]])
+    first, second = np.zeros((20, 20), np.uint8), np.full((20, 20), 2, np.uint8)
+    first[0, 0], second[:10] = 3, 0
+    stages.predict._legend([first, second], words)
+    assert told[0] == {0: f"{CLASSES[2]} 100, 50 %", 2: f"{CLASSES[1]} 0, 50 %", 3: f"{CLASSES[5]} < 1, 0 %"}
+    assert list(told[0]) == [0, 2, 3]
 
 
 def test_pixels_as_people_see_them(tmp_path: Path) -> None:

@@ -289,7 +289,13 @@ def test_an_id_listed_twice(lists: dict[str, str], tree: Tree) -> None:
     for name, content in lists.items():
         tree.write(name, content)
     message = refusal(lambda: tree.read({"ids": list(lists)}))
-    assert message == f"split train of {tree.root} has the id '1' twice: keep one of them"
+    assert message == f"split train of {tree.root} lists '1' more than once: keep one of each"
+
+
+def test_more_ids_listed_twice_than_one_can_read(tree: Tree) -> None:
+    tree.write("one.txt", "\n".join(map(str, [*range(12), *range(12), 99])))
+    message = refusal(lambda: tree.read({"ids": ["one.txt"]}))
+    assert "lists '0', '1'," in message and "'9' and 2 more more than once" in message and "99" not in message
 
 
 def test_ids_from_file_names_are_sorted(tree: Tree) -> None:
