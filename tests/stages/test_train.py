@@ -218,3 +218,11 @@ def test_the_criterion_knows_how_far_the_training_is(world: World, tmp_path: Pat
             "--set", "loss.glm=selective",
         )  # fmt: skip
     assert seen == [0, 0.25, 0.5, 0.75]
+
+
+def test_a_runs_files_can_be_read_by_whom_its_folder_can(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    wanted = (tmp_path / "any").stat().st_mode
+    assert {file.name: file.stat().st_mode for file in trained.iterdir() if file.is_file()} == {
+        file.name: wanted for file in trained.iterdir() if file.is_file() and file.name != ".lock"
+    } | {".lock": (trained / ".lock").stat().st_mode}

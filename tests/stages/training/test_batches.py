@@ -161,3 +161,19 @@ def test_every_step_says_how_long_it_took_and_waited(trained: Path) -> None:
     lines = [json.loads(line) for line in (trained / "timing.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
     assert all(0 < line["waited"] < line["seconds"] for line in lines)  # without workers, reading is waiting
+
+
+@pytest.mark.parametrize(("asked", "cores", "started"), [(0, 8, 0), (3, 8, 3), (8, 3, 3), (2, None, 1)])
+def test_no_more_workers_than_cores(
+    world: World, crops: str, monkeypatch: pytest.MonkeyPatch, asked: int, cores: int | None, started: int
+) -> None:
+    class Loader:
+        def __init__(self, *_: object, num_workers: int, **__: object) -> None:
+            assert num_workers == started
+
+        def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+            return iter(())
+
+    monkeypatch.setattr(batches, "DataLoader", Loader)
+    monkeypatch.setattr(batches.os, "cpu_count", lambda: cores)
+    assert read(world, crops, f"train.workers={asked}") == []
