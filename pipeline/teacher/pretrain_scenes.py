@@ -15,7 +15,7 @@ own, so the teacher never saw an image that the student trains or tests on.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +47,11 @@ TEXT_COSINE = 0.78  # of two classes; OpenAI's ViT-B/16 has 0.78 on the classes 
 
 def _render(job: tuple[str, int, int]) -> tuple[np.ndarray, np.ndarray]:
     split, start, stop = job
-    images, masks = zip(*(render_scene(scene_rng(split, i)) for i in range(start, stop)), strict=True)
+    return _render_each(scene_rng(split, index) for index in range(start, stop))
+
+
+def _render_each(streams: Iterable[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:
+    images, masks = zip(*map(render_scene, streams), strict=True)
     return np.stack(images), np.stack(masks)
 
 
@@ -57,6 +61,11 @@ def render_pool(split: str, count: int, workers: int) -> tuple[np.ndarray, np.nd
     with get_context("spawn").Pool(workers) as pool:
         images, masks = zip(*pool.imap(_render, jobs), strict=True)
     return np.concatenate(images), np.concatenate(masks)
+
+
+def held_out(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scenes as of `render_pool`, which no tower learns from."""
+    return _render_each(scene_rng("pretrain_eval", 10_000 + index) for index in range(count))
 
 
 def visibility(masks: np.ndarray) -> np.ndarray:
@@ -115,6 +124,11 @@ def encode_crops(visual: VisionTransformer, pixels: Tensor, corners: Tensor) -> 
     return pooled @ visual.proj
 
 
+def encode_images(model: CLIP, images: np.ndarray) -> Tensor:
+    """CLS tokens (N, C) of (N, H, W, 3) uint8."""
+    return torch.cat([model.encode_image(part) for part in normalise(images, MEAN, STD).split(50)])
+
+
 def write_caption(rng: np.random.Generator, classes: Sequence[int] | np.ndarray) -> str:
     """A caption that names the classes in the order given."""
     words = [CLASSES[index] for index in classes]
@@ -171,8 +185,7 @@ def share_direction(model: CLIP, tokenizer: open_clip.SimpleTokenizer, scenes: i
     hardly have (CLIP's modality gap), of those that tell no classes apart and that the last norm's bias can reach.
     """
     texts = model.encode_text(tokenizer([t.format(name) for name in CLASSES for t in TEMPLATES])).double()
-    images = np.stack([render_scene(scene_rng("pretrain_eval", 10_000 + i))[0] for i in range(scenes)])
-    tokens = torch.cat([model.encode_image(part) for part in normalise(images, MEAN, STD).split(50)]).double()
+    tokens = encode_images(model, held_out(scenes)[0]).double()
     projection = model.text_projection.double()
     reach = torch.linalg.qr(projection.T)[0]
     told_apart = torch.linalg.svd(texts @ reach, full_matrices=True)[2][len(CLASSES) :]  # rows orthogonal to all texts
@@ -210,14 +223,12 @@ def evaluate(model: CLIP, tokenizer: open_clip.SimpleTokenizer, scenes: int = 30
     text = nn.functional.normalize(text.view(len(CLASSES), len(TEMPLATES), -1).mean(dim=1), dim=-1)
 
     def similarity(images: np.ndarray) -> np.ndarray:
-        parts = normalise(images, MEAN, STD).split(50)
-        tokens = torch.cat([model.encode_image(part, normalize=True) for part in parts])
-        return np.asarray(tokens @ text.T)
+        return np.asarray(nn.functional.normalize(encode_images(model, images), dim=-1) @ text.T)
 
     concepts = np.stack([render_concept(scene_rng("pretrain_eval", i), i % len(CLASSES)) for i in range(400)])
     top1 = (similarity(concepts).argmax(axis=1) == np.arange(400) % len(CLASSES)).mean()
-    pairs = [render_scene(scene_rng("pretrain_eval", 10_000 + i)) for i in range(scenes)]
-    scores, seen = similarity(np.stack([p[0] for p in pairs])), visibility(np.stack([p[1] for p in pairs]))
+    images, masks = held_out(scenes)
+    scores, seen = similarity(images), visibility(masks)
     model.train()
     per_class = [
         average_precision(scores[seen[:, k] != 0, k], seen[seen[:, k] != 0, k] == 1) for k in range(len(CLASSES))
