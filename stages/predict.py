@@ -113,7 +113,7 @@ def predict(
 
     Args:
         photos: files, or folders of them.
-        rle: PHOTO.json too: COCO's uncompressed run lengths of every class that was found.
+        rle: PHOTO.rle.json too: COCO's uncompressed run lengths of every class that was found.
         compare: PHOTO.compare.png too: the teacher's own dense prediction beside the student's. Loads CLIP.
         show_attention: PHOTO.attention.png too: what GLM attends to for CLIP's CLS token of the photo. Loads CLIP.
 
@@ -145,7 +145,7 @@ def predict(
             shown = overlay(small, _small(mask))
             stacked([Image.fromarray(shown), _legend([mask], words)]).save(output / f"{file.name}.overlay.png")
             if rle:
-                (output / f"{file.name}.json").write_text(json.dumps(coco_rle(mask, words.names)) + "\n")
+                (output / f"{file.name}.rle.json").write_text(json.dumps(coco_rle(mask, words.names)) + "\n")
             if by_teacher:
                 other = segment(by_teacher, photo, words, 0.0)
                 row = [small, overlay(small, _small(other)), shown]

@@ -12,7 +12,7 @@ from configs.errors import UserError
 from pipeline.data.dataset import BrokenFile, opened
 
 register_heif_opener()
-WRITTEN = (".overlay.png", ".mask.png", ".compare.png", ".attention.png", ".json")  # beside photos, by `predict`
+WRITTEN = (".overlay.png", ".mask.png", ".compare.png", ".attention.png", ".rle.json")  # beside photos, by `predict`
 # Photos that Pillow refuses as a likely attack, twice this size, are refused; below that there is nothing to warn of.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 

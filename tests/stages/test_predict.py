@@ -238,10 +238,10 @@ def test_odd_photos_give_a_result_or_a_line(world: World, trained: Path, tmp_pat
         assert mask.size == size and mask.mode == "P" and np.asarray(mask).max() < len(CLASSES)
         overlay = Image.open(tmp_path / "out" / f"{name}.overlay.png")
         assert overlay.width >= min(size) and overlay.height > size[1]
-        (first, *_) = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        (first, *_) = json.loads((tmp_path / "out" / f"{name}.rle.json").read_text())
         assert first["segmentation"]["size"] == [size[1], size[0]]
     written = {file.name for file in (tmp_path / "out").iterdir()}
-    assert written == {f"{name}{end}" for name in made for end in (".mask.png", ".overlay.png", ".json")}
+    assert written == {f"{name}{end}" for name in made for end in (".mask.png", ".overlay.png", ".rle.json")}
 
 
 def test_nothing_stands_that_is_of_another_time(world: World, trained: Path, tmp_path: Path) -> None:
