@@ -54,6 +54,6 @@ def read_ablation(name_or_file: str) -> tuple[str, Ablation]:
     names = known_ablations()
     if name_or_file not in names and not name_or_file.endswith((".yaml", ".yml")):
         hint = suggest(name_or_file, names)
-        raise UserError(f"unknown table {name_or_file!r}{hint}; known: {', '.join(names)}, or give a YAML file")
+        raise UserError(f"unknown table {name_or_file!r}{hint} (known: {', '.join(names)}, or give a YAML file)")
     path = ABLATIONS / f"{name_or_file}.yaml" if name_or_file in names else Path(name_or_file)
     return path.stem, validate(Ablation, read_yaml(path), str(path))

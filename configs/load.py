@@ -68,7 +68,7 @@ def dataset_settings(name_or_file: str) -> dict[str, Any]:
     names = known_datasets()
     if name_or_file not in names and not name_or_file.endswith((".yaml", ".yml")):
         hint = suggest(name_or_file, names)
-        raise UserError(f"unknown dataset {name_or_file!r}{hint}; known: {', '.join(names)}, or give a YAML file")
+        raise UserError(f"unknown dataset {name_or_file!r}{hint} (known: {', '.join(names)}, or give a YAML file)")
     path = CONFIGS / "datasets" / f"{name_or_file}.yaml" if name_or_file in names else Path(name_or_file)
     settings = read_yaml(path)
     if isinstance(settings.get("classes"), str):

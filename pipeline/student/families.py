@@ -1,11 +1,11 @@
 """The named students: which encoder and head each is made of, with mmsegmentation's numbers."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import UserError
+from configs.load import suggest
 from pipeline.student.ham import LightHamHead
 from pipeline.student.heads import AllMLPHead, UPerHead
 from pipeline.student.mit import MiT
@@ -67,7 +67,6 @@ def family_of(model: str) -> Family:
     if model.startswith("timm:"):
         return _timm(model.removeprefix("timm:"))
     if model not in FAMILIES:
-        close = difflib.get_close_matches(model, FAMILIES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise UserError(f"unknown student.model {model!r}{hint} Known: {', '.join(FAMILIES)}, or timm:NAME")
+        hint = suggest(model, list(FAMILIES))
+        raise UserError(f"unknown student.model {model!r}{hint} (known: {', '.join(FAMILIES)}, or timm:NAME)")
     return FAMILIES[model]

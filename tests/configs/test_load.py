@@ -367,7 +367,7 @@ def test_unreadable_file(flag: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "hint"), [("scenss", "; did you mean 'scenes'?"), ("qqq", ""), ("", "")])
 def test_unknown_dataset(name: str, hint: str, write: Write) -> None:
-    expected = f"unknown dataset {name!r}{hint}; known: {', '.join(known_datasets())}, or give a YAML file"
+    expected = f"unknown dataset {name!r}{hint} (known: {', '.join(known_datasets())}, or give a YAML file)"
     with pytest.raises(UserError) as error:
         dataset_settings(name)
     assert str(error.value) == expected

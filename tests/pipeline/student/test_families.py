@@ -88,12 +88,12 @@ def test_timm_family() -> None:
     [("segformer-b6", "segformer-b"), ("segformer_b0", "segformer-b0"), ("segnext-xl", "segnext-"), ("swint", "swin-")],
 )
 def test_unknown_name(name: str, meant: str) -> None:
-    with pytest.raises(UserError, match=rf"^unknown student.model '{name}'; did you mean '{meant}.*Known: .*timm:NAME"):
+    with pytest.raises(UserError, match=rf"^unknown student.model '{name}'; did you mean '{meant}.*known: .*timm:NAME"):
         family_of(name)
 
 
 @pytest.mark.parametrize("name", ["", "resnet50", "Timm:resnet50"])
 def test_unlike_any_name(name: str) -> None:
     """The list of names, and no guess."""
-    with pytest.raises(UserError, match=r"^unknown student.model [^;]*Known: segformer-b0, .*, or timm:NAME$"):
+    with pytest.raises(UserError, match=r"^unknown student.model [^;]*\(known: segformer-b0, .*, or timm:NAME\)$"):
         family_of(name)
