@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from pillow_heif import register_heif_opener
 
 from configs.errors import UserError
 from pipeline.data.dataset import BrokenFile, opened
 
-register_heif_opener()
 WRITTEN = (".overlay.png", ".mask.png", ".compare.png", ".attention.png", ".rle.json")  # beside photos, by `predict`
 # Photos that Pillow refuses as a likely attack, twice this size, are refused; below that there is nothing to warn of.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -344,7 +344,8 @@ def test_a_folder_of_one_image_each(tree: Tree) -> None:
     assert dataset.pair(0)[1].tolist() == [[0, 0], [0, 0]]
 
 
-FORMATS = {"a": "jpg", "b": "JPG", "c": "png", "d": "bmp", "e": "webp", "f": "jpeg", "g": "PNG", "h.i": "tif"}
+FORMATS = {"a": "jpg", "b": "JPG", "c": "png", "d": "bmp", "e": "webp", "f": "jpeg", "g": "PNG", "h.i": "tif",
+           "j": "heic", "k": "avif"}  # fmt: skip
 
 
 def test_images_of_mixed_formats(tree: Tree) -> None:
