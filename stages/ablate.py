@@ -233,7 +233,7 @@ def markdown(command: str, ablation: Ablation, results: Sequence[Result]) -> str
         f"# {ablation.title}",
         "",
         f"`{command}`; mean and range over the seeds, in %. Every run's seed, gamma and fingerprint are in the CSV "
-        "beside. Every gamma is the best on `holdout`, which is neither trained nor tested on.",
+        "beside. Every gamma is the best on the split `holdout`.",
         *(["", "Of every row: " + ", ".join(f"`{text}`" for text in ablation.settings)] if ablation.settings else []),
         "",
         f"| row | settings | {' | '.join(SCORES.values())} |",
