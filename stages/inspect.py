@@ -34,9 +34,7 @@ def _count(labels: np.ndarray) -> int:
     return len(np.unique(labels[labels != IGNORE]))
 
 
-def describe(
-    image_id: str, view: int, clusters: np.ndarray, groups: np.ndarray, truth: np.ndarray
-) -> PseudoLabelRow:
+def describe(image_id: str, view: int, clusters: np.ndarray, groups: np.ndarray, truth: np.ndarray) -> PseudoLabelRow:
     """The table's line of a view, from labels and true classes (G, G)."""
     coverage = float((groups != IGNORE).mean())
     return PseudoLabelRow(image_id, view, _count(clusters), _count(groups), coverage, purity(groups, truth))

@@ -65,9 +65,7 @@ class _Lines:
 
 
 @contextmanager
-def progress_bar(
-    name: str, total: int | None = None, unit: str = "", done: int = 0
-) -> Iterator[Callable[..., None]]:
+def progress_bar(name: str, total: int | None = None, unit: str = "", done: int = 0) -> Iterator[Callable[..., None]]:
     """A bar on stderr; a line every half a minute, and one at the end, where that is no terminal.
 
     The yielded function advances it: `advance(count, note="...")`.

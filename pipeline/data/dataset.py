@@ -203,9 +203,7 @@ class SegmentationDataset:
         Missing files have -1 bytes.
         """
         images = self._files.images
-        return [
-            (name, _size(self._located(images, row)), self._mask_file(row)[1]) for row, name in enumerate(self.ids)
-        ]
+        return [(name, _size(self._located(images, row)), self._mask_file(row)[1]) for row, name in enumerate(self.ids)]
 
 
 def _class_lookup(config: Dataset, values: str | None) -> np.ndarray:

@@ -23,9 +23,7 @@ MAX_CLASS_SHARE, TRIES = 0.75, 10  # the "75 % rule"
 LONG_TO_SHORT = 4  # mmsegmentation's scale (2048, 512): a longer image is shrunk until its long side fits
 
 
-def draw_views(
-    config: Views, image_id: str, seen: np.ndarray, numbers: Sequence[int] | None = None
-) -> np.ndarray:
+def draw_views(config: Views, image_id: str, seen: np.ndarray, numbers: Sequence[int] | None = None) -> np.ndarray:
     """(V, 5) float32 views of one image; they depend on the settings, the image's id and its seen mask (H, W) alone.
 
     Each view has a seed of its own, made of (seed, id, number of the view): more views leave the first as they were.

@@ -80,9 +80,7 @@ class Criterion(nn.Module):
                 features = nn.functional.normalize(features, dim=1)
                 auxiliary = None if auxiliary is None else nn.functional.normalize(auxiliary, dim=1)
             of_nel = (num_seen if self.config.nel_channels == "seen" else channels) if self.config.nel else 0
-            sums = pixel_sums(
-                features, text_seen, pseudo, self.alpha, self.config.beta, target, of_nel, self.config.ce
-            )
+            sums = pixel_sums(features, text_seen, pseudo, self.alpha, self.config.beta, target, of_nel, self.config.ce)
             if self.config.nel:
                 losses["nel"] = self.config.nel_weight * sums["nel"] / count_pairs(target, of_nel)
             if self.config.ce:

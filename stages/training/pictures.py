@@ -36,9 +36,7 @@ def predictions(dataset: SegmentationDataset, logits: dict[int, ClassLogits]) ->
 
 
 @torch.no_grad()
-def attentions(
-    student: Student, dataset: SegmentationDataset, cache: Cache, rows: list[int], size: int
-) -> Image.Image:
+def attentions(student: Student, dataset: SegmentationDataset, cache: Cache, rows: list[int], size: int) -> Image.Image:
     """GLM's attention W (Eq. 1) of CLS tokens to the student's features; `student` is in eval mode.
 
     `rows` are images of the training split, of which the first view is shown.
@@ -52,4 +50,3 @@ def attentions(
         weights = attention(features, cls_token).view(features.shape[2:])
         lines.append([shown, lit(shown, weights.float().cpu().numpy())])
     return contact_sheet(lines, ("image", "attention"), [dataset.ids[row] for row in rows], SIDE)
-

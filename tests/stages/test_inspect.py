@@ -29,9 +29,7 @@ def test_the_legend_names_what_the_masks_hold(world: World, tmp_path: Path, monk
     assert picture.height > 3 * 192 and picture.width > 5 * 192 and SIZE < 192
 
 
-def test_masks_without_a_class_need_no_legend(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_masks_without_a_class_need_no_legend(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SegmentationDataset, "mask", lambda *_: np.full((SIZE, SIZE), IGNORE, np.uint8))
     config, cache = resolve(config=world.config), open_cache(world.folder / "caches" / "tiny")
     assert sheet(config, cache, world.data, [0], tmp_path / "sheet.png").is_file()

@@ -129,9 +129,7 @@ def test_cached_and_online_losses_are_equal_to_the_rounding_of_the_cache(world: 
     assert not np.array_equal(logs["online"], logs["cached"])
 
 
-def test_only_the_wait_for_the_loader_counts_as_such(
-    world: World, crops: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_wait_for_the_loader_counts_as_such(world: World, crops: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that stands still but for a second a sample and a hundred a teacher's pass."""
     now = [1000.0]
     monkeypatch.setattr(batches, "time", SimpleNamespace(perf_counter=lambda: now[0]))
