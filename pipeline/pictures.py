@@ -77,26 +77,35 @@ def _number(draw: ImageDraw.ImageDraw, number: int, centre: tuple[float, float],
 def contact_sheet(
     rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], names: Sequence[str], side: int = 192
 ) -> Image.Image:
-    """A table of pictures with a title above each column and a name beside each row."""
+    """A table of pictures, the longest side of each `side`, with a title above each column, a name beside each row."""
     font = ImageFont.load_default(14)
     gap, top, left = 6, 26, 12 + max(int(font.getlength(name)) for name in names)
-    sheet = Image.new("RGB", (left + len(titles) * (side + gap), top + len(rows) * (side + gap)), "white")
+    shown = [[_fitted(Image.fromarray(picture), side) for picture in row] for row in rows]
+    widths = [
+        max(int(font.getlength(title)), *(picture.width for picture in column)) + gap
+        for title, *column in zip(titles, *shown, strict=True)
+    ]
+    heights = [max(20, *(picture.height for picture in row)) + gap for row in shown]  # names want 20
+    sheet = Image.new("RGB", (left + sum(widths), top + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        draw.text((left + column * (side + gap), 5), title, "black", font)
-    for line, (row, name) in enumerate(zip(rows, names, strict=True)):
-        y = top + line * (side + gap)
-        draw.text((4, y + side // 2), name, "black", font)
+        draw.text((left + sum(widths[:column]), 5), title, "black", font)
+    for line, (row, name) in enumerate(zip(shown, names, strict=True)):
+        y = top + sum(heights[:line])
+        draw.text((4, y + heights[line] // 2 - 13), name, "black", font)
         for column, picture in enumerate(row):
-            shown = Image.fromarray(picture)
-            shown.thumbnail((side, side)) if max(shown.size) > side else None
-            if max(shown.size) < side:
-                scale = side / max(shown.size)
-                shown = shown.resize(
-                    (round(shown.width * scale), round(shown.height * scale)), Image.Resampling.NEAREST
-                )
-            sheet.paste(shown, (left + column * (side + gap), y))
+            sheet.paste(picture, (left + sum(widths[:column]), y))
     return sheet
+
+
+def _fitted(picture: Image.Image, side: int) -> Image.Image:
+    """Its longest side is `side`; the pixels of a small one stay sharp."""
+    scale = side / max(picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    if scale < 1:
+        picture.thumbnail((side, side))
+        return picture
+    return picture.resize(size, Image.Resampling.NEAREST)
 
 
 def lit(image: np.ndarray, weights: np.ndarray) -> np.ndarray:

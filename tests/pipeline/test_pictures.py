@@ -4,7 +4,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from pipeline.pictures import IGNORED_COLOUR, colourise, contact_sheet, legend, numbered, overlay, palette, stacked
 from tests.pipeline.draws import draw_classes
@@ -121,7 +121,7 @@ def test_an_overlay_is_numbered() -> None:
 @pytest.mark.parametrize("side", [192, 40])
 @pytest.mark.parametrize("shape", [(40, 40), (8, 8), (100, 50), (50, 100), (300, 300), (1, 1), (1, 400), (20, 7)])
 def test_contact_sheet(shape: tuple[int, int], side: int) -> None:
-    """Every picture lies in its cell, with its own proportions; longer names only push the table to the right."""
+    """Pictures keep their proportions, without blank space about them; longer names only push them to the right."""
     red = np.full((*shape, 3), (255, 0, 0), np.uint8)
     rows, columns = 3, 2
     sheet = contact_sheet([[red] * columns] * rows, ["a", "b"], ["x", "yy", "zzz"], side)
@@ -133,8 +133,10 @@ def test_contact_sheet(shape: tuple[int, int], side: int) -> None:
     starts_y = [y for y in down if y - 1 not in down]
     starts_x = [x for x in across if x - 1 not in across]
     assert len(starts_y) == rows and len(starts_x) == columns
-    assert np.diff(starts_x).tolist() == [side + 6] and np.diff(starts_y).tolist() == [side + 6] * 2
     height, width = len(down) // rows, len(across) // columns
+    letter = int(ImageFont.load_default(14).getlength("a"))  # the titles, and a name of 20 pixels, have room
+    assert np.diff(starts_x).tolist() == [max(width, letter) + 6]
+    assert np.diff(starts_y).tolist() == [max(height, 20) + 6] * 2
     assert marked.sum() == rows * columns * height * width  # whole rectangles, nothing over them
     assert max(height, width) == side
     scale = side / max(shape)
