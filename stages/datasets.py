@@ -40,10 +40,12 @@ class Check:
 def check(config: Dataset, data_root: Path) -> Check:
     """Reads every image and mask of every split; each fault is one line that names the file.
 
-    A fault is a missing split list or folder, an id listed twice, a split of another size than expected, an image or
-    mask that is missing, damaged or of a wrong mode, a mask of another size than its image, a value that is no class.
+    A fault is a missing split list or folder, an id listed twice, a split of another size than expected, an image of
+    two splits, an image or mask that is missing, damaged or of a wrong mode, a mask of another size than its image, a
+    value that is no class.
     """
     found = Check(np.zeros(len(config.classes), np.int64), np.zeros(len(config.classes), np.int64))
+    split_of: dict[Path, str] = {}
     for split in config.splits:
         try:
             dataset = SegmentationDataset(config, data_root, split)
@@ -52,6 +54,12 @@ def check(config: Dataset, data_root: Path) -> Check:
             continue
         if len(dataset) != dataset.expected:
             found.faults.append(_miscount(dataset))
+        images = dict.fromkeys(map(dataset.image_path, range(len(dataset))), split)
+        shared = sorted(images.keys() & split_of.keys())
+        if shared:
+            both = f"{split_of[shared[0]]} and {split}"
+            found.faults.append(f"splits {both} share {len(shared)} images, {shared[0]} is the first: keep each in one")
+        split_of = images | split_of
         with progress_bar(f"check {split}", len(dataset), "images") as advance:
             for counts in _read_all(dataset):
                 advance()

@@ -141,6 +141,7 @@ def test_one_broken_file_is_one_fault(name: str, tmp_path: Path) -> None:
 
 
 FILES = {"images": "images/{id}.png", "masks": "masks/{id}.png"}
+LATER = {kind: f"later/{pattern}" for kind, pattern in FILES.items()}
 SPLIT_FAULTS: dict[str, tuple[dict[str, Any], str, int]] = {
     "fewer": ({"count": 3}, "{root}: split train has 2 images, 3 are expected", 2),
     "more": ({"count": 1}, "{root}: split train has 2 images, 1 are expected", 2),
@@ -160,13 +161,29 @@ def test_one_broken_split_is_one_fault(name: str, tmp_path: Path) -> None:
     root = tmp_path / "shelf"
     for index in range(2):
         add(root, f"{index}", index)
+        add(root / "later", f"{index}", index)
     (root / "list.txt").write_text("0\n1\n")
     (root / "again.txt").write_text("1\n")
     (root / "empty.txt").write_text("")
-    splits = {"train": FILES | changes, "val": FILES}
+    splits = {"train": FILES | changes, "val": LATER}
     found = datasets.check(Dataset(**described(tmp_path, splits=splits)), tmp_path)
     assert len(found.faults) == 1 and found.faults[0].startswith(message.format(root=root)), found.faults
     assert found.readable == files + 2
+
+
+def test_images_of_two_splits_are_a_fault(tmp_path: Path) -> None:
+    root = tmp_path / "shelf"
+    for index in range(3):
+        add(root, f"{index}", index)
+    for name, ids in {"train": "012", "val": "21", "test": "0"}.items():
+        (root / f"{name}.txt").write_text("\n".join(ids))
+    splits = {name: FILES | {"ids": f"{name}.txt"} for name in ("train", "val", "test")}
+    found = datasets.check(Dataset(**described(tmp_path, splits=splits)), tmp_path)
+    assert found.faults == [
+        f"splits train and val share 2 images, {root}/images/1.png is the first: keep each in one",
+        f"splits train and test share 1 images, {root}/images/0.png is the first: keep each in one",
+    ]
+    assert found.readable == 6
 
 
 def test_open_split_warns_of_a_miscount_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,6 +261,7 @@ def test_every_fault_of_one_tree(world: World) -> None:
     expected += [
         "data/shelf: split fewer has 3 images, 4 are expected",
         "data/shelf: split more has 3 images, 2 are expected",
+        "splits fewer and more share 3 images, data/shelf/images/sound/0.png is the first: keep each in one",
         "cannot read the split list data/shelf/none.txt: ",
         "the split list data/shelf/empty.txt is empty: ",
         "split twice of data/shelf lists 'sound/[x]' more than once: ",
