@@ -15,7 +15,7 @@ from pipeline.pictures import contact_sheet, legend, overlay, stacked
 from stages.caches import check_cache
 from stages.progress import progress_bar
 
-TITLES = ("image", "seen mask", "K-means regions", "fused regions", "true mask")
+TITLES = ("image", "seen mask", "K-means regions, own numbers", "fused regions, own numbers", "true mask")
 
 
 @dataclass(frozen=True)
