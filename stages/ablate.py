@@ -2,6 +2,7 @@
 
 import csv
 import json
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -271,5 +272,5 @@ def _plot(path: Path, ablation: Ablation, results: Sequence[Result]) -> None:
         axes.set_yticks(range(len(rows)), rows)
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()
-    figure.suptitle(ablation.title)
+    figure.suptitle(textwrap.fill(ablation.title, 90))
     figure.savefig(path, metadata={"Software": None})
