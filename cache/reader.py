@@ -90,7 +90,8 @@ class Cache:
         with refusing(UserError(f"{store.show(metadata)} is missing or damaged: {_RESTORE}")):
             digest = self.manifest.files[metadata].sha256
             array = store.attempt("read", metadata, lambda: _open_array(self.location, name, digest))
-            if (array.shape, str(array.dtype)) != ((self.manifest.images, views, *spec.tail), spec.dtype):
+            images, held, *tail = array.shape  # more views may have been added since this cache was opened
+            if (images, *tail, str(array.dtype)) != (self.manifest.images, *spec.tail, spec.dtype) or held < views:
                 raise ValueError(f"of shape {array.shape} and type {array.dtype}")
         image = np.empty((views, *spec.tail), spec.dtype)
         for view in range(views):

@@ -38,13 +38,18 @@ def test_fewer_views_change_nothing(stage_one):
     assert pending(fewer.path) == [] and fewer.tree() == before
 
 
-def test_an_open_cache_reads_on_while_views_are_added(stage_one):
+@pytest.mark.parametrize("was_read", [True, False])
+def test_an_open_cache_reads_on_while_views_are_added(stage_one, was_read):
+    """A training, say, that reads single images again when it validates."""
     stage, more = stage_one(), stage_one(views=4)
     cache = open_cache(stage.run())
-    np.testing.assert_array_equal(cache.read("views", 0), stage.arrays["views"][0])
+    if was_read:
+        np.testing.assert_array_equal(cache.read("views", 0), stage.arrays["views"][0])
     more.create()
     more.write(0, 2)
     np.testing.assert_array_equal(cache.load("dense_tokens"), stage.arrays["dense_tokens"], strict=True)
+    for row in (0, 7):  # of a shard that has grown, and of one that has not
+        np.testing.assert_array_equal(cache.read("views", row), stage.arrays["views"][row], strict=True)
     more.run()
     np.testing.assert_array_equal(open_cache(more.path).read("views", 0), more.arrays["views"][0], strict=True)
 
