@@ -75,7 +75,7 @@ class FrozenClip:
         self._tower.fit(grid)
         pixels = pixels.to(self._device, memory_format=self._format)
         with autocast(pixels.device.type, self._precision):
-            with capture(self._tower.tap) as calls:
+            with capture(self._tower.tap, self._tower.method) as calls:
                 cls_token = self.model.encode_image(pixels, normalize=False)
             dense_tokens = self._tower.dense(calls[0], grid)
         return cls_token.float(), dense_tokens.float().unflatten(1, grid)

@@ -4,23 +4,23 @@ The unmodified model makes S; on the way, the input of one of its modules (the `
 from that. A token's own embedding is what the tower's pooling head makes of that token alone.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
-from timm.models.fastvit import FastVit
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.errors import UserError, reason
 from configs.schema import Teacher
 from pipeline.teacher import blocks
 from pipeline.teacher.dense import VARIANTS
@@ -36,18 +36,23 @@ class Captured(NamedTuple):
 
 
 @contextmanager
-def capture(module: nn.Module) -> Iterator[list[Captured]]:
-    """Within it, each call of `module` adds what it was called with to the list."""
+def capture(module: nn.Module, method: str) -> Iterator[list[Captured]]:
+    """Within it, each call of the module's `method` adds what it was called with to the list.
+
+    torch's hooks see `forward` alone.
+    """
     calls: list[Captured] = []
+    original = getattr(module, method)
 
-    def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(Captured(args[0], kwargs.get("rope")))
+    def keep(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(Captured(x, kwargs.get("rope")))
+        return original(x, *args, **kwargs)
 
-    hook = module.register_forward_pre_hook(keep, with_kwargs=True)
+    setattr(module, method, keep)  # on the instance: before the class's
     try:
         yield calls
     finally:
-        hook.remove()
+        delattr(module, method)
 
 
 class Positions:
@@ -70,18 +75,19 @@ class Tower(ABC):
     """An image tower as the dense tokens need it.
 
     Attributes:
-        tap: the module whose input `dense` is computed from.
+        tap, method: the module, and its method, whose input `dense` is computed from.
         stride: pixels along a side of a dense token.
         blocks: the modules before the tap that hold most of the work; the tap itself is not one.
     """
 
     tap: nn.Module
+    method = "forward"
     stride: int
     blocks: Sequence[nn.Module]
 
     @abstractmethod
     def fit(self, grid: Grid) -> None:
-        """Prepares the tower for images of `grid` times `stride` pixels."""
+        """Prepares the tower for images of `grid` times `stride` pixels. UserError if it takes none of that size."""
 
     @abstractmethod
     def dense(self, captured: Captured, grid: Grid) -> Tensor:
@@ -156,21 +162,89 @@ class OpenClipResNet(Tower):
         return self._pool.c_proj(self._pool.v_proj(captured.x.flatten(2).transpose(1, 2)))
 
 
-class TimmConvNet(Tower):
-    """A convolutional trunk of timm's: D is what pooling head and projection make of each location alone."""
+class MapSizes:
+    """Which maps a timm tower makes of images of which sizes. Shapes alone are computed."""
 
     def __init__(self, visual: Any) -> None:
-        self._visual = visual
-        self.tap, self.stride = visual.trunk.head, visual.trunk.feature_info[-1]["reduction"]
-        self.blocks = list(visual.trunk.stages)
+        on_meta = {id(tensor): tensor.to("meta") for tensor in (*visual.parameters(), *visual.buffers())}
+        self._visual = copy.deepcopy(visual, on_meta)  # everything but the weights
+        self.at = lru_cache(maxsize=1024)(self._at)
+
+    def _at(self, height: int, width: int) -> Grid | None:
+        """Rows and columns; None if what the trunk makes is no map. Any exception, if it does not take this size."""
+        with torch.no_grad(), capture(self._visual.trunk, TimmMap.method) as calls:
+            self._visual(torch.empty(1, 3, height, width, device="meta"))
+        features = calls[0].x if calls else None
+        if not isinstance(features, Tensor) or features.ndim != 4:
+            return None
+        first = 1 if channels_last(self._visual.trunk) else 2
+        return features.shape[first], features.shape[first + 1]
+
+
+class TimmMap(Tower):
+    """A trunk of timm's whose features are a map: D is what pooling head and projection make of each location alone.
+
+    Convolutional trunks, and those transformers that keep rows and columns, such as Swin.
+    """
+
+    method = "forward_head"  # heads are built in many ways, but this is where each begins
+
+    def __init__(self, visual: Any, name: str, sizes: MapSizes, own_map: Grid) -> None:
+        """`own_map` is that of an image of its own size; `name` is what the user calls the model."""
+        self._visual, self._name, self._sizes = visual, name, sizes
+        trunk = self.tap = visual.trunk
+        self.blocks = stages(trunk)
+        self.stride, self._lost = trunk.feature_info[-1]["reduction"], 0
+        try:
+            many = sizes.at(12 * self.stride, 12 * self.stride)
+        except Exception:  # it takes its own size only
+            many = None
+        if many == (10, 10):  # Inception does not pad: it has no places at the border
+            self._lost = 2
+        elif many != (12, 12):  # what it says of itself may be wrong
+            self.stride = own_size(trunk)[0] // own_map[0]
 
     def fit(self, grid: Grid) -> None:
-        """Convolutions take any size."""
+        """Convolutions take any size, but not all trunks are of convolutions alone."""
+        size = grid[0] * self.stride, grid[1] * self.stride
+        try:
+            found, why = self._sizes.at(*size), "its map has other rows or columns"
+        except Exception as error:  # each trunk refuses sizes in its own way
+            found, why = None, reason(error)
+        if found != (grid[0] - self._lost, grid[1] - self._lost):
+            own = own_size(self.tap)
+            raise UserError(
+                f"teacher.model {self._name}: its image tower ({type(self.tap).__name__}) does not take images of "
+                f"{size[0]} x {size[1]} pixels ({why}); its own size is {own[0]} x {own[1]}"
+            )
 
     def dense(self, captured: Captured, grid: Grid) -> Tensor:
-        batch, channels = captured.x.shape[:2]
-        alone = captured.x.permute(0, 2, 3, 1).reshape(-1, channels, 1, 1)
-        return self._visual.head(self.tap(alone)).unflatten(0, (batch, -1))
+        features = captured.x.permute(0, 3, 1, 2) if channels_last(self.tap) else captured.x
+        if self._lost:  # the nearest place there is
+            features = nn.functional.pad(features, (self._lost // 2,) * 4, mode="replicate")
+        alone = features.permute(0, 2, 3, 1).flatten(0, 2)
+        alone = alone[:, None, None] if channels_last(self.tap) else alone[:, :, None, None]
+        return self._visual.head(self._visual.trunk.forward_head(alone)).unflatten(0, (len(features), -1))
+
+
+def channels_last(trunk: Any) -> bool:
+    """Whether its maps are (B, rows, columns, C)."""
+    return getattr(trunk, "output_fmt", "NCHW") == "NHWC"
+
+
+def own_size(trunk: Any) -> Grid:
+    """Height and width of the images that a timm trunk was made for, whatever the size that open_clip's config says."""
+    _, height, width = trunk.default_cfg["input_size"]
+    return height, width
+
+
+def stages(trunk: nn.Module) -> list[nn.Module]:
+    """Its stages or blocks; nothing where they go by other names, for they only make torch.compile useful."""
+    parts = dict(trunk.named_children())
+    for name in ("stages", "blocks", "layers"):
+        if name in parts:
+            return list(parts[name].children())
+    return [parts[name] for name in ("layer1", "layer2", "layer3", "layer4") if name in parts]
 
 
 def tower_of(visual: Any, config: Teacher) -> Tower:
@@ -179,22 +253,34 @@ def tower_of(visual: Any, config: Teacher) -> Tower:
     Raises:
         UserError: there is no way to its dense tokens, or not the one that teacher.dense asks for.
     """
-    trunk = getattr(visual, "trunk", None)
-    own_pool = isinstance(visual, TimmModel) and hasattr(visual.head, "pool")
+    trunk, kind = getattr(visual, "trunk", None), type(getattr(visual, "trunk", visual)).__name__
+    mapped: Tower | None = None
     if isinstance(visual, VisionTransformer):
         if visual.pool_type != "none" and blocks.is_known(visual.transformer.resblocks[-1]):
             return OpenClipVit(visual, config.dense)
-    elif isinstance(trunk, (TimmVisionTransformer, Eva)) and not own_pool:
+    elif isinstance(trunk, (TimmVisionTransformer, Eva)):
         if blocks.is_known(trunk.blocks[-1]):
             return TimmVit(visual, config.dense)
-    elif isinstance(visual, ModifiedResNet) or (isinstance(trunk, (ConvNeXt, FastVit)) and not own_pool):
-        if config.dense != "plain":
+    elif isinstance(visual, ModifiedResNet):
+        mapped = OpenClipResNet(visual)
+    elif isinstance(visual, TimmModel):
+        sizes, own = MapSizes(visual), own_size(trunk)
+        try:
+            own_map = sizes.at(*own)
+        except Exception as error:  # open_clip builds towers that cannot run
             raise UserError(
-                f"teacher.dense={config.dense} is for ViTs, and teacher.model {config.model} is convolutional: "
-                "set teacher.dense=plain"
-            )
-        return OpenClipResNet(visual) if isinstance(visual, ModifiedResNet) else TimmConvNet(visual)
-    raise UserError(
-        f"teacher.model {config.model}: no way is known to the dense tokens of its image tower "
-        f"({type(trunk or visual).__name__}): choose a ViT-*, EVA*, RN* or convnext_* model"
-    )
+                f"teacher.model {config.model}: its image tower ({kind}) cannot embed an image of its own size, "
+                f"{own[0]} x {own[1]} ({reason(error)}): a trunk whose head widens its features needs timm_proj null"
+            ) from error
+        mapped = TimmMap(visual, config.model, sizes, own_map) if own_map else None
+    if mapped is None:
+        raise UserError(
+            f"teacher.model {config.model}: no way is known to the dense tokens of its image tower ({kind}): choose a "
+            "ViT-*, EVA*, RN* or convnext_* model"
+        )
+    if config.dense != "plain":
+        raise UserError(
+            f"teacher.dense={config.dense} is for ViTs, and the image tower of teacher.model {config.model} is none "
+            f"({kind}): set teacher.dense=plain"
+        )
+    return mapped

@@ -176,8 +176,7 @@ def test_convolutional_towers_have_plain_tokens_only(kind: str, dense: str, tmp_
 @pytest.mark.parametrize(
     "architecture",
     [
-        timm_tower("test_efficientnet", proj="linear"),
-        timm_tower("test_vit4", proj="linear") | {"vision_cfg": {"timm_model_name": "test_resnet", "image_size": 32}},
+        timm_tower("test_vit_relpos", proj="linear", size=160),
         vit(attentional_pool="parallel", attn_pooler_heads=2),
         vit(scaled_cosine_attn=True),
     ],
