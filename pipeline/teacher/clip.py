@@ -70,6 +70,9 @@ class FrozenClip:
 
         Returns:
             S (B, C) and D (B, H / stride, W / stride, C), both unnormalised fp32, computed at `teacher.precision`.
+
+        Raises:
+            UserError: the tower does not take images of this size.
         """
         grid = self.grid(pixels.shape[-2]), self.grid(pixels.shape[-1])
         self._tower.fit(grid)

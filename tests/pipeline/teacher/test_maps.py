@@ -9,6 +9,7 @@ import pytest
 import torch
 from open_clip.model import CLIP
 from safetensors.torch import save_file
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -125,7 +126,7 @@ def test_the_mean_of_all_places_is_the_image(trunk: str, built: Any) -> None:
 
 
 def test_from_json_and_safetensors(tmp_path: Path) -> None:
-    """As in docs/teachers.md, with a text tower of the same width."""
+    """The whole way: image tower, text tower, and the line for a size that is no multiple of the stride."""
     config = architecture("tf_efficientnet_lite0") | {"embed_dim": 512}
     teacher, pixels = FrozenClip(write(tmp_path, "lite", config)), draw_pixels(1, 96, 64)
     theirs = CLIP(**config).eval()
@@ -168,8 +169,6 @@ def test_trunks_of_one_size(trunk: str, stride: int, why: str, tmp_path: Path) -
 
 
 def test_what_a_trunk_says_of_its_stride_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from timm.models.resnet import ResNet
-
     init = ResNet.__init__
 
     def wrong(self: ResNet, *args: Any, **kwargs: Any) -> None:
