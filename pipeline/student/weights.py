@@ -40,7 +40,7 @@ def load_encoder(encoder: nn.Module, source: str) -> None:
                 f"student.weights {source} are another model's, timm:tf_efficientnet_lite0's: give a file, or none"
             )
         model: Any = encoder.model
-        _fill(model, _by_position(model, _read(_packaged_file())), source)
+        _fill(model, _by_position(model, _read(packaged_file())), source)
         return
     state = _read(Path(source))
     if isinstance(encoder, TimmEncoder):
@@ -122,7 +122,7 @@ def _timm_names(encoder: TimmEncoder, state: State, source: str) -> State:
     return {key: state[original[name]] for key, name in flat.items() if name in original}
 
 
-def _packaged_file() -> Path:
+def packaged_file() -> Path:
     spec = importlib.util.find_spec(EFFICIENTNET_LITE0.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise UserError(

@@ -334,7 +334,7 @@ def test_file_of_something_else(content: Any, tmp_path: Path) -> None:
 @packaged
 def test_packaged_weights() -> None:
     """Every tensor of the encoder is the file's, at the same place in the order of its layers."""
-    state: State = torch.load(weights._packaged_file(), map_location="cpu", weights_only=True)
+    state: State = torch.load(weights.packaged_file(), map_location="cpu", weights_only=True)
     encoder = make("timm:tf_efficientnet_lite0", EFFICIENTNET_LITE0).encoder
     assert isinstance(encoder, TimmEncoder)
     kernels = [value for value in state.values() if value.ndim == 4]
