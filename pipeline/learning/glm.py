@@ -5,10 +5,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.learning.losses import channels_last
+
 
 def attention(features: Tensor, cls_token: Tensor) -> Tensor:
     """Eq. 1: W = softmax(S R / sqrt(C)) over the positions. (B, C, H, W), (B, C) -> (B, H * W)."""
-    scores = torch.einsum("bc,bcl->bl", cls_token, features.flatten(2))
+    scores = (channels_last(features) @ cls_token[:, :, None])[..., 0]
     return (scores / cls_token.shape[1] ** 0.5).softmax(dim=1)
 
 
@@ -26,17 +28,17 @@ def predict_cls(
     `selective` is the authors' follow-up (arXiv 2506.22032), of which the abstract is known here: the mean of the
     features whose cosine with S is largest. As `progress` goes from 0 to 1 their share goes from 1 to SELECTED.
     """
-    flat = features.flatten(2)  # (B, C, H * W)
+    flat = channels_last(features)
     if mode == "selective":
-        unit_features, unit_token = (nn.functional.normalize(part, dim=1) for part in (flat, cls_token))
-        count = max(1, round((1 - (1 - SELECTED) * progress) * flat.shape[2]))
-        nearest = torch.einsum("bc,bcl->bl", unit_token, unit_features).topk(count, dim=1).indices
-        return flat.gather(2, nearest[:, None].expand(-1, flat.shape[1], -1)).mean(dim=2)
+        unit_features, unit_token = nn.functional.normalize(flat, dim=2), nn.functional.normalize(cls_token, dim=1)
+        count = max(1, round((1 - (1 - SELECTED) * progress) * flat.shape[1]))
+        nearest = torch.einsum("bc,blc->bl", unit_token, unit_features).topk(count, dim=1).indices
+        return flat.gather(1, nearest[..., None].expand(-1, -1, flat.shape[2])).mean(dim=1)
     if mode == "max":
-        return flat.amax(dim=2)
+        return flat.amax(dim=1)
     if mode == "mean":
-        return flat.mean(dim=2)
-    return torch.einsum("bl,bcl->bc", attention(features, cls_token), flat)
+        return flat.mean(dim=1)
+    return (attention(features, cls_token)[:, None] @ flat)[:, 0]
 
 
 def info_nce(

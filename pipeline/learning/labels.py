@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from pipeline.learning.losses import channels_last
 from pipeline.learning.ranks import gathered, rank, summed
 
 UNLABELLED = -1
@@ -55,10 +56,8 @@ def class_centroids(features: Tensor, labels: Tensor, count: int) -> tuple[Tenso
 
 def class_sums(features: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """What the means of `class_centroids` are made of: (L, C) sums in float32 or float64, (L,) numbers of pixels."""
-    flat = features.permute(0, 2, 3, 1).flatten(0, 2)  # (B * h * w, C)
+    flat = channels_last(features).flatten(0, 1)  # (B * h * w, C)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    index = labels.flatten()
-    keep = index != UNLABELLED
-    index = index[keep]
-    sums = flat.new_zeros(count, flat.shape[1]).index_add(0, index, flat[keep])
-    return summed(sums), summed(torch.bincount(index, minlength=count))
+    index = labels.flatten() + 1  # UNLABELLED = -1 goes to a row that is cut off: no pixel need be left out by a mask
+    sums = flat.new_zeros(count + 1, flat.shape[1]).index_add(0, index, flat)[1:]
+    return summed(sums), summed(torch.bincount(index, minlength=count + 1)[1:])

@@ -63,9 +63,9 @@ def pixel_sums(
         Those under their names, scalars.
     """
     sums: dict[str, list[Tensor]] = {"nel": [], "ce": []}
-    for image, own_labels in zip(features, labels, strict=True):
-        logits = classify(image[None], text_seen, prototypes, alpha, beta)[0].permute(1, 2, 0).contiguous()
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    of_batch = classify(features, text_seen, prototypes, alpha, beta).permute(0, 2, 3, 1).contiguous()
+    of_batch = of_batch.to(torch.promote_types(of_batch.dtype, torch.float32))
+    for logits, own_labels in zip(of_batch, labels, strict=True):
         sizes = _sizes(own_labels, nel_channels)
         present = sizes.nonzero()[:, 0]
         negatives, scores, own, log_sum = _Upsampled.apply(logits, own_labels, present, nel_channels, ce)
