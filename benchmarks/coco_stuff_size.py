@@ -35,7 +35,7 @@ from pipeline.data.scenes import render_scene
 from stages.caches import split_settings
 
 ROOT = Path(__file__).parent.parent
-PICTURES, SIDE, WIDTH, GRID, GROUPS = 32, 96, 512, 32, 8
+PICTURES, SIDE, WIDTH, GRID, GROUPS, MOST = 32, 96, 512, 32, 8, 80
 SETTINGS = [
     "views.size=32", "views.count=1", "student.model=timm:tf_efficientnet_lite0", "student.weights=none",
     "student.channels=32", "loss.label_stride=4", "train.batch_size=2", "train.workers=1", "train.warmup=0",
@@ -66,7 +66,7 @@ def write_cache(path: Path, config: Config, data_root: Path) -> None:
     manifest = Manifest.describe(
         settings={**content, "files": {"dataset": dataset.digest()}}, versions={}, image_ids=dataset.ids, views=1,
         shard_images=config.storage.shard_images, context=context,
-        arrays=array_specs(WIDTH, GRID, config.storage.shard_images, "none"),
+        arrays=array_specs(WIDTH, GRID, MOST, config.storage.shard_images, "none"),
     )  # fmt: skip
     rng = np.random.default_rng(0)
     text = rng.standard_normal((len(config.dataset.classes), WIDTH)).astype(np.float32)
@@ -78,7 +78,12 @@ def write_cache(path: Path, config: Config, data_root: Path) -> None:
         views = np.tile(np.array([0, 0, 1, 1, 0], np.float32), (stop - start, 1, 1))
         views[..., 4] = rng.integers(0, 2, (stop - start, 1))
         cls_tokens = rng.standard_normal((stop - start, 1, WIDTH)).astype(np.float16)
-        arrays = {"cls_tokens": cls_tokens, "pseudo_labels": labels, "kmeans_labels": labels, "views": views}
+        regions = np.zeros((stop - start, 1, MOST, WIDTH), np.int8)
+        regions[:, :, :GROUPS] = rng.integers(-127, 128, (stop - start, 1, GROUPS, WIDTH), np.int8)
+        arrays = {
+            "cls_tokens": cls_tokens, "pseudo_labels": labels, "kmeans_labels": labels, "region_tokens": regions,
+            "views": views,
+        }  # fmt: skip
         write_shard(path, index, 0, arrays)
 
 

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import Student as StudentConfig
 from pipeline.student.student import Student
-from stages.plan import duration, size
+from stages.plan import GROUPS, duration, size
 
 PAGE = Path(__file__).parents[1] / "docs" / "cost.md"
 RTX_4090_PASSES = 433.0  # a second, ViT-B/16 at 512
@@ -81,7 +81,7 @@ def cost(job: Job) -> Cost:
         passes=passes,
         seconds_one=passes * 2 * work / per_second,
         seconds_two=ITERATIONS * BATCH * 3 * 2 * student / (STUDENT_OVER_TEACHER * per_second),
-        bytes_labels=passes * (2 * width + 2 * grid**2 + 20),
+        bytes_labels=passes * (2 * width + 2 * grid**2 + GROUPS * width + 20),
         bytes_dense=passes * 2 * width * grid**2,
     )
 
@@ -108,10 +108,11 @@ options, see `python benchmarks/cost.py -h`, give a line for another dataset. St
 images, as in the paper. Eight GPUs are taken to be eight times as fast. Where `precompute` is to run, `--dry-run`
 measures instead.
 """
-BELOW = """\
-The cache is CLS tokens, K-means labels, pseudo labels and views, before compression; dense tokens are kept only if
-asked for ([int8 and principal components take less](../benchmarks/dense_tokens.md)). A teacher live in training would
-make as many passes as training shows images: 1,280,000 a run, for every run.
+BELOW = f"""\
+The cache is CLS tokens, K-means labels, pseudo labels, region tokens of {GROUPS} groups a view and views, before
+compression; dense tokens are kept only if asked for ([int8 and principal components take
+less](../benchmarks/dense_tokens.md)). A teacher live in training would make as many passes as training shows images:
+1,280,000 a run, for every run.
 """
 
 

@@ -74,7 +74,7 @@ def encode(
 def stored_bytes(arrays: dict[str, np.ndarray], encoding: str, width: int) -> float:
     """Bytes a view, compressed as a cache's shard is."""
     count, grid = arrays["dense_tokens"].shape[:2]
-    specs = array_specs(width, grid, count, encoding)
+    specs = array_specs(width, grid, 1, count, encoding)
     manifest = Manifest.describe({}, {}, [str(row) for row in range(count)], 1, count, specs)
     return sum(len(ShardCodec(manifest, name).encode(0, 0, array)) for name, array in arrays.items()) / count
 

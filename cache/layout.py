@@ -12,13 +12,14 @@
         pca_components/      (K, C) float32, where dense tokens are principal components
         pseudo_labels/       (N, V, G, G) uint8, 255 = annotated
         kmeans_labels/       (N, V, G, G) uint8
+        region_tokens/       (N, V, M, C) int8, directions of the pseudo labels' groups, 0 where there is none
         views/               (N, V, 5) float32: left, top, right, bottom as fractions of the image, flip 0 or 1
     shards/00000.json        completion record of shard 0 (cache/record.py)
     copies/                  all of the above but the image arrays' values, once more (cache/copies.py)
 
-N images, V views of each, C embedding width, G tokens along a side of the grid, K classes or components. Shard i is
-the rows [i * S, (i + 1) * S) of every image array; each array keeps view v of it in one file,
-arrays/<name>/c.<i>.<v>.0.0...
+N images, V views of each, C embedding width, G tokens along a side of the grid, M groups that a view can have, K
+classes or components. Shard i is the rows [i * S, (i + 1) * S) of every image array; each array keeps view v of it in
+one file, arrays/<name>/c.<i>.<v>.0.0...
 """
 
 from pydantic import BaseModel, PositiveInt
@@ -28,6 +29,7 @@ from cache.dense import DENSE_SCALES, DENSE_TOKENS, pca_size
 MANIFEST = "manifest.json"
 IMAGE_IDS = "image_ids.json"
 ARRAYS, SHARDS, COPIES = "arrays", "shards", "copies"
+REGION_TOKENS = "region_tokens"
 TEXT_FEATURES, PCA_MEAN, PCA_COMPONENTS = "text_features", "pca_mean", "pca_components"  # not of single images
 
 
@@ -45,18 +47,19 @@ class ArraySpec(BaseModel, frozen=True, extra="forbid"):
 
 
 def array_specs(
-    width: int, grid: int, shard_images: int, dense_tokens: str, dense_views: int | None = None
+    width: int, grid: int, groups: int, shard_images: int, dense_tokens: str, dense_views: int | None = None
 ) -> dict[str, ArraySpec]:
-    """The image arrays of a cache, for C = `width` and G = `grid`, with dense tokens as cache/dense.py stores them.
+    """The image arrays of a cache, for C = `width`, G = `grid` and M = `groups`; dense tokens as cache/dense.py says.
 
-    They are read one image at a time, so each image is compressed alone; the others are read whole. UserError if
-    `dense_tokens` asks for as many components as C, or more.
+    These and region tokens are read one image at a time, so each image is compressed alone; the others are read whole.
+    UserError if `dense_tokens` asks for as many components as C, or more.
     """
     size = pca_size(dense_tokens, width) or width
     specs = {
         "cls_tokens": ArraySpec(tail=(width,), dtype="float16", chunk_images=shard_images),
         "pseudo_labels": ArraySpec(tail=(grid, grid), dtype="uint8", chunk_images=shard_images),
         "kmeans_labels": ArraySpec(tail=(grid, grid), dtype="uint8", chunk_images=shard_images),
+        REGION_TOKENS: ArraySpec(tail=(groups, width), dtype="int8", chunk_images=1),
         "views": ArraySpec(tail=(5,), dtype="float32", chunk_images=shard_images),
     }
     if dense_tokens != "none":

@@ -12,7 +12,7 @@ from cache.layout import IMAGE_IDS, MANIFEST, ArraySpec, copy_key
 from cache.sealed import FileDigest, seal, sha256, to_json, unseal
 from configs.errors import UserError
 
-FORMAT = 3
+FORMAT = 4
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

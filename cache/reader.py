@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 import zarr
 
+from cache.base import Store
 from cache.dense import DENSE_SCALES, DENSE_TOKENS, decode_dense
 from cache.encoding import ShardCodec, decode_pca, decode_text_features, is_of_whole_array, refusing
-from cache.layout import ARRAYS, COPIES, IMAGE_IDS, MANIFEST, SHARDS, shard_key
+from cache.layout import ARRAYS, COPIES, IMAGE_IDS, MANIFEST, SHARDS, ArraySpec, shard_key
 from cache.manifest import Manifest
 from cache.record import ShardRecord, load_records
 from cache.sealed import FileDigest
@@ -23,7 +25,7 @@ _RESTORE = "run cache repair, or precompute with the same settings again: both r
 
 
 class Cache:
-    """A complete cache, from `open_cache`. Small enough to be sent to loader workers: image arrays stay on disk.
+    """A complete cache, from `open_cache`. Image arrays stay on disk; it can be sent to other processes.
 
     Attributes:
         location: the folder or URL.
@@ -74,33 +76,17 @@ class Cache:
         """Shard `index` of array `name`, (rows of the shard, V, *tail); checked, and errors, as in `load`."""
         return next(self._blocks(name, [index]))
 
-    def read(self, name: str, row: int) -> np.ndarray:
-        """One image of array `name` as stored, (V, *tail); IndexError if `row` is not in [0, N).
+    def read(self, name: str, row: int, view: int | None = None) -> np.ndarray:
+        """One image of array `name` as stored, (V, *tail), or one view of it, (*tail); see `ArrayReader`."""
+        return self.reader(name)(row, view)
 
-        Checked by the checksums inside the shard, as hashing all of it for one image would cost too much.
-        """
-        if not 0 <= row < self.manifest.images:
-            raise IndexError(f"row {row} of {self.manifest.images}")
+    def reader(self, name: str) -> "ArrayReader":
+        """What `read` reads array `name` with, by itself; UserError if there is no such array."""
         self._require(name)
         if name in self._lenders:
-            return self._lenders[name].read(name, row)[: self.manifest.views]
-        store, index, spec = open_store(self.location), row // self.manifest.shard_images, self.manifest.arrays[name]
-        views = self.manifest.array_views(name)
-        metadata = f"{ARRAYS}/{name}/zarr.json"
-        with refusing(UserError(f"{store.show(metadata)} is missing or damaged: {_RESTORE}")):
-            digest = self.manifest.files[metadata].sha256
-            array = store.attempt("read", metadata, lambda: _open_array(self.location, name, digest))
-            images, held, *tail = array.shape  # more views may have been added since this cache was opened
-            if (images, *tail, str(array.dtype)) != (self.manifest.images, *spec.tail, spec.dtype) or held < views:
-                raise ValueError(f"of shape {array.shape} and type {array.dtype}")
-        image = np.empty((views, *spec.tail), spec.dtype)
-        for view in range(views):
-            key = shard_key(name, index, view, spec)
-            if not store.exists(key):
-                raise self._damaged(key)  # Zarr would make up zeros
-            with refusing(self._damaged(key)):
-                image[view] = store.attempt("read", key, partial(array.__getitem__, (row, view)))
-        return image
+            lent = self._lenders[name].reader(name)
+            return replace(lent, views=min(lent.views, self.manifest.views))
+        return ArrayReader(self.location, self.manifest, name, self.manifest.array_views(name))
 
     def dense_tokens(self, row: int) -> np.ndarray:
         """The dense tokens of one image, (V, G, G, C) float32, however they are stored; errors as in `read`."""
@@ -126,8 +112,8 @@ class Cache:
             digests = self._records[index].arrays[name].files[: len(keys)]
             for view, (key, digest) in enumerate(zip(keys, digests, strict=True)):
                 if key not in found or FileDigest.of(found[key]) != digest:
-                    raise self._damaged(key)
-                with refusing(self._damaged(key)):
+                    raise _damaged(store, key)
+                with refusing(_damaged(store, key)):
                     block[:, view] = codec.decode(index, view, found.pop(key))
             yield block
 
@@ -138,18 +124,66 @@ class Cache:
                 f"{self.location} holds no {name} (it holds {held}): run precompute with a setting to store it"
             )
 
-    def _damaged(self, key: str) -> UserError:
-        return UserError(
-            f"{self.location}/{key} is missing or does not match its completion record: run cache repair, it "
-            "recomputes only this shard"
-        )
-
     def _small_file(self, key: str) -> bytes:
         store = open_store(self.location)
         data = store.read_many([key]).get(key)
         if data is None or FileDigest.of(data) != self.manifest.files.get(key):
             raise UserError(f"{store.show(key)} is missing or does not match the manifest: {_RESTORE}")
         return data
+
+
+@dataclass(frozen=True)
+class ArrayReader:
+    """Reads single images, or views, of one array. All that loader workers need of a cache: it leaves out the records.
+
+    `views`: how many of them it gives, the first ones.
+    """
+
+    location: str
+    manifest: Manifest
+    name: str
+    views: int
+
+    def __call__(self, row: int, view: int | None = None) -> np.ndarray:
+        """One image as stored, (V, *tail), or one view of it, (*tail), of which only the file of this view is read.
+
+        Checked by the checksums inside the shard, as hashing all of it for one image would cost too much.
+
+        Raises:
+            IndexError: there is no such row or view.
+            UserError: what is to be read is missing or damaged.
+        """
+        if not 0 <= row < self.manifest.images:
+            raise IndexError(f"row {row} of {self.manifest.images}")
+        if view is not None and not 0 <= view < self.views:
+            raise IndexError(f"view {view} of {self.views}")
+        store, spec = open_store(self.location), self.manifest.arrays[self.name]
+        array, found = self._open(store, spec), []
+        for each in range(self.views) if view is None else [view]:
+            key = shard_key(self.name, row // self.manifest.shard_images, each, spec)
+            if not store.exists(key):
+                raise _damaged(store, key)  # Zarr would make up zeros
+            with refusing(_damaged(store, key)):
+                found.append(np.asarray(store.attempt("read", key, partial(array.__getitem__, (row, each)))))
+        return np.stack(found) if view is None else found[0]
+
+    def _open(self, store: Store, spec: ArraySpec) -> zarr.Array[Any]:
+        metadata = f"{ARRAYS}/{self.name}/zarr.json"
+        with refusing(UserError(f"{store.show(metadata)} is missing or damaged: {_RESTORE}")):
+            digest = self.manifest.files[metadata].sha256
+            array = store.attempt("read", metadata, lambda: _open_array(self.location, self.name, digest))
+            images, held, *tail = array.shape  # more views may have been added since this cache was opened
+            whole = (self.manifest.images, *spec.tail, spec.dtype)
+            if (images, *tail, str(array.dtype)) != whole or held < self.manifest.array_views(self.name):
+                raise ValueError(f"of shape {array.shape} and type {array.dtype}")
+        return array
+
+
+def _damaged(store: Store, key: str) -> UserError:
+    return UserError(
+        f"{store.show(key)} is missing or does not match its completion record: run cache repair, it recomputes only "
+        "this shard"
+    )
 
 
 @lru_cache(maxsize=64)

@@ -134,6 +134,9 @@ class Loss(Section):
     """Eq. 8, the switches of Tables 2-6, and other readings of what the paper leaves open."""
 
     global_: bool = Field(True, alias="global", description="GLM: InfoNCE on predicted CLS tokens")
+    local: bool = Field(
+        False, description="local distillation: features of each region are pulled to the teacher's mean token there"
+    )
     nel: bool = True
     ce: bool = True
     bce: bool = True

@@ -7,9 +7,11 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from cache.base import Store
+from cache.layout import REGION_TOKENS
 from cache.manifest import Manifest
 from configs.errors import UserError
 
+GROUPS = 10  # of a view, on average, where the room for region tokens is reckoned: of scenes it is 2.4
 TIMING = "timing.json"  # beside the manifest, no part of the cache: two caches of the same content took other times
 
 
@@ -18,7 +20,7 @@ class Plan:
     """What is still to be made.
 
     Attributes:
-        bytes: at most, as if nothing could be compressed.
+        bytes: at most, as if nothing could be compressed but the rows of region tokens that no group has.
         free: bytes that the store has left; None where there is no telling.
         seconds: estimated from a calibration on every worker.
     """
@@ -62,7 +64,8 @@ def plan(
         views += (stop - start) * (manifest.views - first_view)
         for name, spec in manifest.arrays.items():
             missing = max(0, manifest.array_views(name) - first_view)
-            size_ += (stop - start) * missing * int(np.prod(spec.tail)) * np.dtype(spec.dtype).itemsize
+            tail = (min(GROUPS, spec.tail[0]), spec.tail[1]) if name == REGION_TOKENS else spec.tail
+            size_ += (stop - start) * missing * int(np.prod(tail)) * np.dtype(spec.dtype).itemsize
     rate = sum(1 / seconds for seconds in seconds_per_view if seconds)
     return Plan(images, views, len(shards), size_, free, len(seconds_per_view), views / rate if rate else 0.0)
 

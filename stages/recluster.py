@@ -1,4 +1,4 @@
-"""Pseudo labels again, from the dense tokens of a cache: another lambda, say, without another pass of the teacher.
+"""Pseudo labels again, and with them region tokens, from the dense tokens of a cache: without a pass of the teacher.
 
 They go to a cache of their own, which shares everything else with the one that the tokens are in.
 """
@@ -9,6 +9,7 @@ import torch
 import zarr
 
 from cache.dense import DENSE_TOKENS
+from cache.layout import REGION_TOKENS, array_specs
 from cache.manifest import Borrowed, Manifest, different_settings
 from cache.reader import Cache, open_cache
 from cache.store import absolute, open_store
@@ -16,10 +17,12 @@ from cache.writer import create_cache, list_skipped, pending, write_shard
 from configs.errors import UserError
 from configs.schema import Config, PseudoLabels
 from pipeline.pseudo_labels import ANNOTATED, pseudo_labels
+from pipeline.pseudo_labels.regions import most_groups, region_tokens
 from stages.caches import CACHES, split_settings
 from stages.progress import progress_bar, say
 
 LABELS = ("kmeans_labels", "pseudo_labels")
+MADE = (*LABELS, REGION_TOKENS)
 
 
 def recluster(config: Config, source: Cache, target: str | None = None) -> str:
@@ -88,6 +91,8 @@ def _check(config: Config, source: Cache) -> None:
 def _describe(config: Config, source: Cache, views: int) -> Manifest:
     """Its fingerprint is not that of a teacher's cache: stored tokens are not the teacher's to the last bit."""
     lender = source.manifest
+    (width,), (grid, _) = (lender.arrays[name].tail for name in ("cls_tokens", "pseudo_labels"))
+    specs = array_specs(width, grid, most_groups(config.pseudo_labels, grid), lender.shard_images, "none")
     settings = {
         **split_settings(config.stage_one)[0],
         "files": {**lender.settings["files"], "dense_tokens": lender.fingerprint},
@@ -100,9 +105,9 @@ def _describe(config: Config, source: Cache, views: int) -> Manifest:
         image_ids=source.image_ids,
         views=views,
         shard_images=lender.shard_images,
-        arrays={name: lender.arrays[name] for name in LABELS},
+        arrays={name: specs[name] for name in MADE},
         context=lender.context,
-        borrowed={name: lent for name in lender.arrays if name not in LABELS},
+        borrowed={name: lent for name in lender.arrays if name not in MADE},
     )
 
 
@@ -118,13 +123,16 @@ def make_labels(
     start, stop = manifest.shard_rows(index)
     views = slice(first_view, manifest.views)
     annotated = source.load_shard("pseudo_labels", index)[:, views] == ANNOTATED
+    most, width = manifest.arrays[REGION_TOKENS].tail
     labels = {name: np.full(annotated.shape, ANNOTATED, np.uint8) for name in LABELS}
+    regions = np.zeros((*annotated.shape[:2], most, width), np.int8)
     for place in np.flatnonzero(~annotated.all(axis=(1, 2, 3))):
         tokens = torch.from_numpy(source.dense_tokens(start + int(place))[views])
         found = pseudo_labels(tokens, ~annotated[place], settings)
         for name, values in zip(LABELS, found, strict=True):
             labels[name][place] = values
+        regions[place] = region_tokens(tokens, found[1], most)
     ids = source.image_ids[start:stop]
     skipped = {name: why for name, why in source.skipped().items() if name in ids}
-    write_shard(path, index, first_view, labels, skipped)
+    write_shard(path, index, first_view, {**labels, REGION_TOKENS: regions}, skipped)
     return stop - start

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cache.dense import encode_dense, pca_size
-from cache.layout import ArraySpec, array_specs
+from cache.layout import REGION_TOKENS, ArraySpec, array_specs
 from cache.store import open_store
 from cache.writer import stored_pca, write_shard
 from configs.errors import UserError
@@ -31,6 +31,7 @@ from configs.schema import Precompute, StageOne
 from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
 from pipeline.data.views import draw_views, normalise, padding_colour, teacher_view
 from pipeline.pseudo_labels import pseudo_labels
+from pipeline.pseudo_labels.regions import most_groups, region_tokens
 from pipeline.teacher.clip import FrozenClip
 from stages.devices import keep_freed_memory, lanes, synchronize, worker_device
 from stages.overlap import Stopwatch, ahead
@@ -103,11 +104,12 @@ class Worker:
         self.teacher = FrozenClip(self.config.teacher, self.device, precompute.channels_last, precompute.compile)
         self.dataset = SegmentationDataset(self.config.dataset, data_root, "train")
         self.grid = self.teacher.grid(self.config.views.size)
+        self.groups = most_groups(self.config.pseudo_labels, self.grid)
 
     def array_specs(self) -> dict[str, ArraySpec]:
         storage = self.config.storage
-        width, shard_images = self.teacher.width, storage.shard_images
-        return array_specs(width, self.grid, shard_images, storage.dense_tokens, storage.dense_views)
+        size = (self.teacher.width, self.grid, self.groups)
+        return array_specs(*size, storage.shard_images, storage.dense_tokens, storage.dense_views)
 
     def views(self, job: ShardJob, row: int) -> tuple[np.ndarray, list[Sample]]:
         """Geometries (V, 5) and samples of the views that the job makes of an image; BrokenFile if it cannot be read.
@@ -138,9 +140,12 @@ class Worker:
         """All that is stored but dense tokens."""
         samples, cls_tokens, dense_tokens = encoded
         unannotated = np.stack([sample.unannotated for sample in samples])
-        labels = pseudo_labels(dense_tokens, unannotated, self.config.pseudo_labels)
-        arrays = dict(zip(("kmeans_labels", "pseudo_labels"), labels, strict=True))
-        return Outputs([sample.place for sample in samples], {"cls_tokens": cls_tokens.cpu().numpy(), **arrays})
+        clusters, groups = pseudo_labels(dense_tokens, unannotated, self.config.pseudo_labels)
+        arrays = {
+            "cls_tokens": cls_tokens.cpu().numpy(), "kmeans_labels": clusters, "pseudo_labels": groups,
+            REGION_TOKENS: region_tokens(dense_tokens, groups, self.groups),
+        }  # fmt: skip
+        return Outputs([sample.place for sample in samples], arrays)
 
 
 @lru_cache(maxsize=1)

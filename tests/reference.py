@@ -216,6 +216,22 @@ def pseudo_labels(
     return clusters, groups
 
 
+def region_tokens(dense: Array, groups: Array, most: int) -> Array:
+    """(B, G, G, C), (B, G, G), 255 none -> (B, most, C) int8: of each group the direction of its unit tokens' mean m.
+
+    That is round(127 m / max |m|); 0 for an absent group, and where the unit tokens' sum is shorter than 1e-9.
+    """
+    out = np.zeros((len(dense), most, dense.shape[-1]), dtype=np.int8)
+    for b, group in np.ndindex(len(dense), most):
+        total = np.zeros(dense.shape[-1])
+        for y, x in np.ndindex(groups.shape[1:]):
+            if groups[b, y, x] == group != NONE:
+                total += unit(dense[b, y, x])
+        if math.sqrt((total * total).sum()) >= 1e-9:
+            out[b, group] = np.rint(127 * total / np.abs(total).max())
+    return out
+
+
 def fused_labels(seen: Array, groups: Array, num_seen: int) -> tuple[Array, int]:
     """Section 3.3, F. (B, H, W), 255 ignored, (B, G, G), 255 none -> labels (B, H, W), -1 for none, and their count."""
     batch, height, width = seen.shape

@@ -1,5 +1,6 @@
-"""What stage two reads: stored views replayed on images and seen masks; of what the cache holds, only its rows."""
+"""What stage two's loader reads: stored views replayed on images and seen masks, and perhaps their region tokens."""
 
+from collections.abc import Callable
 from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
@@ -23,6 +24,7 @@ class Sample(TypedDict):
     view: int  # which of its views
     shown: NotRequired[np.ndarray]  # (S, S, 3) uint8, what a live teacher sees: undistorted, its own padding
     unannotated: NotRequired[np.ndarray]  # (G, G) bool, of a live teacher's tokens
+    region_tokens: NotRequired[np.ndarray]  # (M, C) int8, where they are asked for
 
 
 class LiveView(NamedTuple):
@@ -43,13 +45,16 @@ class TrainingViews(TorchDataset[Sample]):
     def __init__(
         self, dataset: SegmentationDataset, rows: np.ndarray, views: np.ndarray, size: int, samples: int, seed: int,
         mean: tuple[float, ...], live: LiveView | None = None,
+        region_tokens: Callable[[int, int], np.ndarray] | None = None,
     ) -> None:  # fmt: skip
         """`rows`: images to train on; `views`: (N, V, 5) of stage one; `samples`: iterations x batch size.
 
-        `mean` is the student's, for the colour of padding.
+        `mean` is the student's, for the colour of padding. `region_tokens` gives those of a row and a view, (M, C)
+        int8; loader workers get a copy of it.
         """
         self.dataset, self.rows, self.views, self.size = dataset, rows, views, size
         self.samples, self.seed, self.padding, self.live = samples, seed, padding_colour(mean), live
+        self.region_tokens = region_tokens
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
@@ -80,4 +85,6 @@ class TrainingViews(TorchDataset[Sample]):
             sample["shown"], sample["unannotated"] = teacher_view(
                 geometry, image, seen, self.size, padding, self.live.grid
             )
+        if self.region_tokens:
+            sample["region_tokens"] = self.region_tokens(row, view)
         return sample

@@ -36,6 +36,7 @@ class Criterion(nn.Module):
         image_ids: Tensor,
         auxiliary: Tensor | None = None,
         progress: float = 0.0,
+        region_tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Each loss that is switched on, under its name in Eq. 8; their sum, or its mean over ranks, is the objective.
 
@@ -48,6 +49,7 @@ class Criterion(nn.Module):
             auxiliary: (B, C, h', w') features of an auxiliary head: cross-entropy on the seen classes alone, unless
                 `loss.ce` is off.
             progress: how much of the training is done, 0 to 1.
+            region_tokens: (B, M, C) int8 directions of the groups' mean dense tokens; needed where `loss.local` is on.
         """
         losses: dict[str, Tensor] = {}
         cls_tokens, all_ids = gathered(cls_token), gathered(image_ids)

@@ -5,6 +5,11 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 
+def count_windows(windows: tuple[int, ...], grid: int) -> int:
+    """How many windows `window_seeds` takes the means of, of a grid of G = `grid`."""
+    return sum(((grid - min(window, grid)) // (window + 1) + 1) ** 2 for window in windows)
+
+
 def window_seeds(
     tokens: Tensor, unannotated: Tensor, windows: tuple[int, ...], everything: bool = False
 ) -> tuple[Tensor, Tensor]:

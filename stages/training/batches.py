@@ -1,7 +1,7 @@
 """What a training step reads: views that workers make ready, and what the teacher said of them.
 
-CLS tokens and pseudo labels of the whole dataset are in memory as they are stored, 2 KiB a view: no step opens a file
-of the cache. (The pictures of a validation do.)
+CLS tokens and pseudo labels of the whole dataset are in memory as they are stored, 2 KiB a view. Region tokens, where
+the loss needs them, are read with the view by the loader's workers. (The pictures of a validation read the cache too.)
 """
 
 import os
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from cache.layout import REGION_TOKENS
 from cache.reader import Cache
 from configs.errors import UserError
 from configs.schema import Config
-from pipeline.data.dataset import BrokenFile, SegmentationDataset
+from pipeline.data.dataset import SegmentationDataset
 from pipeline.data.training import TrainingViews
 from pipeline.data.views import normalise
 from stages.training.ranks import micro_batch, own_draws
@@ -30,16 +31,21 @@ class Batch(NamedTuple):
     cls_tokens: Tensor  # (B, C) float32
     groups: Tensor  # (B, G, G) uint8 pseudo labels, 255 = annotated
     rows: Tensor  # (B,) int64 which images
+    region_tokens: Tensor | None  # (B, M, C) int8 directions of the groups' mean dense tokens, zero where there is none
 
 
 class Teacher(Protocol):
-    """Gives the CLS tokens (B, C) float32 and pseudo labels (B, G, G) uint8 of a loader's batch, on the device."""
+    """What a Batch holds of the teacher.
 
-    def __call__(self, loaded: dict[str, Tensor]) -> tuple[Tensor, Tensor]: ...
+    CLS tokens (B, C) float32, pseudo labels (B, G, G) uint8 and, where `loss.local` is on, region tokens (B, M, C) int8
+    of a loader's batch, on the device.
+    """
+
+    def __call__(self, loaded: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
 class CachedTeacher:
-    """Looks them up.
+    """Looks them up; region tokens come with the loader's batch.
 
     Attributes:
         cls_tokens: (N, V, C) float16.
@@ -51,9 +57,13 @@ class CachedTeacher:
         self.groups = torch.from_numpy(cache.load("pseudo_labels", views))
         self._device = device
 
-    def __call__(self, loaded: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        rows, views = loaded["row"], loaded["view"]
-        return self.cls_tokens[rows, views].to(self._device).float(), self.groups[rows, views].to(self._device)
+    def __call__(self, loaded: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        rows, views, regions = loaded["row"], loaded["view"], loaded.get("region_tokens")
+        return (
+            self.cls_tokens[rows, views].to(self._device).float(),
+            self.groups[rows, views].to(self._device),
+            None if regions is None else regions.to(self._device, non_blocking=True),
+        )
 
 
 class Batches:
@@ -85,9 +95,10 @@ class Batches:
             self.teacher: Teacher = LiveTeacher(config, cache, device)
             live = self.teacher.live
         schedule, count = config.train, config.views.count  # the cache may hold more views
+        of_view = cache.reader(REGION_TOKENS) if config.loss.local and live is None else None
         samples = TrainingViews(
             dataset, cache.kept_rows, cache.load("views", count), config.views.size,
-            schedule.iterations * schedule.batch_size, schedule.seed, mean, live,
+            schedule.iterations * schedule.batch_size, schedule.seed, mean, live, of_view,
         )  # fmt: skip
         cuda = device.startswith("cuda")
         # One pass over it is the whole run: workers live as long as that, and fetch two batches each ahead.
@@ -114,13 +125,14 @@ class Batches:
             yield parts
 
     def _on_device(self, ready: dict[str, Tensor]) -> Batch:
-        cls_tokens, groups = self.teacher(ready)
+        cls_tokens, groups, regions = self.teacher(ready)
         return Batch(
             normalise(ready["pixels"], self._mean, self._std, self._device),
             ready["seen"].to(self._device, non_blocking=True),
             cls_tokens,
             groups,
             ready["row"].to(self._device),
+            regions,
         )
 
     def close(self) -> None:
@@ -132,5 +144,5 @@ def _readable(loaded: Iterator[dict[str, Tensor]]) -> Generator[dict[str, Tensor
     """The loader's batches. Its workers wrap what they meet in their traceback: only its last line is the user's."""
     try:
         yield from loaded
-    except BrokenFile as error:
-        raise BrokenFile(str(error).strip().rpartition("BrokenFile: ")[2]) from error
+    except UserError as error:
+        raise type(error)(str(error).strip().rpartition(f"{type(error).__name__}: ")[2]) from error

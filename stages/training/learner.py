@@ -70,7 +70,10 @@ class Learner:
             torch.manual_seed(_seed(self.seed, self.iteration, number, 1 + rank()))
             features, auxiliary = self.forward(part.pixels)
             torch.manual_seed(_seed(self.seed, self.iteration, number, 0))  # all ranks synthesize the same prototypes
-            losses = self.criterion(features, part.cls_tokens, part.seen, part.groups, part.rows, auxiliary, progress)
+            losses = self.criterion(
+                features, part.cls_tokens, part.seen, part.groups, part.rows, auxiliary, progress,
+                region_tokens=part.region_tokens,
+            )  # fmt: skip
             shown = averaged(torch.stack(list(losses.values()))).cpu() / len(parts)
             for name, value in zip(losses, shown, strict=True):
                 sums[name] = sums[name] + value

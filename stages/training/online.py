@@ -13,6 +13,7 @@ from configs.schema import Config
 from pipeline.data.training import LiveView
 from pipeline.data.views import normalise
 from pipeline.pseudo_labels import pseudo_labels
+from pipeline.pseudo_labels.regions import most_groups, region_tokens
 from pipeline.teacher.clip import FrozenClip
 from pipeline.teacher.load import weights_fingerprint
 
@@ -38,10 +39,16 @@ class LiveTeacher:
             self._clip = FrozenClip(config.teacher, device, how.channels_last, how.compile)
         fresh = config.views if config.train.teacher == "fresh" else None
         self.live = LiveView(self._clip.mean, self._clip.grid(config.views.size), fresh)
+        self._most = most_groups(config.pseudo_labels, self.live.grid) if config.loss.local else None
 
-    def __call__(self, loaded: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """CLS tokens (B, C) float32 and pseudo labels (B, G, G) uint8 of a loader's batch, on the device."""
+    def __call__(self, loaded: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As stages.training.batches.Teacher."""
         pixels = normalise(loaded["shown"], self._clip.mean, self._clip.std, self._device)
         cls_tokens, dense_tokens = self._clip.encode(pixels)
         groups = pseudo_labels(dense_tokens, loaded["unannotated"].numpy(), self._pseudo_labels)[1]
-        return cls_tokens.clone(), from_numpy(groups).to(self._device)  # a clone may take part in autograd
+        regions = None if self._most is None else from_numpy(region_tokens(dense_tokens, groups, self._most))
+        return (
+            cls_tokens.clone(),  # it may take part in autograd
+            from_numpy(groups).to(self._device),
+            None if regions is None else regions.to(self._device),
+        )

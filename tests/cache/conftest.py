@@ -16,7 +16,7 @@ from cache.manifest import Manifest
 from cache.writer import create_cache, pending, write_shard
 
 SETTINGS = {"teacher": {"name": "ViT-B/16", "dense": "clearclip"}, "pseudo_labels": {"lambda": 0.8, "windows": [7, 3]}}
-VIEWS, WIDTH, GRID, CLASSES = 2, 4, 3, 5
+VIEWS, WIDTH, GRID, GROUPS, CLASSES = 2, 4, 3, 6, 5
 MOST_VIEWS = 4  # drawn, so that more views leave the first as they are
 
 
@@ -39,7 +39,7 @@ class StageOne:
         self.path, self.location = path, location or str(path)
         self.image_ids = [f"image {i}" for i in range(images)]
         self.text_features = random.normal(size=(CLASSES, WIDTH)).astype("float32")
-        self.specs = array_specs(WIDTH, GRID, shard_images, dense, dense_views)
+        self.specs = array_specs(WIDTH, GRID, GROUPS, shard_images, dense, dense_views)
         self.arrays = {
             name: random.integers(0, 256, (images, MOST_VIEWS, *spec.tail)).astype(spec.dtype)
             for name, spec in self.specs.items()

@@ -1,5 +1,7 @@
 """Arrays that live in another cache."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -14,10 +16,10 @@ TOKENS = ("cls_tokens", "dense_tokens", "views")
 
 
 def borrow(stage, lender, views=2):
-    """A cache at `stage` whose own arrays are labels alone; the rest lives in `lender`."""
+    """A cache at `stage` whose own arrays are labels and region tokens; the rest lives in `lender`."""
     borrowed = {name: Borrowed(cache=str(lender.path), fingerprint=lender.manifest.fingerprint) for name in TOKENS}
     stage.specs = {name: spec for name, spec in stage.specs.items() if name not in TOKENS}
-    stage.arrays = {name: 255 - array for name, array in stage.arrays.items() if name in stage.specs}
+    stage.arrays = {name: ~array for name, array in stage.arrays.items() if name in stage.specs}
     stage.manifest = Manifest.describe(
         {"lambda": 0.5}, {}, stage.image_ids, views, 3, stage.specs, borrowed=borrowed
     )  # fmt: skip
@@ -38,6 +40,7 @@ def test_borrowed_arrays(stage_one):
         np.testing.assert_array_equal(cache.load(name, 1), array[:, :1], strict=True)
         np.testing.assert_array_equal(cache.load_shard(name, 1), array[3:6], strict=True)
         np.testing.assert_array_equal(cache.read(name, 2), array[2], strict=True)
+        np.testing.assert_array_equal(cache.read(name, 2, 1), array[2, 1], strict=True)
     assert verify(stage.path) == []
 
 
@@ -49,6 +52,10 @@ def test_a_lender_may_have_more_views(stage_one):
     for name in TOKENS:
         np.testing.assert_array_equal(cache.load(name), lender.arrays[name][:, :2], strict=True)
         np.testing.assert_array_equal(cache.read(name, 2), lender.arrays[name][2, :2], strict=True)
+        sent = pickle.loads(pickle.dumps(cache.reader(name)))  # as a loader's worker gets it
+        np.testing.assert_array_equal(sent(2, 1), lender.arrays[name][2, 1], strict=True)
+        with pytest.raises(IndexError):
+            sent(2, 2)
 
 
 @pytest.mark.parametrize("change", ["gone", "incomplete", "other settings", "no dense tokens"])

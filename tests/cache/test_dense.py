@@ -106,10 +106,10 @@ def test_pca_keeps_what_lies_in_its_plane_and_drops_the_rest():
 
 def test_pca_size():
     assert [pca_size(name) for name in ("none", "float16", "int8", "pca-7")] == [None, None, None, 7]
-    assert array_specs(8, 2, 3, "pca-7")["dense_tokens"].tail == (2, 2, 7)
+    assert array_specs(8, 2, 5, 3, "pca-7")["dense_tokens"].tail == (2, 2, 7)
     for size in (8, 9, 300):
         with pytest.raises(UserError, match=rf"storage.dense_tokens pca-{size}: .* C = 8 values: choose a K below 8"):
-            array_specs(8, 2, 3, f"pca-{size}")
+            array_specs(8, 2, 5, 3, f"pca-{size}")
 
 
 @pytest.fixture

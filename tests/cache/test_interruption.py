@@ -11,9 +11,9 @@ from cache.writer import pending
 
 
 # An fsync comes before and after each file is put in place, and after each new directory. By number, 2 is within the
-# first file, the manifest's copy; 16 amid the arrays' metadata; 54 just before and 55 after the manifest is placed;
-# 56-78 within shard 0: 62 amid its arrays, 77 before and 78 after its record; 122 is the last of all.
-@pytest.mark.parametrize("flushes", [0, 1, 2, 3, 16, 54, 55, 56, 62, 75, 77, 78, 90, 122])
+# first file, the manifest's copy; 16 amid the arrays' metadata; 60 just before and 61 after the manifest is placed;
+# 62-88 within shard 0: 68 and 79 amid its arrays, 87 before and 88 after its record; 140 is the last of all.
+@pytest.mark.parametrize("flushes", [0, 1, 2, 3, 16, 60, 61, 62, 68, 79, 85, 87, 88, 100, 140])
 def test_killed_run_is_finished_to_the_same_bytes(stage_one, in_processes, killed_after, flushes):
     killed, unbroken = stage_one("killed"), stage_one("unbroken")
     unbroken.run()

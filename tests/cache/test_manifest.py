@@ -4,10 +4,12 @@ import json
 
 import pytest
 
-from cache.layout import MANIFEST
+from cache.layout import MANIFEST, copy_key
 from cache.manifest import Manifest, check_settings, different_settings, fingerprint
+from cache.reader import open_cache
 from cache.sealed import seal, unseal
 from cache.store import open_store
+from cache.verify import gc, info, prepare_repair, verify
 from configs.errors import UserError
 
 
@@ -57,7 +59,7 @@ def test_check_settings(stage_one):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("format", 4, r"manifest.json has format 4, this version of CLIP-ZSS reads format 3: delete"),
+        ("format", 5, r"manifest.json has format 5, this version of CLIP-ZSS reads format 4: delete"),
         ("images", None, r"manifest.json is damaged \(images: .*\): run cache repair"),
         ("shard_images", 0, r"manifest.json is damaged \(shard_images: .*\): run cache repair"),
         ("settings", {"lambda": 0.7}, r"manifest.json was edited, its fingerprint does not fit its settings"),
@@ -73,14 +75,20 @@ def test_refused_manifests(stage_one, key, value, message):
         Manifest.load(open_store(stage.path))
 
 
-def test_caches_of_older_versions(stage_one):
-    """Their manifests had no checksum."""
+@pytest.mark.parametrize("number", [2, 3])
+def test_caches_of_older_versions(stage_one, number):
+    """Manifests of format 2 had no checksum; format 3 had no region tokens."""
     stage = stage_one()
     stage.create()
-    content = unseal((stage.path / MANIFEST).read_bytes())
-    (stage.path / MANIFEST).write_text(json.dumps({**content, "format": 2}))
-    with pytest.raises(UserError, match=r"has format 2, this version .* reads format 3: delete .* and run precompute"):
-        Manifest.load(open_store(stage.path))
+    content = {**unseal((stage.path / MANIFEST).read_bytes()), "format": number}
+    del content["arrays"]["region_tokens"]
+    old = json.dumps(content).encode() if number == 2 else seal(content)
+    for key in (MANIFEST, copy_key(MANIFEST)):
+        (stage.path / key).write_bytes(old)
+    says = rf"has format {number}, this version of CLIP-ZSS reads format 4: delete .* and run precompute again$"
+    for action in (open_cache, verify, info, prepare_repair, gc, lambda _: stage.create()):
+        with pytest.raises(UserError, match=says):
+            action(stage.path)
 
 
 @pytest.mark.parametrize("garbled", [b"", b'{"format": 1, "fing', b"\xff\x00", b"[]", b'{"checksum": 1, "format": 2}'])

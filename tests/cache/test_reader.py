@@ -29,6 +29,8 @@ def test_round_trip(stage_one, images, shard_images):
         np.testing.assert_array_equal(cache.load(name), array, strict=True)
         for row in range(images):
             np.testing.assert_array_equal(cache.read(name, row), array[row], strict=True)
+            for view in range(array.shape[1]):
+                np.testing.assert_array_equal(cache.read(name, row, view), array[row, view], strict=True)
 
 
 def test_only_the_files_of_the_first_views_are_read(stage_one):
@@ -57,22 +59,59 @@ def test_other_tools_read_the_arrays(stage_one):
     np.testing.assert_array_equal(group["views"][:], stage.arrays["views"])
 
 
-def test_one_image_is_a_chunk_of_the_dense_tokens_only(stage_one):
+def test_one_image_is_a_chunk_of_dense_and_region_tokens_only(stage_one):
     stage = stage_one()
     arrays = zarr.open_group(stage.run() / ARRAYS, mode="r")
-    assert arrays["dense_tokens"].chunks[0] == 1 and arrays["dense_tokens"].shards[0] == 3
-    assert arrays["cls_tokens"].chunks[0] == 3 and arrays["cls_tokens"].shards[0] == 3
+    for name, spec in stage.specs.items():
+        assert arrays[name].chunks[:2] == (1 if name in ("dense_tokens", "region_tokens") else 3, 1), name
+        assert arrays[name].shards == (3, 1, *spec.tail)
+
+
+def test_rows_of_no_group_take_next_to_no_room(stage_one):
+    """On the disk M may be large."""
+    stage = stage_one(images=3)
+    spec = stage.specs["region_tokens"].model_copy(update={"tail": (80, 512)})
+    stage.specs["region_tokens"] = spec
+    stage.arrays["region_tokens"] = np.zeros((3, 2, 80, 512), np.int8)
+    stage.arrays["region_tokens"][:, :, :2] = np.random.default_rng(0).integers(-127, 128, (3, 2, 2, 512))
+    stage.manifest = stage.manifest.model_copy(update={"arrays": stage.specs})
+    cache = open_cache(stage.run())
+    assert stage.file("region_tokens", 0).stat().st_size < 3 * (2 * 512 + 100)
+    np.testing.assert_array_equal(cache.read("region_tokens", 2, 1), stage.arrays["region_tokens"][2, 1], strict=True)
 
 
 def test_a_cache_goes_to_loader_workers(stage_one):
     stage = stage_one()
     sent = pickle.loads(pickle.dumps(open_cache(stage.run())))
     np.testing.assert_array_equal(sent.read("dense_tokens", 7), stage.arrays["dense_tokens"][7])
+    alone = pickle.loads(pickle.dumps(open_cache(stage.path).reader("region_tokens")))
+    np.testing.assert_array_equal(alone(7, 1), stage.arrays["region_tokens"][7, 1])
+
+
+def test_what_loader_workers_get_does_not_grow_with_the_cache(stage_one):
+    """Records of COCO-Stuff's shards are 20 MiB in every worker."""
+    few, many = (open_cache(stage_one(f"{n}", images=n, shard_images=1).run()) for n in (2, 40))
+    sizes = [len(pickle.dumps(cache.reader("region_tokens"))) for cache in (few, many)]
+    assert sizes[1] < sizes[0] + 20 and len(pickle.dumps(many)) > len(pickle.dumps(few)) + 20_000
+
+
+def test_one_view_is_read_of_its_own_file(stage_one):
+    """The others may even be gone."""
+    stage = stage_one()
+    cache = open_cache(stage.run())
+    stage.file("region_tokens", 1, 0).unlink()
+    np.testing.assert_array_equal(cache.read("region_tokens", 4, 1), stage.arrays["region_tokens"][4, 1], strict=True)
+    with pytest.raises(UserError, match=r"region_tokens/c\.1\.0\.0\.0 is missing or does not match"):
+        cache.read("region_tokens", 4, 0)
 
 
 def test_rows_and_arrays_that_do_not_exist(stage_one):
-    cache = open_cache(stage_one(dense="none").run())
-    with pytest.raises(UserError, match=r"cache holds no dense_tokens \(it holds cls_tokens, kmeans_labels, .*\)"):
+    cache = open_cache(stage_one(dense_views=1).run())
+    for name, view in (("views", -1), ("views", 2), ("dense_tokens", 1)):
+        with pytest.raises(IndexError):
+            cache.read(name, 0, view)
+    cache = open_cache(stage_one("without", dense="none").run())
+    with pytest.raises(UserError, match=r"without holds no dense_tokens \(it holds cls_tokens, kmeans_labels, .*\)"):
         cache.load("dense_tokens")
     for row in (-1, 8):
         with pytest.raises(IndexError):
@@ -119,7 +158,7 @@ def refusal(action) -> str:
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, truncate, delete])
-@pytest.mark.parametrize("name", ["cls_tokens", "kmeans_labels", "dense_tokens"])
+@pytest.mark.parametrize("name", ["cls_tokens", "kmeans_labels", "dense_tokens", "region_tokens"])
 def test_damaged_shard(stage_one, damage, name):
     """kmeans_labels are zeros, as Zarr makes up for a missing file: the file must be there all the same."""
     stage = stage_one()
@@ -138,7 +177,9 @@ def test_damaged_shard(stage_one, damage, name):
         except UserError as error:
             assert str(error) == expected
             refused += 1
-    assert refused == (1 if (name, damage) == ("dense_tokens", flip_a_byte) else 3)
+            assert refusal(lambda row=row: cache.read(name, row, 1)) == expected
+        np.testing.assert_array_equal(cache.read(name, row, 0), stage.arrays[name][row, 0])
+    assert refused == (1 if name in ("dense_tokens", "region_tokens") and damage is flip_a_byte else 3)
 
     prepare_repair(stage.path)  # the cure, as told
     stage.run()

@@ -77,6 +77,7 @@ def test_an_object_store_holds_the_same_bytes(stage_one, url):
     for name, array in local.arrays.items():
         np.testing.assert_array_equal(opened.load(name), array, strict=True)
         np.testing.assert_array_equal(opened.read(name, 7), array[7], strict=True)
+        np.testing.assert_array_equal(opened.read(name, 7, 1), array[7, 1], strict=True)
     assert not remote.path.exists()
 
 

@@ -18,6 +18,7 @@ from configs.load import resolve
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
 from pipeline.data.views import normalise, replay
+from pipeline.pseudo_labels.regions import region_tokens
 from pipeline.teacher.clip import FrozenClip
 from tests import reference
 from tests.conftest import ROOT, SIZE, World, tree
@@ -47,6 +48,7 @@ def test_shapes_ids_and_manifest(world: World, config: Config) -> None:
         "dense_tokens": ((10, 1, 8, 8, 16), "float16"),
         "pseudo_labels": ((10, 1, 8, 8), "uint8"),
         "kmeans_labels": ((10, 1, 8, 8), "uint8"),
+        "region_tokens": ((10, 1, 5, 16), "int8"),
         "views": ((10, 1, 5), "float32"),
     }
 
@@ -67,6 +69,9 @@ def test_contents_equal_teacher_and_reference(world: World, config: Config) -> N
         )
         np.testing.assert_array_equal(cache.read("pseudo_labels", row)[0], groups)
         np.testing.assert_array_equal(cache.read("kmeans_labels", row)[0], clusters)
+        regions = reference.region_tokens(dense.numpy(), groups[None], 5)[0]
+        np.testing.assert_allclose(cache.read("region_tokens", row, 0), regions, atol=1)
+        assert regions.any() == (groups < 255).any()
     features = teacher.text_features(config.dataset.synonyms, config.dataset.templates)
     torch.testing.assert_close(torch.from_numpy(cache.text_features), features)
 
@@ -81,7 +86,7 @@ def test_random_views_are_recorded_and_seen_by_the_teacher(copy: World, config: 
     copy.run(*crops, "--set=views.count=2")
     first = {path: path.stat().st_ino for path in (copy.folder / "caches" / "crops").glob("arrays/*/c.?.?.*")}
     copy.run(*crops, "--set=views.count=3")
-    assert len(first) == 5 * 3 * 2 and first == {path: path.stat().st_ino for path in first}
+    assert len(first) == 6 * 3 * 2 and first == {path: path.stat().st_ino for path in first}
     assert "nothing to do" in copy.run(*crops, "--set=views.count=1").stderr
     cache = open_cache(copy.folder / "caches" / "crops")
     assert cache.load("dense_tokens").shape[:2] == (10, 2)
@@ -96,11 +101,14 @@ def test_random_views_are_recorded_and_seen_by_the_teacher(copy: World, config: 
         image, seen = dataset.training_pair(row)
         for index, view in enumerate(views[row]):
             shown = replay(view, image, SIZE, mean)
-            cls_token, _ = teacher.encode(normalise(shown[None], teacher.mean, teacher.std))
+            cls_token, dense = teacher.encode(normalise(shown[None], teacher.mean, teacher.std))
             np.testing.assert_allclose(cache.read("cls_tokens", row)[index], cls_token[0].numpy(), atol=2e-3, rtol=1e-3)
             inside = replay(view, np.ones((SIZE, SIZE), np.uint8), SIZE, 0) == 1
             free = reference.unannotated_tokens(replay(view, seen, SIZE), 8, inside)
             np.testing.assert_array_equal(cache.read("pseudo_labels", row)[index] != 255, free)
+            groups = cache.read("pseudo_labels", row, index)
+            regions = region_tokens(dense, groups[None], 5)[0]
+            np.testing.assert_allclose(cache.read("region_tokens", row, index), regions, atol=1)
 
 
 def test_image_without_unannotated_token(world: World) -> None:

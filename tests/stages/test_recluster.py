@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import cache.writer
 import stages.recluster
-from cache.dense import encode_dense
+from cache.dense import Pca, encode_dense, pca_size
 from cache.manifest import Manifest
 from cache.reader import Cache, open_cache
 from cache.store import open_store
@@ -22,6 +23,7 @@ from cache.writer import create_cache, write_shard
 from cli import app
 from configs.errors import UserError
 from configs.load import resolve
+from pipeline.pseudo_labels.regions import region_tokens
 from stages.caches import split_settings
 from stages.datasets import open_split
 from stages.precompute import cache_settings
@@ -29,6 +31,7 @@ from tests import reference
 from tests.conftest import ROOT, World, write_world
 
 IMAGES, VIEWS, GRID, WIDTH = 10, 2, 8, 16
+GROUPS = 2 * 2 + 3 * 3  # windows of 3 and 2 on the grid
 SETTINGS = ("views.crop=random", f"views.count={VIEWS}", "pseudo_labels.windows=[3, 2]")
 SKIPPED = 5  # an image that could not be read
 
@@ -44,13 +47,16 @@ def write_source(world: World, location: Path, *settings: str, views: int = VIEW
     config = settings_of(world, *settings)
     dataset = open_split(config.dataset, world.data, "train")
     storage = config.storage
-    specs = array_specs(WIDTH, GRID, storage.shard_images, storage.dense_tokens, storage.dense_views)
+    specs = array_specs(WIDTH, GRID, GROUPS, storage.shard_images, storage.dense_tokens, storage.dense_views)
     manifest = Manifest.describe(
         cache_settings(config.stage_one, dataset), {"torch": "1"}, dataset.ids, views, storage.shard_images, specs,
         context={**split_settings(config.stage_one)[1], "precompute": {"batch_size": 3}},
     )  # fmt: skip
-    manifest = create_cache(location, manifest, dataset.ids, np.eye(len(config.dataset.classes), WIDTH, dtype="f4"))
     random = np.random.default_rng(0)
+    components = np.linalg.qr(np.random.default_rng(1).normal(size=(WIDTH, WIDTH)))[0][: pca_size(storage.dense_tokens)]
+    pca = Pca(np.full(WIDTH, 0.1, "f4"), components.astype("f4")) if pca_size(storage.dense_tokens) else None
+    text = np.eye(len(config.dataset.classes), WIDTH, dtype="f4")
+    manifest = create_cache(location, manifest, dataset.ids, text, pca)
     tokens = random.normal(size=(IMAGES, 4, GRID, GRID, WIDTH)).astype("float32")
     tokens += 2 * random.normal(size=(6, WIDTH))[random.integers(0, 6, (IMAGES, 4, GRID, GRID))].astype("float32")
     annotated = random.random((IMAGES, 4, GRID, GRID)) < 0.3
@@ -60,7 +66,8 @@ def write_source(world: World, location: Path, *settings: str, views: int = VIEW
         "views": np.tile(np.array([0, 0, 1, 1, 0], "float32"), (IMAGES, 4, 1)),
         "pseudo_labels": np.where(annotated, 255, 0).astype("uint8"),
         "kmeans_labels": np.where(annotated, 255, 1).astype("uint8"),
-        **encode_dense(tokens, storage.dense_tokens),
+        "region_tokens": np.full((IMAGES, 4, GROUPS, WIDTH), 99, "int8"),  # not to be taken over
+        **encode_dense(tokens, storage.dense_tokens, pca),
     }
     for index, first_view in cache.writer.pending(location):
         start, stop = manifest.shard_rows(index)
@@ -108,7 +115,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def assert_labels_are_the_references(made: Cache, source: Cache, threshold: float) -> int:
-    """How many groups there are in all."""
+    """And region tokens those of these labels and the stored tokens; how many groups there are in all."""
     found = 0
     for row in range(IMAGES):
         tokens, old = source.dense_tokens(row), source.read("pseudo_labels", row)
@@ -117,6 +124,10 @@ def assert_labels_are_the_references(made: Cache, source: Cache, threshold: floa
             np.testing.assert_array_equal(made.read("pseudo_labels", row)[view], groups)
             np.testing.assert_array_equal(made.read("kmeans_labels", row)[view], clusters)
             found += len(np.unique(groups))
+        groups = made.read("pseudo_labels", row)
+        regions = region_tokens(torch.from_numpy(tokens[: made.manifest.views]), groups, GROUPS)
+        np.testing.assert_array_equal(made.read("region_tokens", row), regions, strict=True)
+        assert regions.any() == (groups < 255).any()
     return found
 
 
@@ -205,7 +216,7 @@ def test_views_that_the_source_gets_later(here: World) -> None:
     assert_labels_are_the_references(made, open_cache("caches/source"), 0.9)
 
 
-@pytest.mark.parametrize("encoding", ["int8", "none"])
+@pytest.mark.parametrize("encoding", ["int8", "pca-5", "none"])
 def test_other_encodings_and_fewer_views(here: World, encoding: str) -> None:
     settings = (f"storage.dense_tokens={encoding}", "storage.dense_views=1")
     source = write_source(here, here.folder / "caches" / "other", *settings)
@@ -214,7 +225,8 @@ def test_other_encodings_and_fewer_views(here: World, encoding: str) -> None:
         assert "caches/other holds no dense tokens to make labels from: precompute one with --set" in message
         return
     made = open_cache(only("--cache", "caches/other", "--lambda", "0.7"))
-    assert made.manifest.views == 1 and set(made.manifest.borrowed) >= {"dense_tokens", "dense_scales"}
+    assert made.manifest.views == 1 and "dense_tokens" in made.manifest.borrowed
+    assert ("dense_scales" in made.manifest.borrowed) == (encoding == "int8")
     assert made.load("views").shape[1] == 1
     assert_labels_are_the_references(made, source, 0.7)
     np.testing.assert_array_equal(made.dense_tokens(2), source.dense_tokens(2))
@@ -251,6 +263,7 @@ def test_a_source_that_is_another_cache_now(here: World) -> None:
 def test_training_on_it(here: World) -> None:
     path = only("--lambda", "0.9")
     run("train", "--cache", str(path), "--config", str(here.config), *(f"--set={s}" for s in SETTINGS),
-        "--set=pseudo_labels.lambda=0.9", "--set=train.iterations=2", "--run", "runs/one")  # fmt: skip
+        "--set=pseudo_labels.lambda=0.9", "--set=train.iterations=2", "--set=loss.local=true",
+        "--run", "runs/one")  # fmt: skip
     assert (here.folder / "runs" / "one" / "student.safetensors").exists()
     assert open_store(path).exists("manifest.json")

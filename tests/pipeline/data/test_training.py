@@ -176,6 +176,22 @@ def test_a_sample_depends_on_seed_and_number_only(tree: Tree) -> None:
 
 
 @pytest.mark.usefixtures("pairs")
+def test_region_tokens_are_those_of_row_and_view_where_they_are_asked_for(tree: Tree) -> None:
+    views, _ = exact_views(np.random.default_rng(1))
+    stored = np.random.default_rng(2).integers(-127, 128, (IMAGES, VIEWS, 6, 4), np.int8)
+    asked = TrainingViews(
+        tree.read(), np.array([1, 3]), views, SIZE, 12, 0, MEAN, region_tokens=lambda row, view: stored[row, view]
+    )
+    plain = training_views(tree, views, rows=(1, 3))
+    for d in range(12):
+        sample = dict(asked[d])
+        np.testing.assert_array_equal(sample.pop("region_tokens"), stored[sample["row"], sample["view"]], strict=True)
+        assert sample.keys() == plain[d].keys() and all(np.array_equal(sample[key], plain[d][key]) for key in sample)  # type: ignore[literal-required]
+    (batch,) = DataLoader(asked, batch_size=12)
+    assert batch["region_tokens"].shape == (12, 6, 4) and batch["region_tokens"].dtype == torch.int8
+
+
+@pytest.mark.usefixtures("pairs")
 def test_no_samples(tree: Tree) -> None:
     samples = training_views(tree, exact_views(np.random.default_rng(0))[0], samples=0)
     assert len(samples) == 0 and list(DataLoader(samples, batch_size=2)) == []

@@ -43,6 +43,11 @@ def read(world: World, cache: str, *settings: str, first: int = 0) -> list[Batch
     return [batch for (batch,) in Batches(*opened(world, cache, *settings), MEAN, STD, "cpu", first)]
 
 
+def equal(one: Batch, other: Batch) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a, b) if torch.is_tensor(a) and torch.is_tensor(b) else a is b for a, b in pairs)
+
+
 def views_of(batch: Batch, cache: Cache) -> Iterator[tuple[int, list[int]]]:
     """Of each sample, its row and the views that have its tokens and labels."""
     tokens, groups = cache.load("cls_tokens"), cache.load("pseudo_labels")
@@ -68,10 +73,66 @@ def test_batches_are_the_samples_in_order_with_what_the_cache_holds(world: World
 
 
 def test_a_run_goes_on_where_it_was(world: World, crops: str) -> None:
-    whole, rest = read(world, crops), read(world, crops, first=5)
-    assert len(rest) == 3
-    for one, other in zip(whole[5:], rest, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    whole, rest = read(world, crops, "loss.local=true"), read(world, crops, "loss.local=true", first=5)
+    assert len(rest) == 3 and rest[0].region_tokens is not None
+    assert all(equal(one, other) for one, other in zip(whole[5:], rest, strict=True))
+
+
+def test_region_tokens_come_where_the_loss_needs_them(world: World, crops: str) -> None:
+    """Those of the row and the view, read by the loader, whole or in micro-batches; all else is as without them."""
+    _, cache, dataset = opened(world, crops)
+    samples = TrainingViews(dataset, cache.kept_rows, cache.load("views"), 64, 32, 0, MEAN)
+    order = [(samples[d]["row"], samples[d]["view"]) for d in range(32)]
+    stored = torch.from_numpy(cache.load("region_tokens"))
+    expected = torch.stack([stored[place] for place in order])
+    assert expected.any() and expected.shape == (32, 5, 16) and expected.dtype == torch.int8
+    without, found = read(world, crops), read(world, crops, "loss.local=true")
+    for one, other in zip(without, found, strict=True):
+        assert one.region_tokens is None and equal(one, other._replace(region_tokens=None))
+    assert torch.equal(torch.cat([batch.region_tokens for batch in found]), expected)  # type: ignore[misc]
+    halves = Batches(*opened(world, crops, "loss.local=true", "train.accumulate=2"), MEAN, STD, "cpu")
+    steps = [torch.stack([part.region_tokens for part in parts]) for parts in halves]
+    assert torch.equal(torch.stack(steps), expected.view(8, 2, 2, 5, 16))
+
+
+def test_a_group_that_is_there_has_a_region_token_and_no_other(world: World, crops: str) -> None:
+    for teacher in ("cached", "online", "fresh"):
+        for batch in read(world, crops, "loss.local=true", f"train.teacher={teacher}"):
+            assert batch.region_tokens is not None and batch.region_tokens.dtype == torch.int8
+            for groups, tokens in zip(batch.groups, batch.region_tokens, strict=True):
+                there = [group for group in groups.unique().tolist() if group != 255]
+                assert tokens.any(dim=1).nonzero()[:, 0].tolist() == there
+
+
+def test_damaged_region_tokens_are_one_line(world: World, crops: str, tmp_path: Path) -> None:
+    """Also from a loader's worker, which wraps what it meets in its traceback. Until they are read nobody knows."""
+    shutil.copytree(world.folder / crops, tmp_path / "cache")
+    for file in (tmp_path / "cache").glob("arrays/region_tokens/c.*"):
+        file.write_bytes(file.read_bytes()[:-9])
+    assert len(read(world, str(tmp_path / "cache"))) == 8
+    for workers in (0, 1):
+        damaged = Batches(
+            *opened(world, str(tmp_path / "cache"), "loss.local=true", f"train.workers={workers}"), MEAN, STD, "cpu"
+        )
+        says = r"^.*/region_tokens/c\.\d\.\d\.0\.0 is missing or does not match .*: run cache repair, .*shard$"
+        with pytest.raises(UserError, match=says) as error:
+            next(iter(damaged))
+        assert "\n" not in str(error.value)
+
+
+def test_a_worker_reads_those_of_other_labels(world: World, crops: str) -> None:
+    """Of a cache that shares all but what was made anew."""
+    world.run("precompute", "--only", "pseudo-labels", "--cache", crops, "--set=pseudo_labels.lambda=0.99")
+    (made,) = (world.folder / "caches").glob("tiny-*")
+    opening = opened(world, str(made), "loss.local=true", "train.workers=1")
+    regions = torch.from_numpy(opening[1].load("region_tokens"))
+    assert not torch.equal(regions, torch.from_numpy(open_cache(world.folder / crops).load("region_tokens")))
+    loader = Batches(*opening, MEAN, STD, "cpu")
+    (batch,) = next(iter(loader))
+    loader.close()
+    assert batch.region_tokens is not None
+    for row, tokens in zip(batch.rows.tolist(), batch.region_tokens, strict=True):
+        assert any(torch.equal(tokens, own) for own in regions[row])
 
 
 def test_fewer_views_than_the_cache_holds(world: World, crops: str) -> None:
@@ -81,12 +142,15 @@ def test_fewer_views_than_the_cache_holds(world: World, crops: str) -> None:
 
 def test_a_live_teacher_says_what_the_cache_holds(world: World, crops: str) -> None:
     """To float16's rounding, in batches of another size than stage one's; pixels and seen masks are the same."""
-    cached, online = read(world, crops), read(world, crops, "train.teacher=online")
+    cached = read(world, crops, "loss.local=true")
+    online = read(world, crops, "loss.local=true", "train.teacher=online")
     padded = open_cache(world.folder / crops).load("views")[..., 2:4].max() > 1
     assert padded and len(cached) == len(online) == 8
     for one, other in zip(cached, online, strict=True):
         for name in ("pixels", "seen", "rows", "groups"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert one.region_tokens is not None and other.region_tokens is not None
+        torch.testing.assert_close(one.region_tokens.int(), other.region_tokens.int(), rtol=0, atol=1)
         torch.testing.assert_close(one.cls_tokens, other.cls_tokens, rtol=2**-11, atol=2e-6)
         assert not torch.equal(one.cls_tokens, other.cls_tokens)  # it is not read from the cache
 
@@ -143,7 +207,7 @@ def test_only_the_wait_for_the_loader_counts_as_such(world: World, crops: str, m
     found = Batches(*opened(world, crops), MEAN, STD, "cpu")
     teach = found.teacher
 
-    def slow_teacher(loaded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def slow_teacher(loaded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         now[0] += 100
         return teach(loaded)
 
