@@ -134,9 +134,8 @@ class Loss(Section):
     """Eq. 8, the switches of Tables 2-6, and other readings of what the paper leaves open."""
 
     global_: bool = Field(True, alias="global", description="GLM: InfoNCE on predicted CLS tokens")
-    local: bool = Field(
-        False, description="local distillation: features of each region are pulled to the teacher's mean token there"
-    )
+    local: bool = Field(True, description="local distillation: regions' features are pulled to the teacher's tokens")
+    local_weight: NonNegativeFloat = Field(30.0, description="of 1 - cosine, a mean over regions")
     nel: bool = True
     ce: bool = True
     bce: bool = True
@@ -159,8 +158,8 @@ class Loss(Section):
 
     @model_validator(mode="after")
     def _something_is_learnt(self) -> "Loss":
-        if not (self.global_ or self.nel or self.ce or self.bce):
-            raise ValueError("global, nel, ce and bce are all off: nothing is left to learn from")
+        if not (self.global_ or self.local or self.nel or self.ce or self.bce):
+            raise ValueError("global, local, nel, ce and bce are all off: nothing is left to learn from")
         return self
 
 

@@ -301,6 +301,20 @@ def classify(features: Array, text_seen: Array, prototypes: Array, alpha: float,
     return out
 
 
+def region_loss(centroids: Array, tokens: Array, text_seen: Array) -> float:
+    """Local distillation. (P, C), (P, C), (K, C) -> mean of 1 - cos over the regions whose token is not zero.
+
+    Both are taken without their component along the unit-length mean of the seen classes' text features.
+    """
+    common = unit(text_seen.mean(axis=0))
+    distances = []
+    for feature, token in zip(centroids.astype(np.float64), tokens.astype(np.float64), strict=True):
+        if any(value != 0 for value in token):
+            across = [vector - (vector * common).sum() * common for vector in (feature, token)]
+            distances.append(1 - float((unit(across[0]) * unit(across[1])).sum()))
+    return float(np.mean(distances)) if distances else 0.0
+
+
 def cross_entropy(logits: Array, labels: Array) -> float:
     """Eq. 8, CE. (B, N, H, W), (B, H, W) with -1 none -> mean over the labelled pixels, 0 when there is none."""
     losses = []

@@ -7,6 +7,7 @@ from configs.schema import Loss
 from pipeline.learning.bank import TokenBank
 from pipeline.learning.glm import info_nce, predict_cls
 from pipeline.learning.labels import UNLABELLED, at_stride, class_centroids, fuse_labels
+from pipeline.learning.local import region_loss, tokens_of_groups
 from pipeline.learning.losses import prototype_bce
 from pipeline.learning.pixel_loss import count_labelled, count_pairs, pixel_sums
 from pipeline.learning.ranks import gathered
@@ -34,9 +35,9 @@ class Criterion(nn.Module):
         seen: Tensor,
         groups: Tensor,
         image_ids: Tensor,
+        region_tokens: Tensor | None = None,
         auxiliary: Tensor | None = None,
         progress: float = 0.0,
-        region_tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Each loss that is switched on, under its name in Eq. 8; their sum, or its mean over ranks, is the objective.
 
@@ -46,10 +47,10 @@ class Criterion(nn.Module):
             seen: (B, H, W) uint8 seen classes, 255 = unannotated.
             groups: (B, G, G) uint8 pseudo labels, 255 = annotated.
             image_ids: (B,) which image each view shows.
+            region_tokens: (B, M, C) int8 directions of the groups' mean dense tokens; needed where `loss.local` is on.
             auxiliary: (B, C, h', w') features of an auxiliary head: cross-entropy on the seen classes alone, unless
                 `loss.ce` is off.
             progress: how much of the training is done, 0 to 1.
-            region_tokens: (B, M, C) int8 directions of the groups' mean dense tokens; needed where `loss.local` is on.
         """
         losses: dict[str, Tensor] = {}
         cls_tokens, all_ids = gathered(cls_token), gathered(image_ids)
@@ -64,6 +65,10 @@ class Criterion(nn.Module):
         num_seen = len(text_seen)
         labels, count = fuse_labels(seen, groups, num_seen)
         centroids, present = class_centroids(features, at_stride(labels, (features.shape[2], features.shape[3])), count)
+        if self.config.local:
+            assert region_tokens is not None
+            told = tokens_of_groups(region_tokens, groups) * present[num_seen:, None]
+            losses["local"] = self.config.local_weight * region_loss(centroids[num_seen:], told, text_seen)
         rows = present.nonzero()[:, 0]
         prototypes = self.synthesizer(centroids[rows], cls_tokens) if len(rows) else centroids[rows]
         is_seen = rows < num_seen

@@ -1,24 +1,50 @@
-"""Local distillation: features of each region are pulled to what the teacher saw there.
+"""Local distillation: the features of each region are pulled to what the teacher saw there.
 
-Not in the paper. Its CLS token says what is in an image; for classes without a mask nothing says where. The authors'
-journal version (CLIP-to-Seg Distillation, IEEE TCSVT 2025) adds a local distillation with object-level features over
-pseudo masks, of which the abstract is known here; the form below was measured (docs/evidence.md).
+Not in the paper, whose CLS tokens say what is in an image; of a class without masks nothing says where. The authors'
+journal version (CLIP-to-Seg Distillation, IEEE TCSVT 2025, of which the abstract is known here) adds a local
+distillation of object-level features over pseudo masks. The form below is ours, chosen by measurement
+(benchmarks/local_forms.md).
 """
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.learning.labels import ANNOTATED
+from pipeline.learning.ranks import gathered
 
-def region_loss(centroids: Tensor, region_tokens: Tensor) -> Tensor:
-    """Mean over the regions of 1 - cosine(p, t).
+
+def tokens_of_groups(region_tokens: Tensor, groups: Tensor) -> Tensor:
+    """The region tokens of all groups of the batch, on all ranks, in the order of `fuse_labels`.
 
     Args:
-        centroids: (P, C) p, the mean feature R of each group of the batch (Eq. 5).
-        region_tokens: (P, C) t, the direction of the teacher's mean dense token there; zero where it has none.
+        region_tokens: (B, M, C), row g of group g; M is the most groups that a view can have.
+        groups: (B, G, G) uint8 groups of tokens, 255 = annotated.
 
     Returns:
-        A scalar; 0 without a region that has a direction.
+        (P, C).
+    """
+    numbers = torch.where(groups == ANNOTATED, -1, groups.long()).amax(dim=(1, 2), keepdim=True)[..., 0]  # (B, 1)
+    there = gathered((torch.arange(region_tokens.shape[1], device=groups.device) <= numbers).to(torch.uint8))
+    return gathered(region_tokens)[there.bool()]
+
+
+def region_loss(centroids: Tensor, region_tokens: Tensor, text_seen: Tensor) -> Tensor:
+    """Mean over the regions of 1 - cosine(p, t), both without their parts along the mean direction of `text_seen`.
+
+    NEL lowers the logits of all seen classes on unannotated pixels. Their text features point nearly one way (mean
+    cosines of 0.8), which the teacher's tokens hardly have: it moves R along that direction, against t, although that
+    tells no class from another.
+
+    Args:
+        centroids: (P, C) p, the mean feature R of each region (Eq. 5).
+        region_tokens: (P, C) t, the teacher's mean dense token there at any length; zero where it has no direction.
+        text_seen: (K, C).
+
+    Returns:
+        A scalar; 0 where no region has a direction.
     """
     told = region_tokens.any(dim=1)
-    cosines = nn.functional.cosine_similarity(centroids, region_tokens.to(centroids.dtype), dim=1)
-    return torch.where(told, 1 - cosines, 0.0).sum() / told.sum().clamp(min=1)
+    common = nn.functional.normalize(text_seen.mean(dim=0), dim=0)
+    p, t = (vectors - (vectors @ common)[:, None] * common for vectors in (centroids, region_tokens.to(common.dtype)))
+    distances = 1 - nn.functional.cosine_similarity(p, t, dim=1)
+    return torch.where(told, distances, 0.0).sum() / told.sum().clamp(min=1)

@@ -38,7 +38,9 @@ def classify(features: Tensor, text_seen: Tensor, prototypes: Tensor, alpha: Ten
     channels = torch.cat([text_seen, nn.functional.normalize(prototypes, dim=1)])
     products = flat @ channels.T.to(flat.dtype)  # one product for both: R is read once, and its gradient written once
     length = torch.linalg.vector_norm(flat, dim=2, keepdim=True).clamp(min=EPSILON)
-    logits = torch.cat([alpha * products[..., : len(text_seen)], beta * products[..., len(text_seen) :] / length], dim=2)
+    logits = torch.cat(
+        [alpha * products[..., : len(text_seen)], beta * products[..., len(text_seen) :] / length], dim=2
+    )
     return logits.unflatten(1, features.shape[2:]).permute(0, 3, 1, 2)
 
 

@@ -71,8 +71,7 @@ class Learner:
             features, auxiliary = self.forward(part.pixels)
             torch.manual_seed(_seed(self.seed, self.iteration, number, 0))  # all ranks synthesize the same prototypes
             losses = self.criterion(
-                features, part.cls_tokens, part.seen, part.groups, part.rows, auxiliary, progress,
-                region_tokens=part.region_tokens,
+                features, part.cls_tokens, part.seen, part.groups, part.rows, part.region_tokens, auxiliary, progress
             )  # fmt: skip
             shown = averaged(torch.stack(list(losses.values()))).cpu() / len(parts)
             for name, value in zip(losses, shown, strict=True):

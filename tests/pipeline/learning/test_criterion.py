@@ -14,7 +14,8 @@ from tests import reference
 from tests.pipeline.draws import draw, draw_classes, draw_unit
 from tests.reference import NONE, Array
 
-NAMES = ["global", "nel", "ce", "bce"]
+NAMES = ["global", "local", "nel", "ce", "bce"]
+MOST = 255  # groups that a view can have
 STRIDE = 4  # of the student's features
 WIDTH = 8
 ALPHA = 1.7
@@ -32,6 +33,7 @@ class Batch(NamedTuple):
     seen: Array
     groups: Array
     image_ids: Array
+    region_tokens: Array
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         return [torch.from_numpy(a).to(dtype if a.dtype == np.float64 else None) for a in self]
@@ -60,7 +62,11 @@ def draw_batch(rng: np.random.Generator, kind: str) -> tuple[Batch, Array]:
         groups[:] = NONE
     ids = np.full(views, 6) if kind == "one image" else rng.integers(0, 5, views)
     features = draw(rng, views, WIDTH, height // STRIDE, width // STRIDE, scale=2)
-    return Batch(features, draw(rng, views, WIDTH, scale=3), seen, groups, ids), draw_unit(rng, num_seen, WIDTH)
+    text_seen = draw_unit(rng, num_seen, WIDTH)
+    cls_token = draw(rng, views, WIDTH, scale=3)
+    tokens = rng.integers(-127, 128, (views, MOST, WIDTH)).astype(np.int8)
+    tokens[:, 1] = 0  # a region without a direction
+    return Batch(features, cls_token, seen, groups, ids, tokens), text_seen
 
 
 def objective(
@@ -97,7 +103,11 @@ def objective(
     target = np.vectorize(lambda label: channel.get(label, -1))(reference.at_stride(labels, size))
     of_classes = logits[:, :num_seen], np.where(target < num_seen, target, -1)
     pairs = reference.bce if config.bce_negatives else own_pairs
+    groups = [group[group != NONE].astype(int) for group in batch.groups]
+    told = [tokens[: max(own, default=-1) + 1] for tokens, own in zip(batch.region_tokens, groups, strict=True)]
+    tokens = np.concatenate(told) * present[num_seen:, None]
     return {
+        "local": config.local_weight * reference.region_loss(centroids[num_seen:], tokens, text_seen),
         "global": reference.info_nce(predicted, batch.cls_token, bank, config.tau, batch.image_ids, bank_ids),
         "nel": reference.nel(logits, target) if config.nel_channels == "all" else reference.nel(*of_classes),
         "ce": reference.cross_entropy(logits, target),
@@ -186,7 +196,7 @@ def test_iterations_fill_the_bank(bank: int) -> None:
     rng = np.random.default_rng(bank)
     text_seen = draw_unit(rng, 5, WIDTH)
     past: list[Batch] = []
-    criterion = make_criterion(text_seen, {"bank": bank, "nel": False, "ce": False, "bce": False})
+    criterion = make_criterion(text_seen, {"bank": bank, "local": False, "nel": False, "ce": False, "bce": False})
     for _ in range(5):
         batch, _ = draw_batch(rng, "mixed")
         expected = objective(criterion.config, batch, text_seen, past)["global"]
@@ -205,7 +215,7 @@ def test_accumulating_does_not_shorten_the_bank() -> None:
     assert len(kept) == 6 and all(torch.equal(a, tensors[1]) for a, tensors in zip(kept, drawn[3:], strict=True))
 
 
-@pytest.mark.parametrize("switches", list(product([False, True], repeat=4))[1:])
+@pytest.mark.parametrize("switches", list(product([False, True], repeat=5))[1:])
 def test_switches(switches: tuple[bool, ...]) -> None:
     """A loss that is off is absent, and the others are what they were."""
     batch, text_seen = draw_batch(np.random.default_rng(2), "mixed")
@@ -229,7 +239,7 @@ def test_single_precision() -> None:
 def test_gradients_are_those_of_the_sum(kind: str, label_stride: int) -> None:
     """Nothing between the features, the centroids and the losses is cut off."""
     batch, text_seen = draw_batch(np.random.default_rng(4), kind)
-    small = Batch(batch.features[:, :, :2, :2], batch.cls_token, batch.seen[:, :8, :8], batch.groups, batch.image_ids)
+    small = batch._replace(features=batch.features[:, :, :2, :2], seen=batch.seen[:, :8, :8])
     criterion = make_criterion(text_seen, {"label_stride": label_stride, "bank": 0})
     features, *rest = small.tensors()
 

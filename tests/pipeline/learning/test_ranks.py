@@ -41,6 +41,7 @@ def batch(step: int) -> dict[str, Tensor]:
         "cls_token": torch.from_numpy(draw.normal(size=(BATCH, C)).astype(np.float32)),
         "seen": torch.from_numpy(seen.astype(np.uint8)),
         "groups": torch.from_numpy(groups.astype(np.uint8)),
+        "region_tokens": torch.from_numpy(draw.integers(-127, 128, (BATCH, 5, C)).astype(np.int8)),
         "ids": torch.from_numpy(draw.integers(0, 8, BATCH)),
     }
 
@@ -64,7 +65,7 @@ def learn(settings: dict[str, Any], index: int, world: int, folder: Path) -> Non
     for step in range(STEPS):
         share = {name: whole.chunk(world)[index] for name, whole in batch(step).items()}
         features = student(share["pixels"])
-        given = (share[name] for name in ("cls_token", "seen", "groups", "ids"))
+        given = (share[name] for name in ("cls_token", "seen", "groups", "ids", "region_tokens"))
         losses = criterion(features, *given, auxiliary=features[:, :, ::2, ::2])
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
@@ -89,7 +90,7 @@ def test_two_ranks_learn_what_one_learns(tmp_path: Path, settings: dict[str, Any
     learn(settings, 0, 1, tmp_path)
     mp.spawn(_spawned, (settings, str(tmp_path)), nprocs=2)
     whole, *halves = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
-    assert whole["losses"].shape == (STEPS, 5)
+    assert whole["losses"].shape == (STEPS, 6)
     for half in halves:
         for name, wanted in whole.items():
             torch.testing.assert_close(half[name], wanted, rtol=1e-5, atol=1e-5, msg=partial("{}: {}".format, name))
