@@ -134,8 +134,9 @@ class Loss(Section):
     """Eq. 8, the switches of Tables 2-6, and other readings of what the paper leaves open."""
 
     global_: bool = Field(True, alias="global", description="GLM: InfoNCE on predicted CLS tokens")
-    local: bool = Field(True, description="local distillation: regions' features are pulled to the teacher's tokens")
-    local_weight: NonNegativeFloat = Field(30.0, description="of 1 - cosine, a mean over regions")
+    local: bool = Field(True, description="local distillation, not in the paper: regions alike for the teacher are alike")
+    local_weight: NonNegativeFloat = 3.0
+    local_tau: float = Field(0.1, gt=0)
     nel: bool = True
     ce: bool = True
     bce: bool = True
