@@ -134,9 +134,8 @@ class Loss(Section):
     """Eq. 8, the switches of Tables 2-6, and other readings of what the paper leaves open."""
 
     global_: bool = Field(True, alias="global", description="GLM: InfoNCE on predicted CLS tokens")
-    local: bool = Field(True, description="local distillation, not in the paper: regions alike for the teacher are alike")
+    local: bool = Field(True, description="local distillation: Eq. 3 of regions; not in the paper")
     local_weight: NonNegativeFloat = 3.0
-    local_tau: float = Field(0.1, gt=0)
     nel: bool = True
     ce: bool = True
     bce: bool = True

@@ -301,28 +301,14 @@ def classify(features: Array, text_seen: Array, prototypes: Array, alpha: float,
     return out
 
 
-def region_loss(centroids: Array, tokens: Array, text_seen: Array, tau: float) -> float:
-    """Local distillation. (P, C), (P, C), (K, C) -> mean KL over the regions whose token is not zero.
-
-    KL from the teacher's distribution over those regions' tokens, by its own token, to the student's, by its feature.
-    Both are taken without their component along the unit-length mean of the seen classes' text features.
-    """
-    common = unit(text_seen.mean(axis=0))
+def region_loss(centroids: Array, tokens: Array, tau: float) -> float:
+    """Local distillation. (P, C), (P, C) -> Eq. 3 with -log, a mean over the regions whose token is not zero."""
     told = [i for i, token in enumerate(tokens) if any(value != 0 for value in token)]
-
-    def distribution(vector: Array) -> list[float]:
-        scores = [float((across(vector) * across(tokens[j])).sum()) / tau for j in told]
-        total = sum(math.exp(score - max(scores)) for score in scores)
-        return [score - max(scores) - math.log(total) for score in scores]
-
-    def across(vector: Array) -> Array:
-        vector = vector.astype(np.float64)
-        return unit(vector - (vector * common).sum() * common)
-
     losses = []
     for i in told:
-        teacher, student = distribution(tokens[i]), distribution(centroids[i])
-        losses.append(sum(math.exp(a) * (a - b) for a, b in zip(teacher, student, strict=True)))
+        scores = [float((unit(centroids[i]) * unit(tokens[j])).sum()) / tau for j in told]
+        total = sum(math.exp(score - max(scores)) for score in scores)
+        losses.append(max(scores) + math.log(total) - scores[told.index(i)])
     return float(np.mean(losses)) if losses else 0.0
 
 

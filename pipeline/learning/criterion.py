@@ -68,7 +68,7 @@ class Criterion(nn.Module):
         if self.config.local:
             assert region_tokens is not None
             told = tokens_of_groups(region_tokens, groups) * present[num_seen:, None]
-            of_regions = region_loss(centroids[num_seen:], told, text_seen, self.config.local_tau)
+            of_regions = region_loss(centroids[num_seen:], told, self.config.tau)
             losses["local"] = self.config.local_weight * of_regions
         rows = present.nonzero()[:, 0]
         prototypes = self.synthesizer(centroids[rows], cls_tokens) if len(rows) else centroids[rows]

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-
 EPSILON = 1e-12  # the least length that a vector is divided by, torch's own
 
 

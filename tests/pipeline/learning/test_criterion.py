@@ -107,7 +107,7 @@ def objective(
     told = [tokens[: max(own, default=-1) + 1] for tokens, own in zip(batch.region_tokens, groups, strict=True)]
     tokens = np.concatenate(told) * present[num_seen:, None]
     return {
-        "local": config.local_weight * reference.region_loss(centroids[num_seen:], tokens, text_seen, config.local_tau),
+        "local": config.local_weight * reference.region_loss(centroids[num_seen:], tokens, config.tau),
         "global": reference.info_nce(predicted, batch.cls_token, bank, config.tau, batch.image_ids, bank_ids),
         "nel": reference.nel(logits, target) if config.nel_channels == "all" else reference.nel(*of_classes),
         "ce": reference.cross_entropy(logits, target),
@@ -167,7 +167,8 @@ def test_other_label_strides(label_stride: int) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"glm": "max"}, {"glm": "mean"}, {"local_tau": 0.5, "local_weight": 2.0}, {"tau": 0.5}, {"beta": 0.0}, {"beta": 7.5}, {"bank": 1}, {"unit_query": True},
+        {"glm": "max"}, {"glm": "mean"}, {"local_weight": 0.5},
+        {"tau": 0.5}, {"beta": 0.0}, {"beta": 7.5}, {"bank": 1}, {"unit_query": True},
         {"unit_features": True}, {"unit_features": True, "nel_channels": "all"}, {"bce_negatives": False},
     ],
 )  # fmt: skip
