@@ -22,6 +22,8 @@ classes or components. Shard i is the rows [i * S, (i + 1) * S) of every image a
 one file, arrays/<name>/c.<i>.<v>.0.0...
 """
 
+from math import gcd
+
 from pydantic import BaseModel, PositiveInt
 
 from cache.dense import DENSE_SCALES, DENSE_TOKENS, pca_size
@@ -51,7 +53,8 @@ def array_specs(
 ) -> dict[str, ArraySpec]:
     """The image arrays of a cache, for C = `width`, G = `grid` and M = `groups`; dense tokens as cache/dense.py says.
 
-    These and region tokens are read one image at a time, so each image is compressed alone; the others are read whole.
+    These are read one image at a time, so each image is compressed alone. So are region tokens, but they are small: up
+    to eight images compressed together are read as fast, and written five times as fast. The others are read whole.
     UserError if `dense_tokens` asks for as many components as C, or more.
     """
     size = pca_size(dense_tokens, width) or width
@@ -59,7 +62,7 @@ def array_specs(
         "cls_tokens": ArraySpec(tail=(width,), dtype="float16", chunk_images=shard_images),
         "pseudo_labels": ArraySpec(tail=(grid, grid), dtype="uint8", chunk_images=shard_images),
         "kmeans_labels": ArraySpec(tail=(grid, grid), dtype="uint8", chunk_images=shard_images),
-        REGION_TOKENS: ArraySpec(tail=(groups, width), dtype="int8", chunk_images=1),
+        REGION_TOKENS: ArraySpec(tail=(groups, width), dtype="int8", chunk_images=gcd(8, shard_images)),
         "views": ArraySpec(tail=(5,), dtype="float32", chunk_images=shard_images),
     }
     if dense_tokens != "none":

@@ -17,7 +17,7 @@ from cache.verify import prepare_repair
 from configs.errors import UserError
 
 
-@pytest.mark.parametrize(("images", "shard_images"), [(8, 3), (6, 3), (2, 5), (1, 1)])
+@pytest.mark.parametrize(("images", "shard_images"), [(8, 3), (6, 3), (10, 8), (2, 5), (1, 1)])
 def test_round_trip(stage_one, images, shard_images):
     stage = stage_one(images=images, shard_images=shard_images)
     cache = open_cache(stage.run())
@@ -59,12 +59,14 @@ def test_other_tools_read_the_arrays(stage_one):
     np.testing.assert_array_equal(group["views"][:], stage.arrays["views"])
 
 
-def test_one_image_is_a_chunk_of_dense_and_region_tokens_only(stage_one):
-    stage = stage_one()
+@pytest.mark.parametrize(("shard_images", "together"), [(3, 1), (4, 4), (16, 8)])
+def test_one_image_is_a_chunk_of_dense_tokens_and_few_are_one_of_region_tokens(stage_one, shard_images, together):
+    stage = stage_one(shard_images=shard_images)
     arrays = zarr.open_group(stage.run() / ARRAYS, mode="r")
     for name, spec in stage.specs.items():
-        assert arrays[name].chunks[:2] == (1 if name in ("dense_tokens", "region_tokens") else 3, 1), name
-        assert arrays[name].shards == (3, 1, *spec.tail)
+        images = {"dense_tokens": 1, "region_tokens": together}.get(name, shard_images)
+        assert arrays[name].chunks == (images, 1, *spec.tail)
+        assert arrays[name].shards == (shard_images, 1, *spec.tail)
 
 
 def test_rows_of_no_group_take_next_to_no_room(stage_one):

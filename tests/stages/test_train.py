@@ -208,9 +208,9 @@ def test_a_corrupt_cache_is_refused(world: World, tmp_path: Path) -> None:
 def test_the_criterion_knows_how_far_the_training_is(world: World, tmp_path: Path) -> None:
     forward, seen = Criterion.forward, []
 
-    def noting(self: Criterion, *arguments: Any) -> Any:
+    def noting(self: Criterion, *arguments: Any, **named: Any) -> Any:
         seen.append(arguments[-1])
-        return forward(self, *arguments)
+        return forward(self, *arguments, **named)
 
     with mock.patch.object(Criterion, "forward", noting):
         world.run(
