@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from stages.datasets import open_split
-from stages.evaluate import best_gamma, evaluate_predictor, student_predictor
+from stages.evaluate import evaluate_predictor, student_predictor
+from stages.gamma import gamma_of_holdout
 from stages.runs import load_run
 
 OUTPUT = Path(__file__).parent / "ablations"
@@ -26,7 +27,7 @@ def curve(path: Path, data_root: Path) -> tuple[list[tuple[float, float, float]]
     """(seen, unseen, hIoU) at each of GAMMAS; the gamma that `holdout` chooses, and its hIoU."""
     run = load_run(path)
     predict = student_predictor(run.student, run.text_features, run.config)
-    chosen = best_gamma(predict, run.config, data_root)
+    chosen = gamma_of_holdout(predict, open_split(run.config.dataset, data_root, "holdout"))
     split = open_split(run.config.dataset, data_root, run.config.evaluate.split)
     *found, at_chosen = evaluate_predictor(predict, split, [*GAMMAS, chosen])
     return [(scores.miou_seen, scores.miou_unseen, scores.hiou) for scores in found], chosen, at_chosen.hiou

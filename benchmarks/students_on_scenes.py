@@ -48,16 +48,19 @@ def packaged_weights(name: str, package: str, file: str) -> Path:
     return path
 
 
+GAMMA = "evaluate.gamma=holdout"
+
+
 def main() -> None:
     for folder in (RUNS, WEIGHTS):
         folder.mkdir(exist_ok=True)
-    config = resolve("scenes")
+    config = resolve("scenes", assignments=[GAMMA])
     cache = open_cache(precompute(config, DATA, None, "cpu"))
     score(RUNS / "teacher.json", lambda: evaluate(teacher_predictor(config, "cpu"), config, DATA))
     for name in sys.argv[1:] or STUDENTS:
         model, _, weights = STUDENTS[name]
         for seed in SEEDS:
-            settings = [f"student.model={model}", f"student.weights={weights()}", f"train.seed={seed}"]
+            settings = [GAMMA, f"student.model={model}", f"student.weights={weights()}", f"train.seed={seed}"]
             run = RUNS / f"{name}-{seed}"
             if not (run / "student.safetensors").exists():
                 train(resolve("scenes", assignments=settings), cache, DATA, run, "cpu")

@@ -191,13 +191,14 @@ class Train(Section):
 class Evaluate(Section):
     """Short side `views.size`, ratio kept; `slide`: windows of side `views.size` every `stride` pixels, else the whole.
 
-    `gamma` is subtracted from the seen classes' logits; `auto` takes the best on the dataset's split `holdout`.
+    `gamma` is subtracted from the seen classes' logits. `auto`: chosen on training images, whose unseen classes have no
+    mask (pipeline/gamma.py); `holdout`: the best on the dataset's split `holdout`, by masks of unseen classes too.
     """
 
     split: str = "val"
     mode: Literal["whole", "slide"] = "whole"
     stride: PositiveInt = 426
-    gamma: float | Literal["auto"] = 0.0
+    gamma: float | Literal["auto", "holdout"] = "auto"
 
 
 class Config(StageOne):

@@ -26,6 +26,8 @@ from stages.train import train
 from stages.training.provenance import commit
 
 RESULT = "result.json"
+# What `evaluate.gamma` is called in fingerprints: `auto` was the best on `holdout` when the first tables were made.
+_GAMMAS: dict[float | str, float | str] = {"holdout": "auto", "auto": "training"}
 SCORES = {"seen": "mIoU seen", "unseen": "mIoU unseen", "hiou": "hIoU", "purity": "purity"}
 
 
@@ -67,7 +69,7 @@ def ablate(
     """Runs every row with every seed, unless it is done, and writes OUTPUT/NAME.csv (after each), .md and .png.
 
     Done is what stands in a table in OUTPUT, or in runs/ablations, under its fingerprint: tables share what they have
-    in common. Every gamma is the best on the split `holdout`, where `evaluate.gamma` is auto.
+    in common. Every gamma is chosen as the row's `evaluate.gamma` says.
 
     Args:
         name, ablation, seeds: what is run.
@@ -110,7 +112,7 @@ def _result(row: str, seed: int, config: Config, data_root: Path, device: str, k
         opened = load_run(train(config, cache, data_root, run, device), device)
         predict = student_predictor(opened.student, opened.text_features, config)
         with one_trainer(run):  # nor does another process score it
-            gamma, scores = evaluate(predict, config, data_root)
+            gamma, scores = evaluate(predict, config, data_root, opened)
             shown = config.train.iterations * config.train.batch_size
             found = Result(
                 row, seed, fingerprint, cache.manifest.fingerprint, gamma, scores.pixel_accuracy, scores.miou_seen,
@@ -138,11 +140,13 @@ def _of_now(found: Result) -> Result:
 
 
 def _fingerprint(config: Config, cache: Cache, data_root: Path) -> str:
+    settings = as_settings(config)
+    settings["evaluate"]["gamma"] = _GAMMAS.get(config.evaluate.gamma, config.evaluate.gamma)
     splits = sorted({config.evaluate.split, "holdout"} & set(config.dataset.splits))
     scored = [SegmentationDataset(config.dataset, data_root, split).digest() for split in splits]
     weights = Path(config.student.weights)
     first = sha256(weights.read_bytes()) if weights.is_file() else None
-    content = json.dumps([as_settings(config), cache.manifest.fingerprint, first, scored], sort_keys=True)
+    content = json.dumps([settings, cache.manifest.fingerprint, first, scored], sort_keys=True)
     return sha256(content.encode())[:12]
 
 
@@ -234,7 +238,8 @@ def markdown(command: str, ablation: Ablation, results: Sequence[Result]) -> str
         f"# {ablation.title}",
         "",
         f"`{command}`; mean and range over the seeds, in %. Every run's seed, gamma and fingerprint are in the CSV "
-        "beside. Every gamma is the best on the split `holdout`.",
+        "beside. Gamma is chosen as `evaluate.gamma` says: `holdout` is the best on that split, `auto` follows from "
+        "training images.",
         *(["", "Of every row: " + ", ".join(f"`{text}`" for text in ablation.settings)] if ablation.settings else []),
         "",
         f"| row | settings | {' | '.join(SCORES.values())} |",

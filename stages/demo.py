@@ -26,6 +26,10 @@ from stages.training.provenance import begun_with
 
 DATA = Path("data")
 PICTURES = 6  # images in each picture
+GAMMAS: dict[float | str, str] = {
+    "auto": "every gamma is chosen on training images, which have no mask of an unseen class",
+    "holdout": "every gamma is the best on the split `holdout`, which is neither trained nor tested on",
+}
 HEADER = ("what", "seed", "gamma", "pAcc", "mIoU seen", "mIoU unseen", "hIoU")
 
 
@@ -77,7 +81,7 @@ def demo(folder: Path, seeds: Sequence[int], assignments: Sequence[str], device:
         done_before += before is not None
         run = load_run(train(settings, cache, DATA, before, device), device)
         predict = student_predictor(run.student, run.text_features, settings)
-        gamma, scores = evaluate(predict, settings, DATA)
+        gamma, scores = evaluate(predict, settings, DATA, run)
         results.append(Result(what, str(seed), gamma, scores))
         if what == "student" and seed == seeds[0]:
             pair = (predict, gamma), (teacher, teacher_gamma)
@@ -151,8 +155,7 @@ def _markdown(
         "",
         f"`{command}`, {took}, on {os.cpu_count()} CPU cores "
         f"({platform.machine()}, Python {platform.python_version()}).",
-        f"Test split `{config.evaluate.split}`; every gamma is the best on the split `holdout`, which is "
-        "neither trained nor tested on.",
+        f"Test split `{config.evaluate.split}`; {GAMMAS.get(config.evaluate.gamma, 'gamma is set')}.",
         "",
         "| " + " | ".join(HEADER) + " |",
         "|" + "---|" * len(HEADER),

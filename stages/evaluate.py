@@ -12,17 +12,16 @@ from configs.errors import UserError
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
 from pipeline.inference import Classifier, ClassLogits, class_logits, short_side_to, sliding, whole
-from pipeline.metrics import CalibratedStacking, Scores, seen_margins
+from pipeline.metrics import CalibratedStacking, Scores
 from pipeline.student.student import Student
 from stages.datasets import open_split
-from stages.progress import progress_bar
-from stages.runs import Run
+from stages.gamma import choose_gamma, open_gamma_split
+from stages.progress import progress_bar, say
+from stages.runs import DATA, Run
 from stages.text import class_features
 
 if TYPE_CHECKING:
     from pipeline.teacher.clip import FrozenClip
-
-GAMMAS = 60  # candidates of the gamma search: quantiles of the margins on 20 images, and 0
 
 # An image (H, W, 3) uint8 -> its class logits, the short side at views.size.
 Predictor = Callable[[np.ndarray], ClassLogits]
@@ -106,24 +105,54 @@ def evaluate_predictor(predict: Predictor, dataset: SegmentationDataset, gammas:
     return stacking.scores()
 
 
-def best_gamma(predict: Predictor, config: Config, data_root: Path) -> float:
-    """The gamma of the best hIoU on the split `holdout`, never on the split that is reported."""
-    seen, unseen = config.dataset.seen_indices, config.dataset.unseen_indices
-    if not unseen:
-        return 0.0
-    if "holdout" not in config.dataset.splits:
-        raise UserError(f"evaluate.gamma=auto needs a split `holdout` in dataset {config.dataset.name}: give a number")
-    dataset = open_split(config.dataset, data_root, "holdout")
-    rows = range(0, len(dataset), max(1, len(dataset) // 20))
-    margins = np.concatenate([seen_margins(predict(dataset.image(row)), seen, unseen) for row in rows])
-    gammas = sorted({0.0, *np.quantile(margins, np.linspace(0, 1, GAMMAS)).tolist()})
-    found = evaluate_predictor(predict, dataset, gammas)
-    return gammas[int(np.argmax([scores.hiou for scores in found]))]
+def run_gamma(run: Run, data_root: Path = DATA) -> float:
+    """The gamma of a run: its settings' number, or what training chose for these weights.
+
+    Of a run without one it is chosen now, if its images can be read below `data_root`; else it is 0, and a line says
+    so.
+    """
+    asked = run.config.evaluate.gamma
+    if isinstance(asked, str) and run.gamma is not None:
+        return run.gamma
+    dataset = run.config.dataset
+    try:
+        if dataset.generator and not (data_root / dataset.root).is_dir():
+            raise UserError(f"no folder {data_root / dataset.root}")  # nobody asked to have it rendered
+        split = open_gamma_split(run.config, data_root)
+    except UserError as error:
+        return _without_gamma(str(run), error)
+    return choose_gamma(student_predictor(run.student, run.text_features, run.config), run.config, split)
 
 
-def evaluate(predict: Predictor, config: Config, data_root: Path) -> tuple[float, Scores]:
-    """Gamma and scores on the split `evaluate.split`."""
+def gamma_of(predict: Predictor, config: Config, data_root: Path, run: Run | None = None) -> float:
+    """The gamma that `config` asks for: that of `run`, whose student `predict` is, where both have `auto`.
+
+    Raises:
+        UserError: as `open_gamma_split`; but where it is `auto` gamma is 0 without training images, and a line says so.
+    """
+    auto = config.evaluate.gamma == "auto"
+    if auto and config.dataset.unseen and run and run.gamma is not None and run.config.evaluate.gamma == "auto":
+        return run.gamma
+    try:
+        split = open_gamma_split(config, data_root)
+    except UserError as error:
+        if not auto:
+            raise
+        return _without_gamma(str(run or config.teacher.model), error)
+    return choose_gamma(predict, config, split)
+
+
+def _without_gamma(name: str, error: UserError) -> float:
+    say(f"warning: gamma is 0: {name} holds none, and it cannot be chosen on images ({error})")
+    return 0.0
+
+
+def evaluate(predict: Predictor, config: Config, data_root: Path, run: Run | None = None) -> tuple[float, Scores]:
+    """Gamma, as `gamma_of` has it, and scores on the split `evaluate.split`.
+
+    Raises:
+        UserError: there is no such split; or as `gamma_of`.
+    """
     dataset = open_split(config.dataset, data_root, config.evaluate.split)
-    gamma = config.evaluate.gamma
-    chosen = best_gamma(predict, config, data_root) if gamma == "auto" else float(gamma)
-    return chosen, evaluate_predictor(predict, dataset, [chosen])[0]
+    gamma = gamma_of(predict, config, data_root, run)
+    return gamma, evaluate_predictor(predict, dataset, [gamma])[0]

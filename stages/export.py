@@ -14,8 +14,9 @@ from torch import Tensor
 
 from configs.errors import UserError
 from pipeline.student.portable import Portable
+from stages.evaluate import run_gamma
 from stages.progress import progress_bar
-from stages.runs import CONFIG, WEIGHTS, Run
+from stages.runs import CONFIG, Run, save_student
 
 ONNX, PROGRAM, FEATURES, CARD, DESCRIPTION = (
     "model.onnx", "model.pt2", "text_features.npy", "README.md", "model.json"
@@ -97,10 +98,11 @@ def _write(run: Run, folder: Path, precision: Literal["fp32", "fp16"]) -> dict[s
                 f"nothing is exported: {name} differs from the student by {difference:.1e} of its largest logit, more "
                 f"than {TOLERANCE[precision]:.0e}" + ("; try --precision fp32" if precision == "fp16" else "")
             )
-    for name in (CONFIG, WEIGHTS):
-        shutil.copy(run.path / name, folder / name)
+    gamma = run_gamma(run)
+    shutil.copy(run.path / CONFIG, folder / CONFIG)
+    save_student(folder, run.student, run.text_features, run.iteration, gamma)  # of an old run, its gamma too
     np.save(folder / FEATURES, run.text_features.cpu().numpy())
-    description = _describe(run, model, precision, fixed)
+    description = _describe(run, gamma, model, precision, fixed)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     (folder / CARD).write_text(_card(run, description, found))
     return found
@@ -135,8 +137,8 @@ def _difference(model: Portable, other: Any, shapes: Sequence[Shape]) -> float:
     return worst
 
 
-def _describe(run: Run, model: Portable, precision: str, fixed: int | None) -> dict[str, Any]:
-    dataset, gamma = run.config.dataset, run.config.evaluate.gamma
+def _describe(run: Run, gamma: float, model: Portable, precision: str, fixed: int | None) -> dict[str, Any]:
+    dataset = run.config.dataset
     return {
         "inputs": {"image": "(B, H, W, 3) uint8 RGB", "text_features": f"(K, {run.text_features.shape[1]}) float32"},
         "outputs": {"logits": "(B, K, H, W) float32"},
@@ -148,7 +150,7 @@ def _describe(run: Run, model: Portable, precision: str, fixed: int | None) -> d
         "precision": precision,
         "classes": list(dataset.classes),
         "unseen": list(dataset.unseen),
-        "gamma": gamma if gamma != "auto" else None,
+        "gamma": gamma,
         "teacher": {"model": run.config.teacher.model, "pretrained": run.config.teacher.pretrained},
         "student": run.config.student.model,
         "iteration": run.iteration,
@@ -169,6 +171,7 @@ def _card(run: Run, description: dict[str, Any], found: dict[str, float]) -> str
         image=description["inputs"]["image"],
         text_features=description["inputs"]["text_features"],
         logits=description["outputs"]["logits"],
+        gamma=f"{description['gamma']:.4g}",
         **{name: description[name] for name in ("precision", "multiple", "smallest", "largest", "short_side")},
         checked="\n".join(f"- `{name}`: {value:.1e}" for name, value in found.items()),
     )

@@ -26,7 +26,7 @@ from pipeline.learning.glm import attention
 from pipeline.metrics import calibrated_argmax
 from pipeline.pictures import contact_sheet, legend, lit, overlay, palette, stacked
 from stages.devices import choose_device
-from stages.evaluate import Predictor, dense_predictor, student_predictor
+from stages.evaluate import Predictor, dense_predictor, run_gamma, student_predictor
 from stages.progress import progress_bar
 from stages.runs import Run, load_run
 from stages.words import Vocabulary, vocabulary
@@ -57,11 +57,10 @@ class Segmenter:
     """
 
     def __init__(self, run: Run, gamma: float | None = None) -> None:
-        """`gamma`: by default evaluate.gamma of the run, or 0 if that is `auto`."""
+        """`gamma`: by default that of the run, as `run_gamma` has it."""
         self.run = run
         self.classes = run.config.dataset.classes
-        asked = run.config.evaluate.gamma
-        self.gamma = gamma if gamma is not None else 0.0 if asked == "auto" else float(asked)
+        self.gamma = run_gamma(run) if gamma is None else gamma
         self._vocabularies: dict[tuple[str, ...], Vocabulary] = {}
 
     @classmethod

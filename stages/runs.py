@@ -1,6 +1,7 @@
 """A run's folder: the resolved configuration, the student's weights, the class features. Enough to run alone."""
 
 import fcntl
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,22 +20,28 @@ from configs.load import as_settings, resolve
 from configs.schema import Config
 from pipeline.student.student import Student
 
-RUNS = Path("runs")
+RUNS, DATA = Path("runs"), Path("data")  # DATA: where datasets are, unless --data-root says so
 CONFIG, WEIGHTS = "config.yaml", "student.safetensors"
-_TEXT = "text_features"
+_TEXT, _FACTS = "text_features", "run"
 # Settings that change how a run is carried out, and nothing of what it learns: a continued run may have others.
 FREE = ("train.workers", "train.checkpoint_every", "train.keep_checkpoints")
 
 
 @dataclass
 class Run:
-    """A trained student, ready for inference. `text_features`: (K, C) of all classes of its dataset."""
+    """A trained student, ready for inference.
+
+    Attributes:
+        text_features: (K, C) of all classes of its dataset.
+        gamma: chosen for these weights in training; None for those that no validation met, and in older runs.
+    """
 
     path: Path
     config: Config
     student: Student
     text_features: Tensor
     iteration: int
+    gamma: float | None = None
 
     def __str__(self) -> str:
         return f"{self.path} (iteration {self.iteration:,} of {self.config.train.iterations:,})"
@@ -125,11 +132,12 @@ def save_config(path: Path, config: Config) -> None:
     replace_file(path / CONFIG, lambda aside: aside.write_text(yaml.safe_dump(as_settings(config), sort_keys=False)))
 
 
-def save_student(path: Path, student: Student, text_features: Tensor, iteration: int) -> None:
-    """Weights and class features in one file, put in place whole."""
+def save_student(path: Path, student: Student, text_features: Tensor, iteration: int, gamma: float | None) -> None:
+    """Weights and class features in one file, put in place whole; gamma and iteration are its metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
     tensors[_TEXT] = text_features.cpu().contiguous()
-    content = save(tensors, {"iteration": str(iteration)})  # save_file's is for its owner's eyes alone
+    facts = json.dumps({"iteration": iteration, "gamma": gamma})  # one entry: several would be in any order
+    content = save(tensors, {_FACTS: facts})  # save_file's is for its owner's eyes alone
     replace_file(path / WEIGHTS, lambda aside: aside.write_bytes(content))
 
 
@@ -157,7 +165,7 @@ def load_run(path: Path, device: str = "cpu") -> Run:
     try:
         tensors = {}
         with safe_open(path / WEIGHTS, framework="pt") as file:
-            iteration = int(file.metadata()["iteration"])
+            facts = _facts(file.metadata())
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 tensors[name] = file.get_tensor(name)
         text_features = tensors.pop(_TEXT)
@@ -173,4 +181,12 @@ def load_run(path: Path, device: str = "cpu") -> Run:
         raise UserError(
             f"{path / WEIGHTS} does not fit student {config.student.model} of {CONFIG}: train again"
         ) from error
-    return Run(path, config, student.to(device).eval(), text_features.to(device), iteration)
+    return Run(path, config, student.to(device).eval(), text_features.to(device), *facts)
+
+
+def _facts(metadata: dict[str, str]) -> tuple[int, float | None]:
+    """Iteration and gamma of the weights. ValueError, TypeError or KeyError: they are not ours."""
+    if _FACTS not in metadata:
+        return int(metadata["iteration"]), None  # of an older run
+    facts = json.loads(metadata[_FACTS])
+    return int(facts["iteration"]), None if facts["gamma"] is None else float(facts["gamma"])

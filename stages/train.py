@@ -14,6 +14,7 @@ from pipeline.learning.criterion import Criterion
 from pipeline.student.student import Student
 from stages.caches import check_cache
 from stages.datasets import open_split
+from stages.gamma import open_gamma_split
 from stages.progress import progress_bar, say
 from stages.runs import one_trainer, open_run, save_config, save_student
 from stages.training.batches import Batches
@@ -58,6 +59,7 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
     criterion = Criterion(config.loss, text_features[dataset.seen_indices], schedule.accumulate).to(device)
     learner = make_learner(config, student, criterion, device)
     validation_split = open_split(config.dataset, data_root, schedule.validate_on)
+    gamma_split = open_gamma_split(config, data_root)
     path = Path(everyone_has(str(open_run(run, config)) if is_main() else ""))
 
     def show_attention(student: Student) -> Image.Image:
@@ -65,7 +67,7 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
 
     def write_run(folder: Path) -> None:
         save_config(folder, config)
-        save_student(folder, learner.best_student, text_features, learner.iteration)
+        save_student(folder, learner.best_student, text_features, learner.iteration, learner.gamma)
 
     with one_trainer(path) if is_main() else nullcontext():
         checkpoints = Checkpoints(path, schedule.keep_checkpoints)
@@ -88,19 +90,30 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
             closing(_Writer(config, path, first, cache, device, batches)) if is_main() else nullcontext() as writer,
         ):
             if writer:
-                validation = Validation(config, validation_split, text_features, writer.log, stop, show_attention)
+                validation = Validation(
+                    config, validation_split, gamma_split, text_features, writer.log, stop, show_attention
+                )
+
+            def choose_gamma() -> float:
+                if learner.gamma is None:
+                    learner.gamma = validation.choose_gamma(learner.best_student)
+                return learner.gamma
 
             def save() -> None:
                 if writer:
+                    if due() and not stop:  # first, for the checkpoint holds it; a signal does not wait for it
+                        with suppress(Stopped):
+                            choose_gamma()
                     writer.log.flush()
                     checkpoints.save(learner.iteration, learner.state(), write_run)
                     checkpoints.prune(validation.best)
 
             def validate() -> None:
                 if writer:
-                    write_run(path)
                     with suppress(Stopped):
-                        validation(learner.best_student, learner.iteration)
+                        gamma = choose_gamma()
+                        write_run(path)
+                        validation(learner.best_student, learner.iteration, gamma)
                         checkpoints.prune(validation.best)
                 student.train()
                 if anywhere(bool(stop), device):

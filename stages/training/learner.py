@@ -30,6 +30,7 @@ class Learner:
             are the student's latest.
         scaler: of float16 gradients.
         iteration, iterations: steps taken, and of all of them.
+        gamma: of `best_student`; None until a validation has chosen it, and again once the student has learnt more.
     """
 
     student: Student
@@ -42,6 +43,7 @@ class Learner:
     iterations: int
     ema: AveragedModel | None = None
     iteration: int = 0
+    gamma: float | None = None
 
     @property
     def lr(self) -> float:
@@ -86,6 +88,7 @@ class Learner:
         if self.ema:
             self.ema.update_parameters(self.student)
         self.iteration += 1
+        self.gamma = None
         return {**{name: float(value) for name, value in sums.items()}, "total": float(sum(sums.values()))}
 
     def _refuse(self, losses: dict[str, float], rows: Tensor, ids: Sequence[str]) -> None:
@@ -98,7 +101,7 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """Nested dicts and lists of tensors and plain values."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return {**parts, "bank": self.criterion.bank.state(), "iteration": self.iteration}
+        return {**parts, "bank": self.criterion.bank.state(), "iteration": self.iteration, "gamma": self.gamma}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` returned, here or in another process."""
@@ -110,7 +113,7 @@ class Learner:
                 if torch.is_tensor(value) and value.ndim > 1:
                     moments[name] = torch.empty_like(parameter).copy_(value)
         self.criterion.bank.restore(state["bank"], self.criterion.alpha.device)
-        self.iteration = state["iteration"]
+        self.iteration, self.gamma = state["iteration"], state.get("gamma")  # checkpoints of old have none
 
     def _parts(self) -> dict[str, Any]:
         parts = {

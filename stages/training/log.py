@@ -13,7 +13,6 @@ from torch.utils.tensorboard import SummaryWriter
 from configs.errors import UserError
 from configs.load import as_settings
 from configs.schema import Config
-from pipeline.metrics import Scores
 
 LOSSES, SCORES = "log.jsonl", "scores.jsonl"
 
@@ -38,9 +37,8 @@ class RunLog:
         self._losses.write(json.dumps({"iteration": iteration, **losses, "lr": lr}) + "\n")
         self._scalars({**{f"loss/{name}": value for name, value in losses.items()}, "lr": lr}, iteration)
 
-    def scores(self, iteration: int, split: str, scores: Scores, names: tuple[str, ...]) -> None:
-        """One validation's, at gamma 0; it counts as done once this returns."""
-        shown = {name: getattr(scores, name) for name in names}
+    def scores(self, iteration: int, split: str, shown: dict[str, float]) -> None:
+        """One validation's; it counts as done once this returns."""
         self._scalars({f"{split}/{name}": value for name, value in shown.items()}, iteration)
         with (self.path / SCORES).open("a") as file:
             file.write(json.dumps({"iteration": iteration, "split": split, **shown}) + "\n")

@@ -24,13 +24,13 @@ def few(rows: Sequence[int] | np.ndarray) -> list[int]:
     return [int(row) for row in rows[::step][:COUNT]]
 
 
-def predictions(dataset: SegmentationDataset, logits: dict[int, ClassLogits]) -> Image.Image:
-    """Image, true mask and prediction at gamma 0, of the rows of `dataset` that `logits` holds."""
+def predictions(dataset: SegmentationDataset, logits: dict[int, ClassLogits], gamma: float) -> Image.Image:
+    """Image, true mask and prediction at this gamma, of the rows of `dataset` that `logits` holds."""
     lines = []
     for row, found in logits.items():
         image, mask = dataset.pair(row)
         seen, unseen = dataset.config.seen_indices, dataset.config.unseen_indices
-        labels = calibrated_argmax(found, mask.shape, seen, unseen, [0.0])[0].astype(np.uint8)
+        labels = calibrated_argmax(found, mask.shape, seen, unseen, [gamma])[0].astype(np.uint8)
         lines.append([image, overlay(image, mask, 0.75), overlay(image, labels, 0.75)])
     return contact_sheet(lines, ("image", "true mask", "prediction"), [dataset.ids[row] for row in logits], SIDE)
 

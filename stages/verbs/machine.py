@@ -10,7 +10,7 @@ from stages.verbs.options import STDOUT, DeviceOption, JsonOption, print_result
 def runs(json_file: JsonOption = None) -> None:
     """The caches below caches/ and the runs below runs/: how far, how large, how good, and where their settings differ.
 
-    Scores are the best of a run's validations, at gamma 0. Example: clip-zss runs --json - | jq '.runs[].score'
+    Scores are the best of a run's validations. Example: clip-zss runs --json - | jq '.runs[].score'
     """
     from stages.overview import caches
     from stages.overview import runs as stage

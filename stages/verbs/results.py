@@ -52,7 +52,7 @@ def evaluate(
     from stages.report import score_report, score_table
     from stages.runs import load_run, newest_run
 
-    on = device_of(device)
+    on, opened = device_of(device), None
     if teacher_dense:
         base = None if run is None and (dataset or config) else as_settings(load_run(run or newest_run()).config)
         settings = resolve(dataset, config, set_, base, runlocal)
@@ -65,7 +65,7 @@ def evaluate(
             str(opened),
             student_predictor(opened.student, features, settings),
         )
-    gamma, scores = stage(predict, settings, data_root)
+    gamma, scores = stage(predict, settings, data_root, opened)
     print_result(
         lambda: score_table(name, settings, gamma, scores), score_report(name, settings, gamma, scores), json_file
     )
@@ -85,9 +85,7 @@ def predict(
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where results go.")] = Path("predictions"),
     gamma: Annotated[
         float | None,
-        typer.Option(
-            "--gamma", help="Subtracted from seen classes' logits; default: that of the run; 0 if that is auto."
-        ),
+        typer.Option("--gamma", help="Subtracted from seen classes' logits; default: that of the run."),
     ] = None,
     rle: Annotated[bool, typer.Option("--rle", help="COCO run lengths as JSON too.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="CLIP's own dense prediction beside; loads CLIP.")] = False,

@@ -94,7 +94,7 @@ LEVELS: dict[str, tuple[Any, Any, Any]] = {
     "loss.synthesizer": ("decoder", "mlp", "features"),
     "train.lr": (6e-5, 1.0, 1e-9),
     "train.iterations": (20_000, 1, 40_000),
-    "evaluate.gamma": (0.0, "auto", 1.5),
+    "evaluate.gamma": ("auto", "holdout", 1.5),
     "dataset.ignore_index": ((255,), (254,), (0, 77)),
 }
 
@@ -247,9 +247,12 @@ def test_wrong_value_names_the_setting(setting: str, value: str, tiny: str) -> N
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("evaluate.gamma=abc", "Input should be a valid number, or 'auto' (it is 'abc')"),
-        ("evaluate.gamma=atuo", "Input should be a valid number, or 'auto' (it is 'atuo'); did you mean 'auto'?"),
-        ("evaluate.gamma=[1]", "Input should be a valid number, or 'auto'"),
+        ("evaluate.gamma=abc", "Input should be a valid number, or 'auto' or 'holdout' (it is 'abc')"),
+        (
+            "evaluate.gamma=atuo",
+            "Input should be a valid number, or 'auto' or 'holdout' (it is 'atuo'); did you mean 'auto'?",
+        ),
+        ("evaluate.gamma=[1]", "Input should be a valid number, or 'auto' or 'holdout'"),
         (
             "dataset.templates=zegclap",
             "Input should be 'single', 'zegclip' or 'imagenet', or a valid tuple (it is 'zegclap'); "

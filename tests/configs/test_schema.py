@@ -25,7 +25,6 @@ PAPER: dict[str, dict[str, Any]] = {
     "train": {
         "iterations": 20_000, "batch_size": 16, "lr": 6e-5, "weight_decay": 0.01, "warmup": 1500,
     },
-    "evaluate": {"gamma": 0},
 }  # fmt: skip
 
 

@@ -103,19 +103,23 @@ def test_ctrl_c_saves_and_exits_130(world: World, undisturbed: Path, tmp_path: P
     assert result(tmp_path / "run") == result(undisturbed)
 
 
-def test_sigterm_in_a_validation_does_not_wait_for_its_end(world: World, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("at", "checks"), [(2, 3), (12, 12)])
+def test_sigterm_in_a_validation_does_not_wait_for_its_end(
+    world: World, undisturbed: Path, tmp_path: Path, at: int, checks: int
+) -> None:
+    """Nor for that of gamma's choice before the checkpoint, on ten images; the validation then looks once more."""
     seen = []
 
     def count(stop: Stop) -> None:
         seen.append(stop)
-        if len(seen) == 2:  # one check before each image of the validation
+        if len(seen) == at:  # one check before each image
             os.kill(os.getpid(), signal.SIGTERM)
         check(stop)
 
     check = Stop.check
     with mock.patch.object(Stop, "check", count):
         world.run(*train(world, tmp_path / "run"))
-    assert len(seen) == 2
+    assert len(seen) == checks
     assert steps(tmp_path / "run") == [1, 2, 3] and not (tmp_path / "run" / "scores.jsonl").exists()
     world.run(*train(world, tmp_path / "run"))
     assert result(tmp_path / "run") == result(undisturbed)
@@ -204,7 +208,7 @@ def test_the_last_and_the_best_checkpoints_are_kept(world: World, tmp_path: Path
 
     def evaluated(*arguments: object) -> list[Scores]:
         value = next(scores)
-        return [Scores(value, value, value, value, value, [])]
+        return [Scores(value, value, value, value, value, [])] * 2  # at the run's gamma and at 0
 
     with mock.patch("stages.training.validation.evaluate_predictor", evaluated):
         one = ("--set", "train.validate_every=1", "--set", "train.keep_checkpoints=1")
