@@ -142,6 +142,8 @@ def _of_now(found: Result) -> Result:
 def _fingerprint(config: Config, cache: Cache, data_root: Path) -> str:
     settings = as_settings(config)
     settings["evaluate"]["gamma"] = _GAMMAS.get(config.evaluate.gamma, config.evaluate.gamma)
+    if not config.loss.local:  # the first tables were made when there was no such loss
+        settings["loss"] = {name: value for name, value in settings["loss"].items() if not name.startswith("local")}
     splits = sorted({config.evaluate.split, "holdout"} & set(config.dataset.splits))
     scored = [SegmentationDataset(config.dataset, data_root, split).digest() for split in splits]
     weights = Path(config.student.weights)
