@@ -29,7 +29,7 @@ def demo(
     set_: SetOption = [],  # noqa: B006
     device: DeviceOption = "auto",
 ) -> None:
-    """The whole pipeline on the embedded dataset, with and without GLM, and the table of results.
+    """The whole pipeline on the embedded dataset, with and without local distillation, and the table of results.
 
     Example: clip-zss demo --seeds 0,1,2 --output benchmarks
     """

@@ -193,7 +193,7 @@ def test_unseen_by_the_name_of_a_split() -> None:
 
 
 def test_a_training_without_losses_is_refused() -> None:
-    off = {"global": False, "nel": False, "ce": False}
+    off = {"global": False, "local": False, "nel": False, "ce": False}
     assert Loss.model_validate(off).bce
     with pytest.raises(ValidationError, match="nothing is left to learn from"):
         Loss.model_validate({**off, "bce": False})
