@@ -34,7 +34,7 @@ def test_a_run_holds_what_it_needs(trained: Path) -> None:
     assert wanted <= {path.name for path in trained.iterdir()}
     assert list(trained.glob("events.out.tfevents*"))
     assert len(losses(trained)) == 4
-    assert set(losses(trained)[0]) == {"iteration", "global", "bce", "nel", "ce", "total", "lr"}
+    assert set(losses(trained)[0]) == {"iteration", "global", "local", "bce", "nel", "ce", "total", "lr"}
 
 
 def test_same_seed_gives_equal_losses_and_weights_another_seed_does_not(world: World, trained: Path) -> None:

@@ -86,7 +86,7 @@ def test_region_tokens_come_where_the_loss_needs_them(world: World, crops: str) 
     stored = torch.from_numpy(cache.load("region_tokens"))
     expected = torch.stack([stored[place] for place in order])
     assert expected.any() and expected.shape == (32, 5, 16) and expected.dtype == torch.int8
-    without, found = read(world, crops), read(world, crops, "loss.local=true")
+    without, found = read(world, crops, "loss.local=false"), read(world, crops, "loss.local=true")
     for one, other in zip(without, found, strict=True):
         assert one.region_tokens is None and equal(one, other._replace(region_tokens=None))
     assert torch.equal(torch.cat([batch.region_tokens for batch in found]), expected)  # type: ignore[misc]
@@ -109,7 +109,7 @@ def test_damaged_region_tokens_are_one_line(world: World, crops: str, tmp_path: 
     shutil.copytree(world.folder / crops, tmp_path / "cache")
     for file in (tmp_path / "cache").glob("arrays/region_tokens/c.*"):
         file.write_bytes(file.read_bytes()[:-9])
-    assert len(read(world, str(tmp_path / "cache"))) == 8
+    assert len(read(world, str(tmp_path / "cache"), "loss.local=false")) == 8
     for workers in (0, 1):
         damaged = Batches(
             *opened(world, str(tmp_path / "cache"), "loss.local=true", f"train.workers={workers}"), MEAN, STD, "cpu"
