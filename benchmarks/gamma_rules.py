@@ -175,33 +175,44 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "gamma_rules.md")
     asked: Any = parser.parse_args()
     asked.kept.mkdir(parents=True, exist_ok=True)
-    cells: dict[str, dict[str, tuple[float, float]]] = {}
-    oracle = {}
+    runs: dict[str, Arrays] = {}
     for path in asked.runs:
         file = asked.kept / f"{path.name}.npz"
         if not file.exists():
             np.savez_compressed(file, **collect(path, asked.data_root))  # type: ignore[arg-type]
-        found = dict(np.load(file))
-        gammas, hious = found["val"][:, 0], found["val"][:, 3]
-        oracle[path.name] = f"{gammas[hious.argmax()]:.2f}: {hious.max():.1f}"
-        for rule, gamma in rules(found, tuple(asked.ignore.split(","))).items():
-            lost = max(0.0, float(hious.max() - np.interp(gamma, gammas, hious)))
-            cells.setdefault(rule, {})[path.name] = gamma, lost
+        runs[path.name] = dict(np.load(file))
     lines = [
         "# Rules for gamma",
         "",
-        "`python benchmarks/gamma_rules.py RUN...`, which says what was done. Each run has the gamma that the rule "
-        "chooses, and after it the hIoU that this gamma loses of the best one (of the test split, in %)."
-        + (f" Masks of {asked.ignore} are taken for missing, as if ignored by design." if asked.ignore else ""),
+        "`python benchmarks/gamma_rules.py RUN...`, which says what was done. Of each run the gamma that the rule "
+        "chooses, and the hIoU (in %) that it loses of the best one, which only the test split knows.",
         "",
+        *table(runs, ()),
     ]
-    lines += ["| rule | " + " | ".join(oracle) + " | worst |", "|" + "---|" * (len(oracle) + 2)]
-    lines.append("| best gamma of the test split: hIoU | " + " | ".join(oracle.values()) + " | |")
-    for rule, own in sorted(cells.items(), key=lambda item: max(lost for _, lost in item[1].values())):
-        shown = [f"{own[name][0]:.2f}: {own[name][1]:.1f}" if name in own else "" for name in oracle]
-        lines.append(f"| {rule} | {' | '.join(shown)} | {max(lost for _, lost in own.values()):.1f} |")
+    ignored = tuple(asked.ignore.split(",")) if asked.ignore else ()
+    having = {name: found for name, found in runs.items() if set(ignored) & set(found["classes"].tolist())}
+    if having:
+        said = f"The same where masks of {' and '.join(ignored)} are taken for missing when gamma is chosen, as of a"
+        lines += ["", f"{said} background that is ignored by design:", "", *table(having, ignored)]
     asked.output.write_text("\n".join(lines) + "\n")
     print(asked.output.read_text())
+
+
+def table(runs: dict[str, Arrays], ignored: tuple[str, ...]) -> list[str]:
+    cells: dict[str, dict[str, tuple[float, float]]] = {}
+    best_ones = []
+    for name, found in runs.items():
+        gammas, hious = found["val"][:, 0], found["val"][:, 3]
+        best_ones.append(f"{gammas[hious.argmax()]:.2f}: hIoU {hious.max():.1f}")
+        for rule, gamma in rules(found, ignored).items():
+            lost = float(hious.max() - np.interp(gamma, gammas, hious))
+            cells.setdefault(rule, {})[name] = gamma, max(0.0, lost)
+    lines = ["| rule | " + " | ".join(runs) + " | worst |", "|" + "---|" * (len(runs) + 2)]
+    lines.append("| the best gamma | " + " | ".join(best_ones) + " | |")
+    for rule, own in sorted(cells.items(), key=lambda item: max(lost for _, lost in item[1].values())):
+        shown = [f"{own[name][0]:.2f}: {own[name][1]:.1f}" if name in own else "" for name in runs]
+        lines.append(f"| {rule} | {' | '.join(shown)} | {max(lost for _, lost in own.values()):.1f} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import yaml
 from PIL import Image
 
 from cache.reader import open_cache
+from cache.sealed import sha256
 from configs.ablation import Ablation, Sign, known_ablations, read_ablation
-from configs.load import resolve
+from configs.load import as_settings, resolve
 from pipeline.data.dataset import SegmentationDataset
 from stages.ablate import Result, _fingerprint, markdown, passes, read_csv, spread, verdict, write_csv
 from stages.inspect import table
@@ -238,6 +239,21 @@ def test_passes_count_a_cache_once_and_a_shared_run_once() -> None:
 def test_spread() -> None:
     assert spread(np.array([1.0, 3.0])) == "2.0 (1.0 to 3.0)"
     assert spread(np.array([1.0])) == "1.0"
+
+
+def test_holdout_has_the_fingerprint_of_what_auto_was(world: World, tables: Path) -> None:
+    """So that tables made then stay good; what is `auto` now has another."""
+    assert tables.exists()  # and with it data and a cache
+    cache = open_cache(next(path for path in (world.folder / "caches").iterdir() if path.name != "text"))
+    found = {}
+    for asked in ("auto", "holdout", "0.5"):
+        config = resolve(config=world.config, assignments=[f"evaluate.gamma={asked}"])
+        found[asked] = _fingerprint(config, cache, world.data)
+    scored = [SegmentationDataset(config.dataset, world.data, split).digest() for split in ("holdout", "val")]
+    settings = as_settings(resolve(config=world.config, assignments=["evaluate.gamma=auto"]))
+    content = json.dumps([settings, cache.manifest.fingerprint, None, scored], sort_keys=True)
+    assert found["holdout"] == sha256(content.encode())[:12]
+    assert len(set(found.values())) == 3
 
 
 @pytest.mark.parametrize("name", known_ablations())

@@ -78,3 +78,4 @@ def test_full_size(name: str) -> None:
     assert full.dataset.limit is None and local.dataset.limit == 6
     assert local.student.model == full.student.model and local.loss == full.loss and local.student.weights == "none"
     assert full.train.iterations >= 400 and local.train.iterations == 6
+    assert (full.evaluate.gamma == "auto") == (name == "scenes")  # the paper's are numbers

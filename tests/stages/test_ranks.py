@@ -61,6 +61,7 @@ def train(folder: Path, run: str, stop_at: int | None = None, **settings: object
         mock.patch.object(Learner, "step", step_or_die),
     ):
         stages.train.Validation.return_value.best = None  # type: ignore[attr-defined]
+        stages.train.Validation.return_value.choose_gamma.return_value = 0.5  # type: ignore[attr-defined]
         stages.train.train(config, cache, folder / "data", folder / "runs" / run, "cpu")
 
 
