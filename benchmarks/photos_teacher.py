@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import timm
 import torch
 from PIL import Image
@@ -71,7 +72,7 @@ def _imagenet_trunk() -> nn.Module:
 def _tagged_crops(
     trunk: nn.Module, dataset: SegmentationDataset, rng: np.random.Generator, crops: int
 ) -> tuple[Tensor, Tensor]:
-    """Pooled features (N, 1280) and tags (N, K) of each photo and `crops` - 1 square crops of it, half of them flipped."""
+    """Pooled features (N, 1280) and tags (N, K) of each photo and of `crops` - 1 squares of it, every other one flipped."""
     pixels, tags = [], []
     for row in range(len(dataset)):
         image, mask = dataset.pair(row)
@@ -102,8 +103,6 @@ def _mean_average_precision(scores: Tensor, tags: Tensor) -> float:
 
 def _save(folder: Path, trunk: nn.Module, projection: nn.Linear) -> tuple[Path, Path]:
     """An open_clip model of a timm trunk; its text tower is never asked, as the dataset brings its text vectors."""
-    import open_clip
-
     model, weights = folder / "teacher.json", folder / "teacher.safetensors"
     vision = {
         "timm_model_name": TRUNK, "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear",
