@@ -72,7 +72,7 @@ def _imagenet_trunk() -> nn.Module:
 def _tagged_crops(
     trunk: nn.Module, dataset: SegmentationDataset, rng: np.random.Generator, crops: int
 ) -> tuple[Tensor, Tensor]:
-    """Pooled features (N, 1280) and tags (N, K) of each photo and of `crops` - 1 squares of it, every other one flipped."""
+    """Pooled features (N, 1280) and tags (N, K) of each photo and of `crops` - 1 squares, half of them flipped."""
     pixels, tags = [], []
     for row in range(len(dataset)):
         image, mask = dataset.pair(row)
