@@ -16,7 +16,8 @@ from tests.conftest import World
 # Without local distillation: a batch of two has few regions, and their loss is noise.
 TIMM = ("timm:resnet10t", "timm:vit_tiny_patch16_224")  # a convolutional encoder, and a plain ViT under its pyramid
 SETTINGS = ("train.iterations=50", "train.batch_size=2", "train.lr=1e-3", "train.head_lr_factor=1", "train.warmup=5",
-            "train.validate_every=50", "loss.label_stride=4", "loss.local=false", "student.drop_path=0", "student.channels=32")  # fmt: skip
+            "train.validate_every=50", "loss.label_stride=4", "loss.local=false",
+            "student.drop_path=0", "student.channels=32")  # fmt: skip
 
 
 @pytest.mark.parametrize("model", [*FAMILIES, *TIMM])
