@@ -62,6 +62,8 @@ def main() -> None:
         signs = tuple(sign for sign in table.signs if {sign.better, sign.worse} <= rows.keys())
         table = table.model_copy(update={"rows": rows, "signs": signs})
     command = "python benchmarks/photos.py --data-root DIR" + ("" if name == "photos" else f" --split {chosen.split}")
+    if chosen.rows:
+        command += " --rows " + " ".join(f'"{row}"' for row in chosen.rows)
     ablate(name, table, chosen.seeds, settings_of, command, chosen.data_root, HERE, "cpu")
     write_report(name, settings_of([]), chosen.data_root, read_csv(HERE / f"{name}.csv"))
 

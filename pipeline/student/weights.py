@@ -40,7 +40,7 @@ def load_encoder(encoder: nn.Module, source: str) -> None:
                 f"student.weights {source} are another model's, timm:tf_efficientnet_lite0's: give a file, or none"
             )
         model: Any = encoder.model
-        _fill(model, _by_position(model, _read(packaged_file())), source)
+        _fill(model, by_position(model, _read(packaged_file())), source)
         return
     state = _read(Path(source))
     if isinstance(encoder, TimmEncoder):
@@ -150,7 +150,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix("module."): tensor for key, tensor in state.items()}
 
 
-def _by_position(encoder: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def by_position(encoder: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's names for the first tensors of `state`; the encoder lacks only the classifier, which is last."""
     names = [name for name in encoder.state_dict() if not name.endswith("num_batches_tracked")]
     tensors = [tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")][: len(names)]
