@@ -53,7 +53,7 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="The whole traceback of an error.")] = False,
 ) -> None:
-    from stages.progress import console
+    from stages.common.progress import console
 
     global _debug
     _debug, console.quiet = debug, quiet
@@ -91,7 +91,7 @@ def precompute(
     """
     flags = {"views.seed": seed, "precompute.on_error": on_error, "pseudo_labels.lambda": threshold}
     if only:
-        from stages.recluster import recluster
+        from stages.precompute.recluster import recluster
 
         if scheduler or dry_run:
             raise UserError("--only pseudo-labels runs in this process: drop --scheduler and --dry-run")
@@ -99,7 +99,7 @@ def precompute(
         with resumable():
             recluster(settings, opened)
         return
-    from stages.precompute import precompute as stage
+    from stages.precompute.stage import precompute as stage
 
     settings = resolve(dataset, config, with_flags(set_, flags), runlocal=runlocal)
     with resumable():  # A cluster's workers choose their own device: this machine may have another.
@@ -127,10 +127,10 @@ def train(
 
     Example: clip-zss train --run runs/scenes-001
     """
-    from stages.caches import choose_cache
-    from stages.runs import CONFIG, is_run, read_settings
-    from stages.train import train as stage
-    from stages.training.provenance import last_cache
+    from stages.common.caches import choose_cache
+    from stages.common.runs import CONFIG, is_run, read_settings
+    from stages.train.provenance import last_cache
+    from stages.train.stage import train as stage
 
     assignments = with_flags(set_, {"train.seed": seed})
     if run and is_run(run):

@@ -21,9 +21,9 @@ from pipeline.data.dataset import SegmentationDataset
 from pipeline.data.views import normalise, padding_colour, replay
 from pipeline.learning.glm import attention
 from pipeline.student.student import Student
-from stages.datasets import open_split
-from stages.runs import load_run
-from stages.training.provenance import last_cache
+from stages.common.datasets import open_split
+from stages.common.runs import load_run
+from stages.train.provenance import last_cache
 
 OUTPUT = Path(__file__).with_suffix(".md")
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)

@@ -46,7 +46,7 @@ from cache.store import absolute
 from configs.load import resolve
 from configs.schema import Config, Teacher
 from pipeline.teacher.clip import FrozenClip
-from stages.workers import workers
+from stages.precompute.workers import workers
 
 VIT_B_16 = [
     "teacher.model=ViT-B-16-quickgelu", "teacher.pretrained=none", "views.size=224", "pseudo_labels.windows=[7,3]",

@@ -23,11 +23,11 @@ from dask.distributed import LocalCluster
 from kills import contents  # beside this file
 
 import cli
-import stages.workers
+import stages.precompute.workers
 from cache.layout import COPIES, MANIFEST, SHARDS, copy_key
 from cache.verify import verify
 from configs.errors import UserError
-from stages.maintenance import repair
+from stages.precompute.repair import repair
 
 SCENES = [
     "--dataset", "scenes", "--set", "dataset.limit=48", "--set", "storage.shard_images=2", "--set",
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    stages.workers.LocalCluster = partial(LocalCluster, processes=False)  # type: ignore[misc]
+    stages.precompute.workers.LocalCluster = partial(LocalCluster, processes=False)  # type: ignore[misc]
     with tempfile.TemporaryDirectory(dir=".") as folder, chdir(folder):
         cache = Path("cache").absolute()
         sys.argv = ["clip-zss", "precompute", *SCENES, "--cache", str(cache)]

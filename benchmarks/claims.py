@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from configs.ablation import known_ablations, read_ablation
-from stages.ablate import SCORES, read_csv, verdict
+from stages.studies.ablate import SCORES, read_csv, verdict
 
 ROOT = Path(__file__).parent.parent
 README, TABLES = ROOT / "README.md", ROOT / "benchmarks" / "ablations"

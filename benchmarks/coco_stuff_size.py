@@ -32,7 +32,7 @@ from configs.load import resolve
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
 from pipeline.data.scenes import render_scene
-from stages.caches import split_settings
+from stages.common.caches import split_settings
 
 ROOT = Path(__file__).parent.parent
 PICTURES, SIDE, WIDTH, GRID, GROUPS, MOST = 32, 96, 512, 32, 8, 80

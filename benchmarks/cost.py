@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import Student as StudentConfig
 from pipeline.student.student import Student
-from stages.plan import GROUPS, duration, size
+from stages.precompute.plan import GROUPS, duration, size
 
 PAGE = Path(__file__).parents[1] / "docs" / "cost.md"
 RTX_4090_PASSES = 433.0  # a second, ViT-B/16 at 512

@@ -32,7 +32,7 @@ from pipeline.metrics import adjusted_rand_index
 from pipeline.pca import fit_pca
 from pipeline.pseudo_labels import pseudo_labels
 from pipeline.teacher.clip import FrozenClip
-from stages.datasets import open_split
+from stages.common.datasets import open_split
 
 SCENES, PHOTOS = 400, 32  # images
 ENCODINGS = ("float16", "int8", "pca-16", "pca-32", "pca-64", "pca-96", "pca-128", "pca-256")

@@ -20,10 +20,10 @@ from PIL import Image
 from configs.load import resolve
 from pipeline.data.dataset import IGNORE
 from pipeline.data.scenes import render_scene
-from stages.gallery.collect import View, find_regions
-from stages.gallery.write import write_gallery
-from stages.inspect import describe
-from tests.stages.browser import Browser, chromium
+from stages.inspect.gallery.collect import View, find_regions
+from stages.inspect.gallery.write import write_gallery
+from stages.inspect.regions import describe
+from tests.stages.inspect.browser import Browser, chromium
 
 GRID, REGIONS, WIDTH, SIDE, THRESHOLD = 32, 80, 512, 384, 0.8
 ROUNDS = 5

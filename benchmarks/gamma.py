@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from stages.datasets import open_split
-from stages.evaluate import evaluate_predictor, student_predictor
-from stages.gamma import gamma_of_holdout
-from stages.runs import load_run
+from stages.apply.evaluate import evaluate_predictor, student_predictor
+from stages.apply.gamma import gamma_of_holdout
+from stages.common.datasets import open_split
+from stages.common.runs import load_run
 
 OUTPUT = Path(__file__).parent / "ablations"
 GAMMAS = np.linspace(-6, 6, 49).round(2).tolist()

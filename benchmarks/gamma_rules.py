@@ -22,10 +22,10 @@ from pipeline.data.views import inside, padding_colour, replay
 from pipeline.gamma import KEPT, keeping_gamma
 from pipeline.inference import ClassLogits, class_logits, whole
 from pipeline.metrics import best_of, scores
-from stages.evaluate import student_predictor
-from stages.gamma import IMAGES
-from stages.runs import load_run
-from stages.training.provenance import last_cache
+from stages.apply.evaluate import student_predictor
+from stages.apply.gamma import IMAGES
+from stages.common.runs import load_run
+from stages.train.provenance import last_cache
 
 Arrays = dict[str, np.ndarray]
 EDGES = np.linspace(-10, 10, 2001)  # gammas at which a split is scored

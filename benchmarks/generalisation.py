@@ -21,10 +21,10 @@ from cache.reader import open_cache
 from configs.load import resolve
 from configs.schema import Config
 from pipeline.data.scenes import CLASSES, write_scenes
-from stages.evaluate import Predictor, evaluate, features_of, student_predictor, teacher_predictor
-from stages.precompute import precompute
-from stages.runs import load_run
-from stages.train import train
+from stages.apply.evaluate import Predictor, evaluate, features_of, student_predictor, teacher_predictor
+from stages.common.runs import load_run
+from stages.precompute.stage import precompute
+from stages.train.stage import train
 
 SEEDS = (0, 1, 2)
 NEW = ("moon", "arrow", "flower", "bolt", "waves", "grid")

@@ -32,10 +32,10 @@ from pathlib import Path
 import dask.config
 
 import cli
-import stages.precompute  # noqa: F401 (imported here, it need not be in every run)
+import stages.precompute.stage  # noqa: F401 (imported here, it need not be in every run)
 from cache.layout import MANIFEST, SHARDS
 from cache.verify import verify
-from stages.plan import TIMING
+from stages.precompute.plan import TIMING
 
 SCENES = ["--dataset", "scenes", "--set", "dataset.limit=400", "--set", "storage.shard_images=8"]
 ORPHANS_END_WITHIN = 30.0  # seconds

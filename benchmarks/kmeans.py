@@ -24,7 +24,7 @@ from configs.schema import PseudoLabels
 from pipeline.pseudo_labels import label_batched, label_one_by_one
 from pipeline.pseudo_labels.kmeans import kmeans, unit_length
 from pipeline.pseudo_labels.seeds import window_seeds
-from stages.devices import keep_freed_memory
+from stages.common.devices import keep_freed_memory
 
 VIEWS, ROUNDS = 8, 5
 CASES = [  # title, grid, channels, windows, drift, noise, batches

@@ -24,9 +24,9 @@ from configs.schema import Config
 from pipeline.data.dataset import IGNORE, SegmentationDataset
 from pipeline.metrics import Scores, calibrated_argmax
 from pipeline.pictures import colourise, contact_sheet, legend, stacked
-from stages.ablate import Result, ablate, read_csv
-from stages.evaluate import Predictor, evaluate_predictor, student_predictor, teacher_predictor
-from stages.runs import RUNS, load_run
+from stages.apply.evaluate import Predictor, evaluate_predictor, student_predictor, teacher_predictor
+from stages.common.runs import RUNS, load_run
+from stages.studies.ablate import Result, ablate, read_csv
 
 FOLDER = RUNS / "photos"
 HERE = Path(__file__).parent

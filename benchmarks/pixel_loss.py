@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from stages.devices import choose_device, keep_freed_memory, synchronize
+from stages.common.devices import choose_device, keep_freed_memory, synchronize
 from tests.pipeline.learning import bands, plain
 from tests.pipeline.learning.memory import peak_bytes
 

@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from cache.layout import MANIFEST
 from cache.store import open_store
 from pipeline.data.scenes import CLASSES, render_scene
-from stages.plan import TIMING, timed_runs
+from stages.precompute.plan import TIMING, timed_runs
 
 ROOT = Path(__file__).parent.parent
 PICTURES, SIDE, VIEWS, SHARD_IMAGES = 32, 64, 4, 25

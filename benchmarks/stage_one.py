@@ -26,12 +26,12 @@ from cache.store import absolute
 from cache.writer import create_cache
 from configs.load import as_settings, resolve
 from configs.schema import Config
-from stages.datasets import open_split
-from stages.devices import choose_device
-from stages.plan import Timing
-from stages.precompute import _describe, cache_settings
-from stages.shards import ShardJob, make_shard, part_lanes, worker_of
-from stages.workers import for_all, on_a_worker, worker_addresses, workers
+from stages.common.datasets import open_split
+from stages.common.devices import choose_device
+from stages.precompute.plan import Timing
+from stages.precompute.shards import ShardJob, make_shard, part_lanes, worker_of
+from stages.precompute.stage import _describe, cache_settings
+from stages.precompute.workers import for_all, on_a_worker, worker_addresses, workers
 
 VIT_B_16 = [
     "teacher.model=ViT-B-16-quickgelu", "teacher.pretrained=none", "views.size=512", "pseudo_labels.windows=[7,3]",

@@ -37,9 +37,9 @@ from pipeline.data.training import TrainingViews
 from pipeline.data.views import draw_views
 from pipeline.learning.criterion import Criterion
 from pipeline.student.student import Student
-from stages.devices import keep_freed_memory
-from stages.training.batches import Batch, Batches
-from stages.training.precision import gradient_scaler, student_forward
+from stages.common.devices import keep_freed_memory
+from stages.train.batches import Batch, Batches
+from stages.train.precision import gradient_scaler, student_forward
 
 ROOT = Path(__file__).parent.parent
 IMAGES, SIDE, SIZE, BATCH = 16, 640, 512, 4

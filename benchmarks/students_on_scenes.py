@@ -23,10 +23,10 @@ from configs.load import resolve
 from pipeline.metrics import Scores
 from pipeline.student.timm_encoder import create
 from pipeline.student.weights import EFFICIENTNET_LITE0
-from stages.evaluate import evaluate, student_predictor, teacher_predictor
-from stages.precompute import precompute
-from stages.runs import load_run
-from stages.train import train
+from stages.apply.evaluate import evaluate, student_predictor, teacher_predictor
+from stages.common.runs import load_run
+from stages.precompute.stage import precompute
+from stages.train.stage import train
 
 SEEDS = (0, 1, 2)
 DATA, RUNS, WEIGHTS = Path("data"), Path("runs"), Path("weights")

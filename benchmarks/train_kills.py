@@ -25,10 +25,10 @@ from signal import SIGKILL
 from kills import STUCK, Attempt, Failure
 from torch.utils.data import DataLoader
 
-import stages.train  # imported here, it need not be in every run
-import stages.training.batches
-from stages.training.checkpoints import SUMS, TENSORS, Checkpoints
-from stages.training.log import LOSSES, SCORES
+import stages.train.batches
+import stages.train.stage  # imported here, it need not be in every run
+from stages.train.checkpoints import SUMS, TENSORS, Checkpoints
+from stages.train.log import LOSSES, SCORES
 
 SCENES = ["--dataset", "scenes", "--set", "dataset.limit=48"]
 TRAIN = ["--set", "train.iterations=40", "--set", "train.batch_size=4", "--set", "train.checkpoint_every=5",
@@ -51,7 +51,7 @@ def run_killed(folder: Path, arguments: Sequence[str], kills: int, seed: int, wo
     whole, killed = folder / "whole", folder / "killed"
     arguments = [*arguments, "--set", f"train.workers={workers}"]
     if workers:
-        stages.training.batches.DataLoader = _forking  # type: ignore[misc]
+        stages.train.batches.DataLoader = _forking  # type: ignore[misc]
 
     def finish(run: Path) -> float:
         start, attempt = time.monotonic(), Attempt(folder, [*arguments, "--run", str(run)], spawn=False)

@@ -51,14 +51,15 @@ class World:
         It takes a second where `spawn` takes ten, most of them for imports.
         """
         import cli
-        import stages.workers
+        import stages.precompute.workers
 
         command = ["clip-zss", *(["--debug"] if check else []), *map(str, arguments)]
         threads = partial(LocalCluster, processes=False)
         out, err, code = StringIO(), StringIO(), 0
         with (
             chdir(self.folder), redirect_stdout(out), redirect_stderr(err),
-            mock.patch.object(sys, "argv", command), mock.patch.object(stages.workers, "LocalCluster", threads),
+            mock.patch.object(sys, "argv", command),
+            mock.patch.object(stages.precompute.workers, "LocalCluster", threads),
         ):  # fmt: skip
             try:
                 cli.main()

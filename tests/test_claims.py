@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs.ablation import known_ablations, read_ablation
-from stages.ablate import markdown, read_csv
+from stages.studies.ablate import markdown, read_csv
 from tests.conftest import ROOT
 
 TABLES = ROOT / "benchmarks" / "ablations"

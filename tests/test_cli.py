@@ -11,8 +11,8 @@ from unittest import mock
 
 import pytest
 
-import stages.precompute
-import stages.train
+import stages.precompute.stage
+import stages.train.stage
 from tests.conftest import ROOT, World
 
 TRAIN = ("train", "--cache", "caches/tiny")
@@ -20,7 +20,7 @@ TRAIN = ("train", "--cache", "caches/tiny")
 
 @pytest.mark.parametrize("debug", [False, True])
 def test_a_fault_is_a_line_and_a_traceback_on_demand(world: World, debug: bool) -> None:
-    with mock.patch.object(stages.train, "train", side_effect=RuntimeError("it\nbroke")):
+    with mock.patch.object(stages.train.stage, "train", side_effect=RuntimeError("it\nbroke")):
         done = world.run(*(["--debug"] if debug else []), *TRAIN, "--config", world.config, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: it broke (RuntimeError, a fault of clip-zss")
@@ -46,7 +46,7 @@ def test_a_mistake_is_said_though_quiet(world: World) -> None:
 
 
 def test_ctrl_c_says_how_to_go_on(world: World, tmp_path: Path) -> None:
-    with mock.patch.object(stages.precompute, "precompute", side_effect=KeyboardInterrupt):
+    with mock.patch.object(stages.precompute.stage, "precompute", side_effect=KeyboardInterrupt):
         done = world.run("precompute", "--config", world.config, "--cache", tmp_path / "x", check=False)
     assert done.returncode == 130 and "the same command goes on" in done.stderr
 

@@ -32,9 +32,9 @@ def bench_inference(
 
     Example: clip-zss bench inference --student segformer-b4 --classes 171
     """
-    from stages.bench import bench_inference as stage
-    from stages.bench import write_table
-    from stages.report import bench_table
+    from stages.apply.bench import bench_inference as stage
+    from stages.apply.bench import write_table
+    from stages.verbs.report import bench_table
 
     try:
         counts = [int(count) for count in classes.split(",")]

@@ -29,7 +29,7 @@ def cache_info(location: LocationArgument, json_file: JsonOption = None) -> None
     Example: clip-zss cache info caches/scenes-1a2b3c4d5e6f
     """
     from cache.verify import info
-    from stages.report import cache_report, cache_table
+    from stages.verbs.report import cache_report, cache_table
 
     found = info(location)
     print_result(lambda: cache_table(found), cache_report(found), json_file)
@@ -42,7 +42,7 @@ def cache_verify(location: LocationArgument, json_file: JsonOption = None) -> No
     Exit code 2 on damage. Example: clip-zss cache verify caches/scenes-1a2b3c4d5e6f
     """
     from cache.verify import verify
-    from stages.report import damage_list
+    from stages.verbs.report import damage_list
 
     found = verify(location)
     print_result(lambda: damage_list(found), [asdict(damage) for damage in found], json_file)
@@ -57,8 +57,8 @@ def cache_repair(location: LocationArgument, data_root: DataRootOption = DATA, d
 
     Example: clip-zss cache repair caches/scenes-1a2b3c4d5e6f --data-root ~/data
     """
-    from stages.maintenance import repair
-    from stages.report import damage_list
+    from stages.precompute.repair import repair
+    from stages.verbs.report import damage_list
 
     with resumable():
         damage_list(repair(location, data_root, device_of(device)))

@@ -17,7 +17,7 @@ DatasetArgument = Annotated[str, typer.Argument(metavar="NAME|FILE.yaml")]
 @app.command("list")
 def datasets_list() -> None:
     """Every dataset known by name."""
-    from stages.report import dataset_list
+    from stages.verbs.report import dataset_list
 
     dataset_list()
 
@@ -28,7 +28,7 @@ def datasets_show(name: DatasetArgument, data_root: DataRootOption = DATA) -> No
 
     Example: clip-zss datasets show coco-stuff
     """
-    from stages.report import dataset_layout
+    from stages.verbs.report import dataset_layout
 
     dataset_layout(resolve(name).dataset, data_root)
 
@@ -39,8 +39,8 @@ def datasets_check(name: DatasetArgument, data_root: DataRootOption = DATA, json
 
     Exit code 2 on any fault. Example: clip-zss datasets check my-photos.yaml --data-root ~/photos
     """
-    from stages.datasets import check
-    from stages.report import check_report, check_table
+    from stages.common.datasets import check
+    from stages.verbs.report import check_report, check_table
 
     config = resolve(name).dataset
     found = check(config, data_root)

@@ -12,9 +12,9 @@ def runs(json_file: JsonOption = None) -> None:
 
     Scores are the best of a run's validations. Example: clip-zss runs --json - | jq '.runs[].score'
     """
-    from stages.overview import caches
-    from stages.overview import runs as stage
-    from stages.report import overview_table
+    from stages.upkeep.overview import caches
+    from stages.upkeep.overview import runs as stage
+    from stages.verbs.report import overview_table
 
     found_caches, found_runs = caches(), stage()
     print_result(
@@ -29,7 +29,7 @@ def doctor(device: DeviceOption = "auto", json_file: JsonOption = None) -> None:
 
     Exit code 1 if a part fails. Example: clip-zss doctor --device cuda:1
     """
-    from stages.doctor import doctor as stage
+    from stages.upkeep.doctor import doctor as stage
 
     found = []
     for item in stage(device):

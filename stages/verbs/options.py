@@ -77,7 +77,7 @@ def print_result(table: Callable[[], None], data: Any, json_file: Path | None) -
         elif json_file.is_symlink() or (json_file.exists() and not json_file.is_file()):  # such as /dev/stdout
             json_file.write_text(text + "\n")
         else:
-            from stages.runs import replace_file
+            from stages.common.runs import replace_file
 
             replace_file(json_file, lambda aside: aside.write_text(text + "\n"))
 
@@ -98,7 +98,7 @@ def with_flags(assignments: list[str], flags: dict[str, Any]) -> list[str]:
 
 
 def device_of(asked: str) -> str:
-    from stages.devices import choose_device, keep_freed_memory
+    from stages.common.devices import choose_device, keep_freed_memory
 
     keep_freed_memory()
     return choose_device(asked)
@@ -108,7 +108,7 @@ def open_cache(
     cache: str | None, dataset: str | None, config: Path | None, assignments: list[str], runlocal: bool = False
 ) -> tuple[Any, Config]:
     """The cache a command works on, and the configuration: the cache's settings under those that are asked for."""
-    from stages.caches import cached_settings, choose_cache
+    from stages.common.caches import cached_settings, choose_cache
 
     opened = choose_cache(cache, named_dataset(dataset, config))
     settings, name = cached_settings(opened.manifest), f"cache {opened.location}"

@@ -47,10 +47,10 @@ def evaluate(
 
     Example: clip-zss evaluate --dataset pascal-voc --set evaluate.mode=slide --json scores.json
     """
-    from stages.evaluate import evaluate as stage
-    from stages.evaluate import features_of, student_predictor, teacher_predictor
-    from stages.report import score_report, score_table
-    from stages.runs import load_run, newest_run
+    from stages.apply.evaluate import evaluate as stage
+    from stages.apply.evaluate import features_of, student_predictor, teacher_predictor
+    from stages.common.runs import load_run, newest_run
+    from stages.verbs.report import score_report, score_table
 
     on, opened = device_of(device), None
     if teacher_dense:
@@ -100,11 +100,11 @@ def predict(
 
     Example: clip-zss predict holiday/ --classes "cow|bull|calf, grass, sky" --output found
     """
-    from stages.predict import Segmenter
-    from stages.predict import predict as stage
-    from stages.progress import say
-    from stages.runs import newest_run
-    from stages.words import read_words
+    from stages.apply.predict import Segmenter
+    from stages.apply.predict import predict as stage
+    from stages.apply.words import read_words
+    from stages.common.progress import say
+    from stages.common.runs import newest_run
 
     segmenter = Segmenter.load(run or newest_run(), device_of(device), gamma)
     say(f"run: {segmenter.run}")
@@ -132,8 +132,8 @@ def export(
 
     Example: clip-zss export --run runs/scenes-001 --output my-model
     """
-    from stages.export import export as stage
-    from stages.runs import load_run, newest_run
+    from stages.apply.export import export as stage
+    from stages.common.runs import load_run, newest_run
 
     for name, difference in stage(load_run(run or newest_run()), output, precision).items():
         typer.echo(f"{output / name}: within {difference:.1e} of the student's largest logit")
@@ -172,8 +172,8 @@ def inspect_pseudolabels(
 
     Example: clip-zss inspect-pseudolabels --count 500 --output gallery
     """
-    from stages.inspect import choose_rows, sheet, table
-    from stages.report import pseudo_label_table
+    from stages.inspect.regions import choose_rows, sheet, table
+    from stages.verbs.report import pseudo_label_table
 
     if png and png.suffix.lower() != ".png":
         raise UserError(f"--png {png}: give a name that ends in .png")
@@ -185,6 +185,6 @@ def inspect_pseudolabels(
     if png:
         typer.echo(f"picture: {sheet(settings, opened, data_root, rows, png)}", err=json_file == STDOUT)
     if not terminal and not png and not json_file:
-        from stages.gallery import make_gallery
+        from stages.inspect.gallery import make_gallery
 
         typer.echo(f"gallery: {make_gallery(settings, opened, data_root, rows, output)}")

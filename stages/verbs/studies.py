@@ -33,7 +33,7 @@ def demo(
 
     Example: clip-zss demo --seeds 0,1,2 --output benchmarks
     """
-    from stages.demo import demo as stage
+    from stages.studies.demo import demo as stage
 
     try:
         chosen = [int(seed) for seed in seeds.split(",")]
@@ -59,7 +59,7 @@ def ablate(
     Example: clip-zss ablate losses --seeds 3 --output benchmarks/ablations
     """
     from configs.ablation import read_ablation
-    from stages.ablate import ablate as stage
+    from stages.studies.ablate import ablate as stage
 
     name, content = read_ablation(table)
     command = f"clip-zss ablate {table} --seeds {seeds}"

@@ -17,7 +17,7 @@ from configs.schema import Config
 from pipeline import metrics
 from pipeline.inference import class_logits, short_side_to, sliding, whole, windows
 from pipeline.metrics import CalibratedStacking
-from stages.evaluate import Predictor, evaluate_predictor, student_predictor
+from stages.apply.evaluate import Predictor, evaluate_predictor, student_predictor
 from tests import reference
 from tests.pipeline.data.trees import Tree
 from tests.pipeline.draws import draw, draw_classes
@@ -146,7 +146,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[CalibratedStacking]:
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr("stages.evaluate.CalibratedStacking", Recorded)
+    monkeypatch.setattr("stages.apply.evaluate.CalibratedStacking", Recorded)
     return made
 
 

@@ -1,0 +1,158 @@
+"""Evaluation: one prediction among all classes, scored on seen and unseen ones. The student runs alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from configs.schema import Config
+from pipeline.data.dataset import SegmentationDataset
+from pipeline.inference import Classifier, ClassLogits, class_logits, short_side_to, sliding, whole
+from pipeline.metrics import CalibratedStacking, Scores
+from pipeline.student.student import Student
+from stages.apply.gamma import choose_gamma, open_gamma_split
+from stages.common.datasets import open_split
+from stages.common.progress import progress_bar, say
+from stages.common.runs import DATA, Run
+from stages.common.text import class_features
+
+if TYPE_CHECKING:
+    from pipeline.teacher.clip import FrozenClip
+
+# An image (H, W, 3) uint8 -> its class logits, the short side at views.size.
+Predictor = Callable[[np.ndarray], ClassLogits]
+
+
+def _predictor(
+    config: Config, classify: Classifier, stride: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Predictor:
+    def predict(image: np.ndarray) -> ClassLogits:
+        resized = short_side_to(image, config.views.size)
+        height, width = resized.shape[:2]
+        if config.evaluate.mode == "whole":
+            boxes = whole(height, width)
+        else:
+            boxes = sliding(height, width, config.views.size, config.evaluate.stride)
+        return class_logits(resized, classify, stride, mean, std, boxes)
+
+    return predict
+
+
+def student_predictor(student: Student, text_features: Tensor, config: Config) -> Predictor:
+    """The student alone, in eval mode; `text_features` (K, C) are those of `config.dataset`."""
+
+    def classify(pixels: Tensor) -> Tensor:
+        return student.classify(pixels.to(text_features.device), text_features)
+
+    return _predictor(config, classify, student.stride, student.mean, student.std)
+
+
+def teacher_predictor(config: Config, device: str) -> Predictor:
+    """The teacher's own zero-shot dense prediction among the classes of `config.dataset`."""
+    from pipeline.teacher.clip import FrozenClip  # only here: nothing else in evaluation may load CLIP
+
+    teacher = FrozenClip(config.teacher, device)
+    return dense_predictor(teacher, torch.from_numpy(class_features(config, lambda: teacher)).to(device), config)
+
+
+def dense_predictor(teacher: "FrozenClip", text_features: Tensor, config: Config) -> Predictor:
+    """Cosine of the teacher's dense tokens and `text_features` (K, C)."""
+
+    def classify(pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[-2:]
+        _, dense = teacher.encode(nn.functional.pad(pixels, (0, -width % teacher.stride, 0, -height % teacher.stride)))
+        return torch.einsum("bhwc,kc->bkhw", nn.functional.normalize(dense, dim=-1), text_features)
+
+    return _predictor(config, classify, teacher.stride, teacher.mean, teacher.std)
+
+
+def features_of(config: Config, run: Run, device: str) -> tuple[Config, Tensor]:
+    """Class features (K, C) for a run on `config.dataset`: the run's own, or new ones where other words are asked for.
+
+    Of a dataset with other classes than the run was trained on no class counts as seen or unseen, all are alike: the
+    configuration that is returned says so.
+    """
+    trained, asked = run.config.dataset, config.dataset
+    if all(
+        getattr(trained, key) == getattr(asked, key) for key in ("classes", "prompts", "templates", "text_features")
+    ):
+        return config, run.text_features
+
+    def teacher() -> "FrozenClip":
+        from pipeline.teacher.clip import FrozenClip  # the text tower only, and only if the words are new
+
+        return FrozenClip(config.teacher, device)
+
+    features = torch.from_numpy(class_features(config, teacher, run.text_features.shape[1])).to(device)
+    if asked.classes != trained.classes:
+        config = config.model_copy(update={"dataset": asked.model_copy(update={"unseen": ()})})
+    return config, features
+
+
+def evaluate_predictor(predict: Predictor, dataset: SegmentationDataset, gammas: list[float]) -> list[Scores]:
+    """Scores of a split under each gamma; confusion is accumulated image by image at the masks' own size."""
+    config = dataset.config
+    stacking = CalibratedStacking(len(config.classes), config.seen_indices, config.unseen_indices, gammas)
+    with progress_bar(f"evaluate {dataset.split}", len(dataset), "images") as advance:
+        for row in range(len(dataset)):
+            image, mask = dataset.pair(row)
+            stacking.update(predict(image), mask)
+            advance()
+    return stacking.scores()
+
+
+def run_gamma(run: Run, data_root: Path = DATA) -> float:
+    """The gamma of a run: its settings' number, or what training chose for these weights.
+
+    Of a run without one it is chosen now, if its images can be read below `data_root`; else it is 0, and a line says
+    so.
+    """
+    asked = run.config.evaluate.gamma
+    if isinstance(asked, str) and run.gamma is not None:
+        return run.gamma
+    dataset = run.config.dataset
+    try:
+        if dataset.generator and not (data_root / dataset.root).is_dir():
+            raise UserError(f"no folder {data_root / dataset.root}")  # nobody asked to have it rendered
+        split = open_gamma_split(run.config, data_root)
+    except UserError as error:
+        return _without_gamma(str(run), error)
+    return choose_gamma(student_predictor(run.student, run.text_features, run.config), run.config, split)
+
+
+def gamma_of(predict: Predictor, config: Config, data_root: Path, run: Run | None = None) -> float:
+    """The gamma that `config` asks for: that of `run`, whose student `predict` is, where both have `auto`.
+
+    Raises:
+        UserError: as `open_gamma_split`; but where it is `auto` gamma is 0 without training images, and a line says so.
+    """
+    auto = config.evaluate.gamma == "auto"
+    if auto and config.dataset.unseen and run and run.gamma is not None and run.config.evaluate.gamma == "auto":
+        return run.gamma
+    try:
+        split = open_gamma_split(config, data_root)
+    except UserError as error:
+        if not auto:
+            raise
+        return _without_gamma(str(run or config.teacher.model), error)
+    return choose_gamma(predict, config, split)
+
+
+def _without_gamma(name: str, error: UserError) -> float:
+    say(f"warning: gamma is 0: {name} holds none, and it cannot be chosen on images ({error})")
+    return 0.0
+
+
+def evaluate(predict: Predictor, config: Config, data_root: Path, run: Run | None = None) -> tuple[float, Scores]:
+    """Gamma, as `gamma_of` has it, and scores on the split `evaluate.split`.
+
+    Raises:
+        UserError: there is no such split; or as `gamma_of`.
+    """
+    dataset = open_split(config.dataset, data_root, config.evaluate.split)
+    gamma = gamma_of(predict, config, data_root, run)
+    return gamma, evaluate_predictor(predict, dataset, [gamma])[0]

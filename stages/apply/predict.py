@@ -1,0 +1,223 @@
+"""One's own photos in one's own words, by a trained student.
+
+>>> from stages.apply.predict import Segmenter
+>>> segmenter = Segmenter.load("runs/scenes-001")
+>>> mask = segmenter("photo.jpg", ["cow|bull|calf", "grass"])  # (H, W): 0 is cow, 1 is grass
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from configs.errors import UserError
+from configs.schema import Config
+from pipeline.data.dataset import BrokenFile
+from pipeline.data.photos import WRITTEN, find_photos, read_photo, upright_rgb
+from pipeline.data.views import normalise
+from pipeline.inference import short_side_to
+from pipeline.learning.glm import attention
+from pipeline.metrics import calibrated_argmax
+from pipeline.pictures import contact_sheet, legend, lit, overlay, palette, stacked
+from stages.apply.evaluate import Predictor, dense_predictor, run_gamma, student_predictor
+from stages.apply.words import Vocabulary, vocabulary
+from stages.common.devices import choose_device
+from stages.common.progress import progress_bar
+from stages.common.runs import Run, load_run
+
+if TYPE_CHECKING:
+    from pipeline.teacher.clip import FrozenClip
+
+MOST_PIXELS = 2**22  # of a mask before it is enlarged: finer than the student sees
+PICTURE_SIDE = 2048  # longest side of a picture for people
+
+
+def segment(predict: Predictor, image: np.ndarray, words: Vocabulary, gamma: float) -> np.ndarray:
+    """(H, W, 3) uint8 -> (H, W) uint8 indices of the words."""
+    height, width = image.shape[:2]
+    scale = min(1.0, (MOST_PIXELS / (height * width)) ** 0.5)
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    groups = (words.seen, words.unseen) if words.seen else (words.unseen, [])
+    mask = Image.fromarray(calibrated_argmax(predict(image), size, *groups, [gamma])[0].astype(np.uint8))
+    return np.asarray(mask.resize((width, height), Image.Resampling.NEAREST))
+
+
+class Segmenter:
+    """A trained student that segments images among any words.
+
+    Attributes:
+        classes: the training vocabulary, which is used where no words are given.
+        gamma: subtracted from the logits of classes that the run saw masks of.
+    """
+
+    def __init__(self, run: Run, gamma: float | None = None) -> None:
+        """`gamma`: by default that of the run, as `run_gamma` has it."""
+        self.run = run
+        self.classes = run.config.dataset.classes
+        self.gamma = run_gamma(run) if gamma is None else gamma
+        self._vocabularies: dict[tuple[str, ...], Vocabulary] = {}
+
+    @classmethod
+    def load(cls, run: str | Path, device: str = "auto", gamma: float | None = None) -> "Segmenter":
+        """The student of the run in this folder. UserError if there is none."""
+        return cls(load_run(Path(run), choose_device(device)), gamma)
+
+    def __call__(
+        self, image: np.ndarray | Image.Image | str | Path, classes: Sequence[str] | None = None
+    ) -> np.ndarray:
+        """Segments one image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB, a PIL image, or a file's path; these two as `read_photo` reads a file.
+            classes: K words, synonyms as in `cow|bull|calf`. New ones meet CLIP's text tower once; their features are
+                kept below caches/text/.
+
+        Returns:
+            (H, W) uint8: for each pixel the index in `classes`.
+
+        Raises:
+            UserError: words as in `parse_words`; no image; new words, but no text tower.
+        """
+        if isinstance(image, str | Path):
+            image = read_photo(Path(image))
+        elif isinstance(image, Image.Image):
+            image = upright_rgb(image, "image")
+        elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise UserError(f"an image array is (H, W, 3) uint8, RGB, not {image.shape} {image.dtype}")
+        words = self.vocabulary(classes)
+        return segment(student_predictor(self.run.student, words.features, words.config), image, words, self.gamma)
+
+    def vocabulary(self, classes: Sequence[str] | None = None) -> Vocabulary:
+        """The words, parsed, with their features."""
+        words = self.classes if classes is None else classes
+        key = tuple(words)
+        if key not in self._vocabularies:
+            self._vocabularies[key] = vocabulary(self.run, words)
+        return self._vocabularies[key]
+
+
+def predict(
+    segmenter: Segmenter, photos: Sequence[Path], classes: Sequence[str] | None, output: Path,
+    rle: bool = False, compare: bool = False, show_attention: bool = False,
+) -> tuple[int, list[str]]:  # fmt: skip
+    """Writes PHOTO.overlay.png and PHOTO.mask.png (indices of the classes) of every photo to the folder `output`.
+
+    What stands there of the photo already is deleted.
+
+    Args:
+        photos: files, or folders of them.
+        rle: PHOTO.rle.json too: COCO's uncompressed run lengths of every class that was found.
+        compare: PHOTO.compare.png too: the teacher's own dense prediction beside the student's. Loads CLIP.
+        show_attention: PHOTO.attention.png too: what GLM attends to for CLIP's CLS token of the photo. Loads CLIP.
+
+    Returns:
+        How many photos were segmented, and of each that could not be read why.
+    """
+    files = find_photos(photos)
+    name, times = Counter(file.name for file in files).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{times} of the photos are called {name}, and so would be what is written: run them apart")
+    output.mkdir(parents=True, exist_ok=True)
+    words = segmenter.vocabulary(classes)
+    device = str(segmenter.run.text_features.device)
+    teacher = _teacher(words.config, device) if compare or show_attention else None
+    by_teacher = dense_predictor(teacher, words.features, words.config) if teacher and compare else None
+    failures = []
+    with progress_bar("predict", len(files), "photos") as advance:
+        for file in files:
+            for ending in WRITTEN:
+                (output / f"{file.name}{ending}").unlink(missing_ok=True)
+            try:
+                photo = read_photo(file)
+            except BrokenFile as error:
+                failures.append(str(error))
+                continue
+            mask = segmenter(photo, classes)
+            _save_mask(mask, output / f"{file.name}.mask.png")
+            small = _small(photo)
+            shown = overlay(small, _small(mask))
+            stacked([Image.fromarray(shown), _legend([mask], words)]).save(output / f"{file.name}.overlay.png")
+            if rle:
+                (output / f"{file.name}.rle.json").write_text(json.dumps(coco_rle(mask, words.names)) + "\n")
+            if by_teacher:
+                other = segment(by_teacher, photo, words, 0.0)
+                row = [small, overlay(small, _small(other)), shown]
+                sheet = contact_sheet([row], ("photo", "teacher, dense", "student"), [file.name], 512)
+                stacked([sheet, _legend([other, mask], words)]).save(output / f"{file.name}.compare.png")
+            if teacher and show_attention:
+                weights = cls_attention(segmenter.run, teacher, photo)
+                Image.fromarray(lit(small, weights)).save(output / f"{file.name}.attention.png")
+            advance()
+    return len(files) - len(failures), failures
+
+
+def _teacher(config: Config, device: str) -> "FrozenClip":
+    from pipeline.teacher.clip import FrozenClip
+
+    return FrozenClip(config.teacher, device)
+
+
+@torch.inference_mode()
+def cls_attention(run: Run, teacher: "FrozenClip", image: np.ndarray) -> np.ndarray:
+    """Eq. 1 on a whole image: softmax of its CLS token over the student's features, (h, w) float32, sums to 1."""
+    resized = short_side_to(image, run.config.views.size)[None]
+    pixels = normalise(resized, teacher.mean, teacher.std)
+    below, right = (-side % teacher.stride for side in pixels.shape[-2:])
+    cls_token, _ = teacher.encode(nn.functional.pad(pixels, (0, right, 0, below)))
+    device = run.text_features.device
+    features = run.student(normalise(resized, run.student.mean, run.student.std).to(device))
+    return attention(features, cls_token.to(device)).view(features.shape[2:]).cpu().numpy()
+
+
+def coco_rle(mask: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Annotations of the classes in a mask (H, W), as COCO has them: run lengths down the columns, zeros first."""
+    flat, found = mask.T.ravel(), []
+    for index in np.unique(mask).tolist():
+        inside = np.concatenate([[False], flat == index, [False]])
+        edges = np.flatnonzero(inside[1:] != inside[:-1])  # where runs begin and end
+        counts = np.diff(np.concatenate([[0], edges, [len(flat)]] if edges[-1] < len(flat) else [[0], edges]))
+        rows, columns = np.nonzero(mask == index)
+        left, top = columns.min(), rows.min()
+        found.append(
+            {
+                "category_id": index,
+                "category_name": names[index],
+                "segmentation": {"size": list(mask.shape), "counts": counts.tolist()},
+                "area": len(rows),
+                "bbox": [int(left), int(top), int(columns.max() - left + 1), int(rows.max() - top + 1)],
+            }
+        )
+    return found
+
+
+def _save_mask(mask: np.ndarray, path: Path) -> None:
+    """With the overlay's colours as its palette."""
+    picture = Image.fromarray(mask)
+    picture.putpalette(palette().tobytes())
+    picture.save(path)
+
+
+def _small(picture: np.ndarray) -> np.ndarray:
+    """A photo (H, W, 3), or a mask (H, W), whose longest side is at most PICTURE_SIDE."""
+    height, width = picture.shape[:2]
+    scale = min(1.0, PICTURE_SIDE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    method = Image.Resampling.BILINEAR if picture.ndim == 3 else Image.Resampling.NEAREST
+    return np.asarray(Image.fromarray(picture).resize(size, method))
+
+
+def _legend(masks: Sequence[np.ndarray], words: Vocabulary) -> Image.Image:
+    """The classes in the masks, the largest first, each with its share of every mask."""
+    shares = 100 * np.stack([np.bincount(mask.ravel(), minlength=len(words.names)) / mask.size for mask in masks])
+    names = {}
+    for index in np.argsort(-shares.sum(0), kind="stable").tolist():
+        if shares[:, index].any():
+            texts = ("0" if not share else "< 1" if share < 1 else f"{share:.0f}" for share in shares[:, index])
+            names[index] = f"{words.names[index]} {', '.join(texts)} %"
+    return legend(names, columns=4)

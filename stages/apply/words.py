@@ -1,0 +1,103 @@
+"""Words that a user wants to segment by, and their features: CLIP is only asked for those that are new to a run."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import Config
+from stages.common.runs import Run
+from stages.common.text import class_features
+
+if TYPE_CHECKING:
+    from pipeline.teacher.clip import FrozenClip
+
+MOST_CLASSES = 255  # as in the masks of a dataset
+
+
+def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Class name -> its names in prompts: "cow|bull|calf" is the class cow by three names.
+
+    Raises:
+        UserError: none, an empty one, one twice, or more than 255.
+    """
+    parsed: dict[str, tuple[str, ...]] = {}
+    for word in words:
+        names = tuple(name.strip() for name in word.split("|"))
+        if not all(names):
+            raise UserError(f"--classes: {word!r} has an empty name; write names with commas between, synonyms with |")
+        if names[0] in parsed:
+            raise UserError(f"--classes: {names[0]!r} is there twice")
+        parsed[names[0]] = names
+    if not 1 <= len(parsed) <= MOST_CLASSES:
+        raise UserError(f"--classes: {len(parsed)} classes; give 1 to {MOST_CLASSES}")
+    return parsed
+
+
+def read_words(classes: str) -> list[str]:
+    """What --classes says: words between commas or line ends, or the lines of the text file of that name."""
+    if not os.path.isfile(classes):  # Path.is_file raises where the words are too long for a path
+        return re.split("[,\n]", classes)
+    try:
+        return [line for line in Path(classes).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"--classes {classes} is no text file ({error.reason}): one class a line, in UTF-8") from error
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Classes that were asked for.
+
+    Attributes:
+        config: the run's, with these classes as its dataset's.
+        features: (K, C).
+        seen, unseen: indices of those that the run saw masks of, and of the others.
+    """
+
+    config: Config
+    features: Tensor
+    seen: list[int]
+    unseen: list[int]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.config.dataset.classes
+
+
+def vocabulary(run: Run, words: Sequence[str]) -> Vocabulary:
+    """Names of the training vocabulary keep the run's features and need no CLIP; others meet its text tower, once.
+
+    Raises:
+        UserError: as `parse_words`; or there is no text tower.
+    """
+    if isinstance(words, str):
+        raise UserError(f"classes are a list of words, such as [{words!r}], not one text")
+    parsed, trained = parse_words(words), run.config.dataset
+    known = {name: row for row, name in enumerate(trained.classes)}
+    new = {name: names for name, names in parsed.items() if names != (name,) or name not in known}
+    rows = {name: run.text_features[known[name]] for name in parsed if name not in new}
+
+    @cache
+    def teacher() -> "FrozenClip":
+        from pipeline.teacher.clip import FrozenClip
+
+        return FrozenClip(run.config.teacher)
+
+    for name, names in new.items():  # each is kept by itself: another list may have it too
+        (row,) = class_features(_with_classes(run.config, {name: names}), teacher, run.text_features.shape[1])
+        rows[name] = torch.from_numpy(row).to(run.text_features.device)
+    seen = [index for index, name in enumerate(parsed) if name in known and known[name] in trained.seen_indices]
+    unseen = [index for index in range(len(parsed)) if index not in seen]
+    return Vocabulary(_with_classes(run.config, parsed), torch.stack([rows[name] for name in parsed]), seen, unseen)
+
+
+def _with_classes(config: Config, words: dict[str, tuple[str, ...]]) -> Config:
+    changed = {"name": "words", "classes": tuple(words), "prompts": words, "unseen": (), "text_features": None}
+    return config.model_copy(update={"dataset": config.dataset.model_copy(update=changed)})

@@ -1,0 +1,87 @@
+"""Datasets on disk: what is there, what is wrong with it, file by file."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from configs.dataset import Dataset
+from configs.errors import UserError
+from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
+from stages.common.progress import progress_bar, say
+
+
+def open_split(config: Dataset, data_root: Path, split: str) -> SegmentationDataset:
+    """The split, with a warning if it has not the number of images that the dataset's YAML expects."""
+    dataset = SegmentationDataset(config, data_root, split)
+    if len(dataset) != dataset.expected:
+        say(f"warning: {_miscount(dataset)}; `datasets check {config.name}` says what is missing")
+    return dataset
+
+
+def _miscount(dataset: SegmentationDataset) -> str:
+    return f"{dataset.root}: split {dataset.split} has {len(dataset)} images, {dataset.expected} are expected"
+
+
+@dataclass
+class Check:
+    """What `check` found. `pixels` and `images`: (K,) int64, how often each class occurs."""
+
+    pixels: np.ndarray
+    images: np.ndarray
+    unlabelled: int = 0
+    readable: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def check(config: Dataset, data_root: Path) -> Check:
+    """Reads every image and mask of every split; each fault is one line that names the file.
+
+    A fault is a missing split list or folder, an id listed twice, a split of another size than expected, an image of
+    two splits, an image or mask that is missing, damaged or of a wrong mode, a mask of another size than its image, a
+    value that is no class.
+    """
+    found = Check(np.zeros(len(config.classes), np.int64), np.zeros(len(config.classes), np.int64))
+    split_of: dict[Path, str] = {}
+    for split in config.splits:
+        try:
+            dataset = SegmentationDataset(config, data_root, split)
+        except UserError as error:
+            found.faults.append(str(error))
+            continue
+        if len(dataset) != dataset.expected:
+            found.faults.append(_miscount(dataset))
+        images = dict.fromkeys(map(dataset.image_path, range(len(dataset))), split)
+        shared = sorted(images.keys() & split_of.keys())
+        if shared:
+            both = f"{split_of[shared[0]]} and {split}"
+            found.faults.append(f"splits {both} share {len(shared)} images, {shared[0]} is the first: keep each in one")
+        split_of = images | split_of
+        with progress_bar(f"check {split}", len(dataset), "images") as advance:
+            for counts in _read_all(dataset):
+                advance()
+                if isinstance(counts, str):
+                    found.faults.append(counts)
+                    continue
+                pixels = counts[: len(config.classes)]
+                found.readable += 1
+                found.pixels += pixels
+                found.images += pixels > 0
+                found.unlabelled += int(counts[IGNORE])
+    return found
+
+
+def _read_all(dataset: SegmentationDataset) -> Iterator[np.ndarray | str]:
+    """For every row the pixels of each mask value, (256,), or what is wrong. Decoding runs in threads."""
+
+    def read(row: int) -> np.ndarray | str:
+        try:
+            return np.bincount(dataset.pair(row)[1].ravel(), minlength=256)
+        except BrokenFile as error:
+            return str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(read, range(len(dataset)))

@@ -1,0 +1,32 @@
+"""Care of caches: what they hold, whether every byte is as it was written, and how to mend what is not."""
+
+from pathlib import Path
+
+from cache.dense import DENSE_TOKENS
+from cache.reader import open_cache
+from cache.verify import Damage, info, prepare_repair
+from configs.load import resolve
+from stages.common.caches import cached_settings
+from stages.precompute.recluster import recluster
+from stages.precompute.stage import precompute
+
+
+def repair(location: str, data_root: Path, device: str) -> list[Damage]:
+    """Restores small files from their copies and recomputes bad shards, and those that were never computed.
+
+    Labels that were made from another cache's tokens are made from them again, without the teacher.
+
+    Returns:
+        What was damaged.
+
+    Raises:
+        UserError: there is no cache, both copies of a small file are lost, or the dataset is another by now.
+    """
+    found = prepare_repair(location)
+    manifest = info(location).manifest
+    config = resolve(base=cached_settings(manifest), base_name=f"cache {location}")
+    if manifest.borrowed:
+        recluster(config, open_cache(manifest.borrowed[DENSE_TOKENS].cache), location)
+    else:
+        precompute(config, data_root, location, device)
+    return found

@@ -1,0 +1,161 @@
+"""Checkpoints: one folder each, put in place whole, trusted only while every byte has its checksum.
+
+checkpoints/000400/config.yaml, student.safetensors    what `evaluate` needs: the folder is a run by itself
+training.safetensors                all other tensors, under their path in the state
+state.json                          the state, with the names of its tensors in their place
+SHA256SUMS                          of the files above, as `sha256sum -c` reads it
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cache.folder import flush
+from configs.errors import UserError
+from stages.common.progress import say
+
+FOLDER = "checkpoints"
+TENSORS, STATE, SUMS = "training.safetensors", "state.json", "SHA256SUMS"
+_TENSOR = "tensor: "  # stands before a tensor's name in state.json
+
+
+class Checkpoints:
+    """The checkpoints of one run, numbered by iteration."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        """`keep`: how many of the last ones stay; the best one always does."""
+        self.folder, self.keep = run / FOLDER, keep
+
+    def path(self, iteration: int) -> Path:
+        return self.folder / f"{iteration:06d}"
+
+    def iterations(self) -> list[int]:
+        """Of all that are in place, ascending; damaged ones too."""
+        return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit())
+
+    def save(self, iteration: int, state: dict[str, Any], write_run: Callable[[Path], None]) -> None:
+        """Returns when the checkpoint is on disk; a kill before that leaves none.
+
+        Args:
+            iteration: a later one than those that are there.
+            state: nested dicts and lists of tensors and JSON values.
+            write_run: writes what makes the folder that it is given a run.
+
+        Raises:
+            UserError: the disk does not take it.
+        """
+        path = self.path(iteration)
+        try:
+            aside = self.folder / ".partial"
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            write_run(aside)
+            tensors: dict[str, Tensor] = {}
+            (aside / STATE).write_text(json.dumps(_take_tensors(state, "", tensors)))
+            save_file(tensors, aside / TENSORS)
+            names = sorted(file.name for file in aside.iterdir())
+            (aside / SUMS).write_text("".join(f"{_sha256(aside / name)}  {name}\n" for name in names))
+            for file in aside.iterdir():
+                flush(file)
+            flush(aside)
+            aside.rename(path)
+            flush(self.folder)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot save {path} ({error}): free some space or mend the disk; then train --run "
+                f"{path.parents[1]} goes on"
+            ) from error
+
+    def prune(self, best: int | None) -> None:
+        """Deletes all but the last ones and `best`."""
+        found = self.iterations()
+        for iteration in found[: -self.keep]:
+            if iteration != best:
+                _delete(self.path(iteration))
+
+    def newest(self) -> dict[str, Any] | None:
+        """The state of the newest good checkpoint; later ones, which are damaged, are deleted. None: there are none.
+
+        Raises:
+            UserError: all are damaged.
+        """
+        shutil.rmtree(self.folder / ".partial", ignore_errors=True)  # what a kill left
+        reasons = []
+        for iteration in reversed(self.iterations()):
+            path = self.path(iteration)
+            reason = damage(path)
+            if reason is None:
+                for later in self.iterations():
+                    if later > iteration:
+                        _delete(self.path(later))
+                content = json.loads((path / STATE).read_text())
+                state: dict[str, Any] = _put_tensors(content, load_file(path / TENSORS))
+                return state
+            say(f"warning: checkpoint {path} is damaged ({reason}): going on from the one before")
+            reasons.append(reason)
+        if reasons:
+            raise UserError(
+                f"every checkpoint in {self.folder} is damaged: bring one back, or delete {self.folder} to begin anew"
+            )
+        return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with it, if anything is."""
+    try:
+        sums = [line.split("  ") for line in (checkpoint / SUMS).read_text().splitlines()]
+        listed = {name: digest for digest, name in sums}
+        missing = {STATE, TENSORS} - listed.keys()
+        if missing:
+            return f"{SUMS} lacks {missing.pop()}"
+        for name, digest in listed.items():
+            if _sha256(checkpoint / name) != digest:
+                return f"{name} has changed"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON, its tensors gone to `tensors` under dotted names: optimizer.state.12.exp_avg."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return _TENSOR + name
+    if isinstance(value, dict):
+        return {str(key): _take_tensors(part, f"{name}.{key}" if name else str(key), tensors)
+                for key, part in value.items()}  # fmt: skip
+    if isinstance(value, (list, tuple)):
+        return [_take_tensors(part, f"{name}.{index}", tensors) for index, part in enumerate(value)]
+    return value
+
+
+def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `_take_tensors` took apart; keys that are numbers (an optimiser's parameters) are numbers again."""
+    if isinstance(value, str) and value.startswith(_TENSOR):
+        return tensors[value.removeprefix(_TENSOR)]
+    if isinstance(value, dict):
+        return {int(key) if key.isdigit() else key: _put_tensors(part, tensors) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_put_tensors(part, tensors) for part in value]
+    return value
+
+
+def _delete(path: Path) -> None:
+    """Under another name first: a folder that is half deleted must not look like a checkpoint."""
+    aside = path.with_name(".deleted")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

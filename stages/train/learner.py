@@ -1,0 +1,153 @@
+"""A training step, and all that it changes, as one value that can be saved and restored to the bit."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from configs.errors import UserError
+from configs.schema import Config
+from pipeline.learning.criterion import Criterion
+from pipeline.learning.ranks import average_gradients, averaged, gathered, rank
+from pipeline.student.student import Student
+from stages.train.batches import Batch
+from stages.train.precision import Forward, gradient_scaler, student_forward
+
+
+@dataclass
+class Learner:
+    """Everything that decides how a training goes on, besides its settings.
+
+    Samples follow from `iteration` alone, and so do random numbers: every step has its own seeds.
+
+    Attributes:
+        ema: the exponential moving average of the student's weights, where `train.ema` is on; norms' running statistics
+            are the student's latest.
+        scaler: of float16 gradients.
+        iteration, iterations: steps taken, and of all of them.
+        gamma: of `best_student`; None until a validation has chosen it, and again once the student has learnt more.
+    """
+
+    student: Student
+    criterion: Criterion
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    forward: Forward
+    seed: int
+    iterations: int
+    ema: AveragedModel | None = None
+    iteration: int = 0
+    gamma: float | None = None
+
+    @property
+    def lr(self) -> float:
+        """The encoder's learning rate at the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def best_student(self) -> Student:
+        """The student to evaluate and to keep: the average where there is one."""
+        return self.ema.module if self.ema else self.student  # type: ignore[return-value]
+
+    def step(self, parts: Sequence[Batch], ids: Sequence[str]) -> dict[str, float]:
+        """One iteration; the losses by name, and their `total`, as of the whole batch.
+
+        Args:
+            parts: the batch, or this rank's share of it, whole or in micro-batches, whose losses are averaged.
+            ids: of all images of the dataset, for what cannot be trained on.
+
+        Raises:
+            UserError: a loss is NaN or infinite.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        progress = self.iteration / self.iterations
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        for number, part in enumerate(parts):
+            torch.manual_seed(_seed(self.seed, self.iteration, number, 1 + rank()))
+            features, auxiliary = self.forward(part.pixels)
+            torch.manual_seed(_seed(self.seed, self.iteration, number, 0))  # all ranks synthesize the same prototypes
+            losses = self.criterion(
+                features, part.cls_tokens, part.seen, part.groups, part.rows, part.region_tokens, auxiliary, progress
+            )  # fmt: skip
+            shown = averaged(torch.stack(list(losses.values()))).cpu() / len(parts)
+            for name, value in zip(losses, shown, strict=True):
+                sums[name] = sums[name] + value
+            if not shown.isfinite().all():
+                self._refuse(dict(zip(losses, shown.tolist(), strict=True)), gathered(part.rows), ids)
+            self.scaler.scale(torch.stack(list(losses.values())).sum() / len(parts)).backward()
+        average_gradients([*self.student.parameters(), *self.criterion.parameters()])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        if self.ema:
+            self.ema.update_parameters(self.student)
+        self.iteration += 1
+        self.gamma = None
+        return {**{name: float(value) for name, value in sums.items()}, "total": float(sum(sums.values()))}
+
+    def _refuse(self, losses: dict[str, float], rows: Tensor, ids: Sequence[str]) -> None:
+        wrong = ", ".join(name for name, value in losses.items() if not np.isfinite(value))
+        raise UserError(
+            f"iteration {self.iteration + 1}: loss {wrong} is not finite ({losses}) on images "
+            f"{[ids[row] for row in rows.tolist()]}: lower train.lr"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Nested dicts and lists of tensors and plain values."""
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {**parts, "bank": self.criterion.bank.state(), "iteration": self.iteration, "gamma": self.gamma}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` returned, here or in another process."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                # Saved tensors are contiguous, but sums of mixed memory formats may differ in their last bit.
+                if torch.is_tensor(value) and value.ndim > 1:
+                    moments[name] = torch.empty_like(parameter).copy_(value)
+        self.criterion.bank.restore(state["bank"], self.criterion.alpha.device)
+        self.iteration, self.gamma = state["iteration"], state.get("gamma")  # checkpoints of old have none
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {
+            "student": self.student, "criterion": self.criterion, "optimizer": self.optimizer,
+            "scheduler": self.scheduler, "ema": self.ema, "scaler": self.scaler,
+        }  # fmt: skip
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def make_learner(config: Config, student: Student, criterion: Criterion, device: str) -> Learner:
+    """AdamW over student and criterion, and the schedule of `config.train`."""
+    schedule = config.train
+    factor = schedule.head_lr_factor or student.head_lr_factor
+    optimizer = torch.optim.AdamW(
+        [
+            *student.parameter_groups(schedule.lr, factor, schedule.weight_decay),
+            {"params": list(criterion.parameters()), "lr": schedule.lr * factor, "weight_decay": 0.0},
+        ]
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warm_up_and_poly(step, schedule.warmup, schedule.iterations)
+    )
+    ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema)) if schedule.ema else None
+    return Learner(
+        student, criterion, optimizer, scheduler, gradient_scaler(schedule, device), student_forward(student, schedule),
+        schedule.seed, schedule.iterations, ema.eval() if ema else None,
+    )  # fmt: skip
+
+
+def warm_up_and_poly(step: int, warmup: int, iterations: int) -> float:
+    """Learning-rate factor: linear from ~0 over `warmup` iterations, times poly decay of power 1 to 0."""
+    return min(1.0, (step + 1) / (warmup + 1)) * (1 - step / iterations)
+
+
+def _seed(*numbers: int) -> int:
+    """Of torch's generators, which torch.manual_seed takes; others for other numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

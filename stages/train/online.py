@@ -1,0 +1,54 @@
+"""The teacher beside the student: what a cache spares, as a reference for its result and its speed.
+
+It is stage one's teacher on stage one's views: the same code but for the cache's float16. Sums depend on the batch in
+their last bits, and so may a pseudo label that they decide.
+"""
+
+from torch import Tensor, from_numpy
+from torch.random import fork_rng
+
+from cache.reader import Cache
+from configs.errors import UserError
+from configs.schema import Config
+from pipeline.data.training import LiveView
+from pipeline.data.views import normalise
+from pipeline.pseudo_labels import pseudo_labels
+from pipeline.pseudo_labels.regions import most_groups, region_tokens
+from pipeline.teacher.clip import FrozenClip
+from pipeline.teacher.load import weights_fingerprint
+
+
+class LiveTeacher:
+    """Encodes and labels every batch.
+
+    Attributes:
+        live: what the loader must show it.
+    """
+
+    def __init__(self, config: Config, cache: Cache, device: str) -> None:
+        """UserError if the teacher's files are not those that `cache`, and with it the class features, were made by."""
+        for part, digest in weights_fingerprint(config.teacher).items():
+            if cache.manifest.settings["files"][part] != digest:
+                raise UserError(
+                    f"teacher.{part} {getattr(config.teacher, part)} has changed since {cache.location} was made: "
+                    "precompute again"
+                )
+        self._device, self._pseudo_labels = device, config.pseudo_labels
+        how = config.precompute
+        with fork_rng(devices=[]):  # its random weights, where it has such, must not show in what the student draws
+            self._clip = FrozenClip(config.teacher, device, how.channels_last, how.compile)
+        fresh = config.views if config.train.teacher == "fresh" else None
+        self.live = LiveView(self._clip.mean, self._clip.grid(config.views.size), fresh)
+        self._most = most_groups(config.pseudo_labels, self.live.grid) if config.loss.local else None
+
+    def __call__(self, loaded: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As stages.train.batches.Teacher."""
+        pixels = normalise(loaded["shown"], self._clip.mean, self._clip.std, self._device)
+        cls_tokens, dense_tokens = self._clip.encode(pixels)
+        groups = pseudo_labels(dense_tokens, loaded["unannotated"].numpy(), self._pseudo_labels)[1]
+        regions = None if self._most is None else from_numpy(region_tokens(dense_tokens, groups, self._most))
+        return (
+            cls_tokens.clone(),  # it may take part in autograd
+            from_numpy(groups).to(self._device),
+            None if regions is None else regions.to(self._device),
+        )

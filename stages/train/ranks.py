@@ -1,0 +1,89 @@
+"""Training by several processes, as torchrun starts them: `torchrun --nproc-per-node 8 cli.py train ...`."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import UserError
+from configs.schema import Train
+from pipeline.learning.ranks import averaged, rank, world_size
+from stages.common.progress import console, say
+
+PATIENCE = timedelta(hours=3)  # of the other ranks, while the first one validates
+
+
+@contextmanager
+def ranks(device: str) -> Iterator[str]:
+    """Joins the other processes of torchrun, if there are any; yields this one's device.
+
+    Each rank takes the GPU of its number on its machine; CPUs talk by gloo. Only the first one prints.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    backend = "gloo"
+    if device.startswith("cuda"):
+        backend, device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, timeout=PATIENCE)
+    console.quiet = not is_main()
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def wait_for_all() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def everyone_has(text: str) -> str:
+    """The first rank's."""
+    texts = [text]
+    if world_size() > 1:
+        dist.broadcast_object_list(texts)
+    return texts[0]
+
+
+def anywhere(true: bool, device: str) -> bool:
+    """Whether it is true on any rank: all of them must go the same way."""
+    return bool(averaged(torch.tensor(float(true), device=device)) > 0)
+
+
+def micro_batch(schedule: Train) -> int:
+    """Images that a rank takes at a time.
+
+    Raises:
+        UserError: the batch cannot be split evenly.
+    """
+    parts = world_size() * schedule.accumulate
+    if schedule.batch_size % parts:
+        counts = range(1, schedule.batch_size + 1)
+        fitting = ", ".join(str(count) for count in counts if schedule.batch_size % count == 0)
+        raise UserError(
+            f"train.batch_size {schedule.batch_size} cannot be split among {world_size()} processes x train.accumulate "
+            f"{schedule.accumulate}: their product must be one of {fitting}"
+        )
+    together = schedule.batch_size // schedule.accumulate
+    if schedule.accumulate > 1:
+        say(
+            f"train.accumulate {schedule.accumulate}: negatives of InfoNCE, centroids, NEL's and cross-entropy's "
+            f"counts and batch norm see {together} images at a time; {schedule.batch_size} at once learn otherwise"
+        )
+    return together // world_size()
+
+
+def own_draws(schedule: Train, first: int) -> list[int]:
+    """The samples that this rank draws, in order, from iteration `first` on: its share of every micro-batch."""
+    size = micro_batch(schedule)
+    draws = torch.arange(first * schedule.batch_size, schedule.iterations * schedule.batch_size)
+    return draws.view(-1, world_size(), size)[:, rank()].flatten().tolist()

@@ -1,0 +1,80 @@
+"""Validation in the course of a training: gamma, scores at it, and pictures of the same few images each time."""
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from configs.schema import Config
+from pipeline.data.dataset import SegmentationDataset
+from pipeline.inference import ClassLogits
+from pipeline.student.student import Student
+from stages.apply.evaluate import Predictor, evaluate_predictor, student_predictor
+from stages.apply.gamma import choose_gamma
+from stages.common.progress import say
+from stages.train.log import RunLog, read_scores
+from stages.train.pictures import few, predictions
+from stages.train.stopping import Stop
+
+
+class Validation:
+    """Scores a student on one split; which of a run's validations are done, and which was the best, its log knows."""
+
+    def __init__(
+        self, config: Config, dataset: SegmentationDataset, gamma_split: SegmentationDataset | None,
+        text_features: Tensor, log: RunLog, stop: Stop, show_attention: Callable[[Student], Image.Image],
+    ) -> None:  # fmt: skip
+        """`gamma_split` is that of `open_gamma_split`."""
+        self.config, self.dataset, self.text_features, self.log, self.stop = config, dataset, text_features, log, stop
+        self.gamma_split, self.show_attention = gamma_split, show_attention
+        generalised = bool(config.dataset.unseen)
+        self.names = ("miou", "miou_seen", "miou_unseen", "hiou") if generalised else ("miou",)
+        self._scores = {line["iteration"]: line[self.names[-1]] for line in read_scores(log.path)}
+
+    def choose_gamma(self, student: Student) -> float:
+        """The gamma that `evaluate.gamma` asks for; where it is `auto`, on a few training images: a matter of seconds.
+
+        Leaves `student` in eval mode.
+
+        Raises:
+            Stopped: a signal came between two images.
+        """
+        return choose_gamma(self._until_stopped(student), self.config, self.gamma_split)
+
+    def __call__(self, student: Student, iteration: int, gamma: float) -> None:
+        """Scores at `gamma`, which the best validation is chosen by, and at 0. Leaves `student` in eval mode.
+
+        Raises:
+            Stopped: a signal came between two images.
+        """
+        predict = self._until_stopped(student)
+        scores, plain = evaluate_predictor(predict, self.dataset, [gamma, 0.0])
+        logits = {row: predict(self.dataset.image(row)) for row in few(range(len(self.dataset)))}
+        self.log.picture(iteration, f"{self.dataset.split}/predictions", predictions(self.dataset, logits, gamma))
+        self.log.picture(iteration, "train/attention", self.show_attention(student))
+        shown = {name: getattr(scores, name) for name in self.names}
+        main = self.names[-1]
+        own = {"gamma": gamma, f"{main}_at_0": getattr(plain, main)} if self.config.dataset.unseen else {}
+        self.log.scores(iteration, self.dataset.split, {**shown, **own})
+        self._scores[iteration] = shown[main]
+        values = ", ".join(f"{name} {value:.1f}" for name, value in shown.items())
+        at = f", gamma {gamma:.3g}" if own else ""
+        say(f"iteration {iteration}, {self.dataset.split}{at}: {values}")
+
+    def _until_stopped(self, student: Student) -> Predictor:
+        predict = student_predictor(student.eval(), self.text_features, self.config)
+
+        def until_stopped(image: np.ndarray) -> ClassLogits:
+            self.stop.check()
+            return predict(image)
+
+        return until_stopped
+
+    def done(self, iteration: int) -> bool:
+        return iteration in self._scores
+
+    @property
+    def best(self) -> int | None:
+        """The iteration of the highest hIoU (mIoU, where no class is unseen); the first of equals."""
+        return max(self._scores, key=self._scores.__getitem__, default=None)
