@@ -5,12 +5,12 @@
 
 On the target machine, `precompute --dry-run` measures the teacher's speed and the free disk space instead.
 
-Speeds: an RTX 4090 runs ViT-B/16 at 512 on 433 images per second in half precision (timm's benchmark tables). An H100 SXM
-has 3.35 TB/s of memory bandwidth against the 4090's 1.01, and is assumed to be faster by the same factor. A training step
-costs three forward passes. The student does fewer multiplications per second than the teacher: 0.29 as many, measured on
-a CPU for SegFormer-B0 and ViT-B/16 (benchmarks/stage_two.md: 6.92 CPU seconds and 0.596 x 16.94, for 4 images). Reading
-and clustering are left out because there are no GPU measurements of them: on one CPU core they take 4 to 15 ms
-(benchmarks/stage_two.md) and 8 to 12 ms (benchmarks/kmeans.md) per view at 512.
+Speeds: an RTX 4090 runs ViT-B/16 at 512 on 433 images per second in half precision (timm's benchmark tables). An H100
+SXM has 3.35 TB/s of memory bandwidth against the 4090's 1.01, and is assumed to be faster by the same factor. A
+training step costs three forward passes. The student does fewer multiplications per second than the teacher: 0.29 as
+many, measured on a CPU for SegFormer-B0 and ViT-B/16 (benchmarks/stage_two.md: 6.92 CPU seconds and 0.596 x 16.94, for
+4 images). Reading and clustering are left out because there are no GPU measurements of them: on one CPU core they take
+4 to 15 ms (benchmarks/stage_two.md) and 8 to 12 ms (benchmarks/kmeans.md) per view at 512.
 """
 
 import argparse
@@ -130,7 +130,7 @@ def page() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compute what a dataset costs.")
-    parser.add_argument("--images", type=int, help="number of images in your dataset; without this option, docs/cost.md is written")
+    parser.add_argument("--images", type=int, help="images in your dataset; without it, docs/cost.md is written")
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--teacher", default="ViT-B-16")
     parser.add_argument("--size", type=int, default=512)
