@@ -73,7 +73,7 @@ def test_ctrl_c_ends_all_processes_without_a_traceback(world: World, tmp_path: P
             if group_lives(process.pid):
                 os.killpg(process.pid, signal.SIGKILL)
     text = (tmp_path / "said").read_text()
-    assert "Traceback" not in text and "stopped: the same command goes on from here" in text
+    assert "Traceback" not in text and "stopped: run the same command to continue" in text
 
 
 def group_lives(group: int) -> bool:

@@ -229,7 +229,7 @@ def test_odd_photos_give_a_result_or_a_line(world: World, trained: Path, tmp_pat
     (folder / "notes.txt").write_text("no photo")
     done = world.run("predict", folder, "--run", trained, "--output", tmp_path / "out", "--rle", check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("left out: ")]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("skipped: ")]
     assert len(lines) == len(BROKEN) and all(any(name in line for line in lines) for name in BROKEN)
     assert "5 photos could not be read" in done.stderr
     for name, size in made.items():
