@@ -135,7 +135,7 @@ class Loss(Section):
 
     global_: bool = Field(True, alias="global", description="GLM: InfoNCE on predicted CLS tokens")
     local: bool = Field(True, description="local distillation: Eq. 3 of regions; not in the paper")
-    local_weight: NonNegativeFloat = 1.25
+    local_weight: NonNegativeFloat = 1.4
     nel: bool = True
     ce: bool = True
     bce: bool = True
