@@ -48,7 +48,7 @@ def test_a_mistake_is_said_though_quiet(world: World) -> None:
 def test_ctrl_c_says_how_to_go_on(world: World, tmp_path: Path) -> None:
     with mock.patch.object(stages.precompute.stage, "precompute", side_effect=KeyboardInterrupt):
         done = world.run("precompute", "--config", world.config, "--cache", tmp_path / "x", check=False)
-    assert done.returncode == 130 and "the same command goes on" in done.stderr
+    assert done.returncode == 130 and "run the same command to continue" in done.stderr
 
 
 def test_ctrl_c_ends_all_processes_without_a_traceback(world: World, tmp_path: Path) -> None:
