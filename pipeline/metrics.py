@@ -159,3 +159,10 @@ def adjusted_rand_index(first: np.ndarray, second: np.ndarray) -> float:
     )
     most_minus_chance = (one + other) * pairs - 2 * one * other  # exact: Python's integers; x 2 pairs, as the other is
     return 2 * (both * pairs - one * other) / most_minus_chance if most_minus_chance else 1.0
+
+
+def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the precision-recall steps of one class (not interpolated): (N,) scores and bool -> 0 to 1."""
+    ranked = positive[np.argsort(-scores, kind="stable")]
+    precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
+    return float(precision[ranked].mean())
