@@ -20,16 +20,15 @@ def window_seeds(
     leaves none (the strips between windows hold the only unannotated tokens), their overall mean is the one seed.
 
     Args:
-        tokens: (B, G, G, C) float32; annotated tokens must be zero, unless they count.
+        tokens: (B, G, G, C); annotated tokens must be zero, unless they count.
         unannotated: (B, G, G) bool.
         everything: annotated tokens count too.
 
     Returns:
-        Seeds (B, k, C) float64, of each view in the order of `windows`, then row by row, then zeros; and how many they
+        Seeds (B, k, C), of each view in the order of `windows`, then row by row, then zeros; and how many they
         are, (B,) int64, 0 only without an unannotated token. k is the number of windows.
     """
-    grid = tokens.double().permute(0, 3, 1, 2)  # in float64 no order of adding shows in the result's float32
-    free = unannotated[:, None].double()
+    grid, free = tokens.permute(0, 3, 1, 2), unannotated[:, None].to(tokens.dtype)
     means, found = [], []
     for window in windows:
         size, stride = min(window, tokens.shape[1]), window + 1
