@@ -10,7 +10,7 @@ H100 SXM has 3.35 TB/s of memory bandwidth where that has 1.01, and is taken to 
 three forward passes, whose multiplications take longer than the teacher's: 0.29 as many a second, as measured on a CPU
 for SegFormer-B0 beside ViT-B/16 (benchmarks/stage_two.md: 6.92 CPU seconds and 0.596 x 16.94, of 4 images). Reading
 and clustering are left out, as for neither is there a figure on a GPU: on one CPU core they take 4 to 15 ms
-(benchmarks/stage_two.md) and 8 to 12 ms (benchmarks/kmeans.md) of a view at 512.
+(benchmarks/stage_two.md) and 4 to 8 ms (benchmarks/kmeans.md) of a view at 512.
 """
 
 import argparse

@@ -9,7 +9,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import PseudoLabels
 from pipeline.pseudo_labels.fusion import fuse
-from pipeline.pseudo_labels.kmeans import KMEANS, TIE, Clusters, KMeans, unit_length
+from pipeline.pseudo_labels.kmeans import KMEANS, TIE, Clusters, KMeans, lengths
 from pipeline.pseudo_labels.seeds import window_seeds
 
 ANNOTATED = 255
@@ -20,6 +20,7 @@ def kmeans_on(device: str) -> str:
     return "faiss" if device == "cpu" else "torch"
 
 
+@torch.inference_mode()
 def pseudo_labels(
     dense_tokens: Tensor, unannotated: np.ndarray, config: PseudoLabels, kmeans: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -56,31 +57,25 @@ def pseudo_labels(
 def _cluster(dense_tokens: Tensor, unannotated: Tensor, config: PseudoLabels, kmeans: KMeans) -> list[Clusters]:
     """The clusters of each view's unannotated tokens, before fusion."""
     everything = config.seed_tokens == "all"
-    tokens = unit_length(dense_tokens)
-    if not everything:
-        _clear(tokens, unannotated)
-    if not math.isfinite(torch.linalg.vector_norm(tokens)):
+    length = lengths(dense_tokens)
+    if not math.isfinite((length if everything else length[unannotated]).sum()):
         raise UserError("the teacher gave dense tokens that are not finite: check its weights (teacher)")
+    tokens = dense_tokens / length
+    free = tokens if unannotated.all() else tokens.masked_fill(~unannotated[..., None], 0)
+    grid = tokens if everything else free
     together = [config.windows] if config.kmeans == "joint" else [(window,) for window in config.windows]
-    scales = [window_seeds(tokens, unannotated, windows, everything) for windows in together]
+    scales = [window_seeds(grid, unannotated, windows, everything) for windows in together]
     most = sum(int(counts.max()) for _, counts in scales)
     if most > ANNOTATED:
         raise UserError(
             f"pseudo_labels.windows {list(config.windows)} give {most} seeds on a grid of {tokens.shape[1]}, "
             f"and at most {ANNOTATED} fit: choose larger windows"
         )
-    _clear(tokens, unannotated)
-    flat, inside = tokens.flatten(1, 2), unannotated.flatten(1)
+    flat, inside = free.flatten(1, 2), unannotated.flatten(1)
     found = [kmeans(flat, inside, seeds, counts, config.iterations) for seeds, counts in scales]
     if len(found) == 1:
         return found[0]
     return [_joined(own[mask], of_scales) for own, mask, *of_scales in zip(flat, inside, *found, strict=True)]
-
-
-def _clear(tokens: Tensor, unannotated: Tensor) -> None:
-    """Annotated tokens become zero, also where they are not finite."""
-    if not unannotated.all():
-        tokens.masked_fill_(~unannotated[..., None], 0)
 
 
 def _joined(tokens: Tensor, scales: list[Clusters]) -> Clusters:

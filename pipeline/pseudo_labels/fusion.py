@@ -3,8 +3,6 @@
 import numpy as np
 import torch
 
-from pipeline.pseudo_labels.kmeans import unit_length
-
 
 def fuse(centroids: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarray:
     """Groups of clusters.
@@ -23,7 +21,7 @@ def fuse(centroids: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarr
     """
     alive = np.flatnonzero(sizes)
     similarity = similarities(centroids[alive])
-    near = (similarity > threshold) | np.eye(len(alive), dtype=bool)
+    near = similarity > threshold  # also a cluster to itself, where it is near another
     rows, columns = np.nonzero(np.triu(near, 1))
     order = (-similarity[rows, columns]).argsort(kind="stable")
     free, owner = np.ones(len(alive), bool), np.arange(len(alive))  # owner: the smallest cluster of a cluster's group
@@ -33,7 +31,7 @@ def fuse(centroids: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarr
             owner[members] = members[0]
             free[members] = False
     groups = np.full(len(sizes), -1)
-    groups[alive] = np.unique(owner, return_inverse=True)[1]
+    groups[alive] = np.cumsum(owner == np.arange(len(alive)))[owner] - 1
     return groups
 
 
@@ -43,7 +41,8 @@ def similarities(centroids: np.ndarray) -> np.ndarray:
     In float64: near-duplicates differ by less than float32's rounding, and the order of merging depends on them.
     """
     # By torch, whose threads stage one sets (NumPy's BLAS takes all cores); equals must tie, whatever its last digits.
-    unit = unit_length(torch.from_numpy(centroids).double())
-    product = (unit @ unit.T).clamp(-1, 1).numpy().round(12)
-    upper = np.triu(product)  # the halves of a BLAS product may differ in the last digit, which rounding can widen
-    return upper + np.triu(product, 1).T
+    exact = torch.from_numpy(centroids).double()
+    products = (exact @ exact.T).numpy()
+    lengths = np.sqrt(products.diagonal()).clip(min=1e-99)  # zero centroids look like nothing
+    cosines = (products / np.outer(lengths, lengths)).round(12)
+    return np.maximum(cosines, cosines.T)  # the halves may differ in the last digit, which rounding can widen

@@ -22,8 +22,12 @@ Clusters = tuple[np.ndarray, np.ndarray]  # of a view: labels (n,) int64, centro
 
 def unit_length(tokens: Tensor) -> Tensor:
     """(..., C) at length 1; a zero token stays zero."""
-    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
-    return tokens / length.masked_fill_(length == 0, 1)
+    return tokens / lengths(tokens)
+
+
+def lengths(tokens: Tensor) -> Tensor:
+    """(..., 1), never quite zero."""
+    return torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_(min=1e-37)
 
 
 def direction(sums: Tensor) -> Tensor:
@@ -50,12 +54,13 @@ def kmeans_faiss(tokens: Tensor, inside: Tensor, seeds: Tensor, seed_counts: Ten
             if len(own) <= count:
                 found.append((np.arange(len(own)), own))
                 continue
-            clustering = faiss.Kmeans(
-                own.shape[1], count, niter=iterations, spherical=True, min_points_per_centroid=1,
-                max_points_per_centroid=len(own), check_input_data_for_NaNs=False,
-            )  # fmt: skip
-            clustering.train(own, init_centroids=seeds[view, :count].numpy())
-            found.append((clustering.index.search(own, 1)[1][:, 0], np.asarray(clustering.centroids)))
+            clustering, index = faiss.Clustering(own.shape[1], count), faiss.IndexFlatIP(own.shape[1])
+            clustering.niter, clustering.spherical, clustering.check_input_data_for_NaNs = iterations, True, False
+            clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, len(own)  # all, without a word
+            faiss.copy_array_to_vector(seeds[view, :count].numpy().ravel(), clustering.centroids)
+            clustering.train(own, index)
+            centroids = faiss.vector_to_array(clustering.centroids).reshape(count, -1)
+            found.append((index.search(own, 1)[1][:, 0], centroids))
     return found
 
 

@@ -144,13 +144,13 @@ def test_a_view_does_not_depend_on_the_batch(kmeans: str, seed: int) -> None:
 
 def test_faiss_computes_on_one_thread_whatever_the_caller_has(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, seeds, _ = draw_clusters(np.random.default_rng(0), 40, 3, 4, 0.3)
-    before, train, found = faiss.omp_get_max_threads(), faiss.Kmeans.train, []
+    before, train, found = faiss.omp_get_max_threads(), faiss.Clustering.train, []
 
     def watched(*given: Any, **named: Any) -> None:
         found.append(faiss.omp_get_max_threads())
         train(*given, **named)
 
-    monkeypatch.setattr(faiss.Kmeans, "train", watched)
+    monkeypatch.setattr(faiss.Clustering, "train", watched)
     faiss.omp_set_num_threads(2)
     try:
         solve("faiss", [(tokens, seeds)])
