@@ -10,7 +10,7 @@ SXM has 3.35 TB/s of memory bandwidth against the 4090's 1.01, and is assumed to
 training step costs three forward passes. The student does fewer multiplications per second than the teacher: 0.29 as
 many, measured on a CPU for SegFormer-B0 and ViT-B/16 (benchmarks/stage_two.md: 6.92 CPU seconds and 0.596 x 16.94, for
 4 images). Reading and clustering are left out because there are no GPU measurements of them: on one CPU core they take
-4 to 15 ms (benchmarks/stage_two.md) and 8 to 12 ms (benchmarks/kmeans.md) per view at 512.
+4 to 15 ms (benchmarks/stage_two.md) and 4 to 8 ms (benchmarks/kmeans.md) per view at 512.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Pseudo labels by three ways: a plain faiss.Kmeans loop, ours on a CPU (FAISS), the batched one in torch, for GPUs.
+"""Pseudo labels by FAISS and by torch, beside a plain faiss.Kmeans loop; and how far the two agree.
 
     OMP_NUM_THREADS=1 python -m benchmarks.kmeans    # prints the tables of benchmarks/kmeans.md; minutes on one core
 
 On a CPU one thread's CPU time is taken, which other processes disturb less than the clock on the wall; on a GPU, which
 is timed when there is one, the wall's, with the maps brought back to the host. The ways take turns within each round,
 and medians are reported. The tokens are drawn: objects with smooth borders on a common ground, smooth drift inside
-them, and noise; "alike" are objects without noise and with hardly any drift, whose tokens float32 cannot tell apart.
+them, and noise; "alike" are objects without noise and with hardly any drift, whose tokens float32 hardly tells apart.
 """
 
 import platform
@@ -21,10 +21,11 @@ import torch
 from torch.nn.functional import interpolate
 
 from configs.schema import PseudoLabels
-from pipeline.pseudo_labels import label_batched, label_one_by_one
-from pipeline.pseudo_labels.kmeans import kmeans, unit_length
+from pipeline.pseudo_labels import pseudo_labels
+from pipeline.pseudo_labels.kmeans import unit_length
 from pipeline.pseudo_labels.seeds import window_seeds
 from stages.common.devices import keep_freed_memory
+from tests.reference import adjusted_rand
 
 VIEWS, ROUNDS = 8, 5
 CASES = [  # title, grid, channels, windows, drift, noise, batches
@@ -49,7 +50,7 @@ def draw_view(rng: np.random.Generator, grid: int, channels: int, drift: float, 
 
 
 def plain_kmeans(tokens: np.ndarray, seeds: np.ndarray, iterations: int) -> np.ndarray:
-    """What our K-means replaces."""
+    """The K-means alone, as anyone would call it."""
     clustering = faiss.Kmeans(
         tokens.shape[1], len(seeds), niter=iterations, spherical=True, min_points_per_centroid=1,
         max_points_per_centroid=len(tokens),
@@ -70,14 +71,14 @@ def race(ways: dict[str, Callable[[], object]], clock: Callable[[], float]) -> d
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def unstable(ready: list[tuple[np.ndarray, np.ndarray]], iterations: int) -> str:
-    """Labels in a thousand by which plain FAISS differs from ours, and from itself with two threads."""
-    ours = [kmeans(tokens, seeds, iterations)[0] for tokens, seeds in ready]
-    plain = [plain_kmeans(tokens, seeds, iterations) for tokens, seeds in ready]
-    faiss.omp_set_num_threads(2)
-    two = [plain_kmeans(tokens, seeds, iterations) for tokens, seeds in ready]
-    faiss.omp_set_num_threads(1)
-    return " | ".join(f"{1000 * np.mean(np.concatenate(plain) != np.concatenate(other)):.1f}" for other in (ours, two))
+def agreement(dense: torch.Tensor, masks: np.ndarray, config: PseudoLabels) -> list[str]:
+    """Adjusted Rand index of FAISS's clusters and torch's, and of their groups: the views' mean and least."""
+    pairs = zip(*(pseudo_labels(dense, masks, config, kmeans) for kmeans in ("faiss", "torch")), strict=True)
+    found = [
+        [adjusted_rand(*view) for view in zip(*(maps.reshape(len(maps), -1) for maps in pair), strict=True)]
+        for pair in pairs
+    ]
+    return [f"{np.mean(views):.3f} ({min(views):.3f})" for views in found]
 
 
 def measure(title: str, grid: int, channels: int, windows: tuple[int, ...], drift: float, noise: float) -> list[str]:
@@ -89,12 +90,12 @@ def measure(title: str, grid: int, channels: int, windows: tuple[int, ...], drif
     ready = list(zip(tokens.flatten(1, 2).numpy(), seeds, strict=True))
     ways: dict[str, Callable[[], object]] = {
         "plain": lambda: [plain_kmeans(*view, config.iterations) for view in ready],
-        "ours": lambda: [kmeans(*view, config.iterations) for view in ready],
-        "whole": lambda: label_one_by_one(dense, masks, config),
+        "whole": lambda: pseudo_labels(dense, masks, config, "faiss"),
     }
     ms = {name: value / VIEWS for name, value in race(ways, time.thread_time).items()}
-    share = [f"{ms[name]:.2f} ({ms[name] / ms['plain']:.2f})" for name in ("ours", "whole")]
-    return [title, str(seeds.shape[1]), f"{ms['plain']:.2f}", *share, unstable(ready, config.iterations)]
+    ratio = f"{ms['whole'] / ms['plain']:.2f}"
+    times = [f"{ms['plain']:.2f}", f"{ms['whole']:.2f}", ratio]
+    return [title, str(seeds.shape[1]), *times, *agreement(dense, masks, config)]
 
 
 def drawn(
@@ -111,15 +112,15 @@ def measure_batch(case: tuple, batch: int) -> list[str]:
     config = PseudoLabels(windows=windows)
     dense, masks = drawn(np.random.default_rng(0), grid, channels, drift, noise, batch)
     ways: dict[str, Callable[[], object]] = {
-        "one": lambda: label_one_by_one(dense, masks, config),
-        "batched": lambda: label_batched(dense, masks, config),
+        "faiss": lambda: pseudo_labels(dense, masks, config, "faiss"),
+        "torch": lambda: pseudo_labels(dense, masks, config, "torch"),
     }
     ms = race(ways, time.thread_time)
     gpu = "not run"
     if torch.cuda.is_available():
         device = dense.cuda()
-        gpu = f"{race({'gpu': lambda: label_batched(device, masks, config)}, time.perf_counter)['gpu'] / batch:.3f}"
-    return [title, str(batch), f"{ms['one'] / batch:.2f}", f"{ms['batched'] / batch:.2f}", gpu]
+        gpu = f"{race({'gpu': lambda: pseudo_labels(device, masks, config)}, time.perf_counter)['gpu'] / batch:.3f}"
+    return [title, str(batch), f"{ms['faiss'] / batch:.2f}", f"{ms['torch'] / batch:.2f}", gpu]
 
 
 def machine() -> str:
@@ -139,9 +140,9 @@ def main() -> None:
     faiss.omp_set_num_threads(1)
     keep_freed_memory()
     print(machine() + "\n")
-    head = "| tokens | seeds | faiss.Kmeans | our K-means | pseudo_labels | FAISS - ours | FAISS, 1 - 2 threads |"
+    head = "| tokens | seeds | faiss.Kmeans | pseudo_labels | ratio | ARI of clusters | ARI of groups |"
     print(table(head, [measure(*case[:-1]) for case in CASES]))
-    head = "| tokens | views | one by one (FAISS) | batched, CPU | batched, GPU |"
+    head = "| tokens | views | FAISS | torch, CPU | torch, GPU |"
     print(table(head, [measure_batch(case, batch) for case in CASES for batch in case[-1]]))
 
 

@@ -12,7 +12,8 @@ from cache.layout import IMAGE_IDS, MANIFEST, ArraySpec, copy_key
 from cache.sealed import FileDigest, seal, sha256, to_json, unseal
 from configs.errors import UserError
 
-FORMAT = 4
+FORMAT = 5
+READABLE = (4, FORMAT)  # format 4 does not say which K-means made its labels
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -75,6 +76,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     images: PositiveInt  # N
     views: PositiveInt  # V; may grow, and the fingerprint does not cover it
     shard_images: PositiveInt  # S
+    kmeans: str | None = None  # by which the labels are made, "faiss" or "torch"; None: format 4 does not say
     arrays: dict[str, ArraySpec]  # those that lie in this cache
     borrowed: dict[str, Borrowed] = {}  # those that lie in another, by name
     files: dict[str, FileDigest] = {}  # of every file that is neither a manifest, a record nor a shard, by key
@@ -91,6 +93,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         arrays: Mapping[str, ArraySpec],
         context: Mapping[str, Any] | None = None,
         borrowed: Mapping[str, Borrowed] | None = None,
+        kmeans: str | None = None,
     ) -> "Manifest":
         """The manifest to pass to `create_cache`, which adds the digests of its `files`."""
         return cls(
@@ -102,6 +105,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
             images=len(image_ids),
             views=views,
             shard_images=shard_images,
+            kmeans=kmeans,
             arrays=dict(arrays),
             borrowed=dict(borrowed or {}),
         )
@@ -133,9 +137,10 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         try:
             content = json.loads(data)
             number = content.get("format") if isinstance(content, dict) else FORMAT
-            if number != FORMAT and ("checksum" not in content or unseal(data)):
+            if number not in READABLE and ("checksum" not in content or unseal(data)):
                 raise UserError(
-                    f"{path} has format {number!r}, but this version of CLIP-ZSS reads format {FORMAT}: {afresh}"
+                    f"{path} has format {number!r}, but this version of CLIP-ZSS reads {READABLE[0]} and {FORMAT}: "
+                    f"{afresh}"
                 )
             manifest = cls.model_validate(unseal(data))
         except ValidationError as error:
@@ -149,7 +154,8 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         return manifest
 
     def to_bytes(self) -> bytes:
-        return seal(self.model_dump(mode="json"))
+        """Of a manifest of format 4, the bytes that it was read from."""
+        return seal(self.model_dump(mode="json", exclude={"kmeans"} if self.kmeans is None else None))
 
     @property
     def shards(self) -> int:

@@ -118,29 +118,11 @@ def nearest(tokens: Array, centroids: Array) -> Array:
     return np.array([np.flatnonzero(row >= row.max() - 1e-12)[0] for row in similarity])
 
 
-def split_empty(centroids: Array, sizes: Array, n: int) -> None:
-    """As FAISS 1.15, in place, (k, C), (k,): each empty cluster takes half of a donor, p = (size - 1) / (n - k)."""
-    k, stream = len(sizes), np.random.RandomState(1234)
-    sign = np.where(np.arange(centroids.shape[1]) % 2 == 0, 1.0, -1.0) / 1024
-    for empty in np.flatnonzero(sizes == 0):
-        for attempt in range(10 * k):
-            chance = np.float32((sizes[attempt % k] - 1.0) / (n - k))
-            if np.float32(stream.randint(0, 2**32, dtype=np.uint32)) / np.float32(2**32 - 1) < chance:
-                donor = attempt % k
-                break
-        else:  # nobody drawn in ten rounds: the largest gives
-            donor = int(sizes.argmax())
-        centroids[empty] = centroids[donor] * (1 + sign)
-        centroids[donor] = centroids[donor] * (1 - sign)
-        sizes[empty] = sizes[donor] / 2
-        sizes[donor] -= sizes[empty]
-
-
 def kmeans(tokens: Array, seeds: Array, iterations: int) -> Pair:
-    """Section 3.3. Unit tokens (n, C), seeds (k, C) -> labels (n,), centroids (k, C), as faiss.Kmeans(spherical=True).
+    """Section 3.3. Unit tokens (n, C), seeds (k, C) -> labels (n,), centroids (k, C), spherical.
 
-    Mirrored from FAISS: empty clusters are split. All iterations run, and all tokens are clustered, however many. With
-    no more tokens than seeds each is a cluster, and they are the centroids. Means that cancel out (1e-9) are zero.
+    A cluster that runs empty keeps its centroid. With no more tokens than seeds each is a cluster, and they are the
+    centroids. Means that cancel out (1e-9) are zero.
     """
     tokens = np.asarray(tokens, dtype=np.float64)
     n, k = len(tokens), len(seeds)
@@ -149,14 +131,21 @@ def kmeans(tokens: Array, seeds: Array, iterations: int) -> Pair:
     centroids = unit(seeds)
     for _ in range(iterations):
         labels = nearest(tokens, centroids)
-        sizes = np.bincount(labels, minlength=k).astype(np.float64)
-        centroids = np.zeros_like(centroids)
-        for token, label in zip(tokens, labels, strict=True):
-            centroids[label] += token
-        centroids = unit(np.where(np.sqrt((centroids**2).sum(axis=1, keepdims=True)) < 1e-9, 0, centroids))
-        split_empty(centroids, sizes, n)
-        centroids = unit(centroids)
+        for cluster in set(labels.tolist()):
+            total = tokens[labels == cluster].sum(axis=0)
+            centroids[cluster] = unit(total) if np.sqrt((total**2).sum()) >= 1e-9 else 0
     return nearest(tokens, centroids), centroids
+
+
+def adjusted_rand(one: Array, other: Array) -> float:
+    """How far two labellings (n,) of the same tokens agree, whatever the numbers: 1 the same, 0 as by chance."""
+    table = np.zeros((one.max() + 1, other.max() + 1))
+    np.add.at(table, (one, other), 1)
+    both, rows, columns, total = (
+        (part * (part - 1) / 2).sum() for part in (table, table.sum(axis=1), table.sum(axis=0), table.sum())
+    )
+    chance, most = rows * columns / total, (rows + columns) / 2
+    return 1.0 if most == chance else float((both - chance) / (most - chance))
 
 
 def fuse(centroids: Array, sizes: Array, threshold: float) -> Array:

@@ -21,16 +21,17 @@ def fuse(centroids: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarr
     """
     alive = np.flatnonzero(sizes)
     similarity = similarities(centroids[alive])
-    np.fill_diagonal(similarity, -np.inf)
-    owner = np.arange(len(alive))  # the smallest cluster of each cluster's group
-    while len(alive) and similarity.flat[first := similarity.argmax()] > threshold:
-        row = int(first) // len(alive)
-        members = np.append(np.flatnonzero(similarity[row] > threshold), row)
-        owner[members] = members.min()
-        similarity[members] = -np.inf
-        similarity[:, members] = -np.inf
+    near = similarity > threshold  # also a cluster to itself, where it is near another
+    rows, columns = np.nonzero(np.triu(near, 1))
+    order = (-similarity[rows, columns]).argsort(kind="stable")
+    free, owner = np.ones(len(alive), bool), np.arange(len(alive))  # owner: the smallest cluster of a cluster's group
+    for row, column in zip(rows[order].tolist(), columns[order].tolist(), strict=True):
+        if free[row] and free[column]:
+            members = np.flatnonzero(near[row] & free)
+            owner[members] = members[0]
+            free[members] = False
     groups = np.full(len(sizes), -1)
-    groups[alive] = np.unique(owner, return_inverse=True)[1]
+    groups[alive] = np.cumsum(owner == np.arange(len(alive)))[owner] - 1
     return groups
 
 
@@ -39,9 +40,9 @@ def similarities(centroids: np.ndarray) -> np.ndarray:
 
     In float64: near-duplicates differ by less than float32's rounding, and the order of merging depends on them.
     """
-    exact = centroids.astype(np.float64)
-    unit = exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-12)
     # By torch, whose threads stage one sets (NumPy's BLAS takes all cores); equals must tie, whatever its last digits.
-    product = (torch.from_numpy(unit) @ torch.from_numpy(unit).T).clamp(-1, 1).numpy().round(12)
-    upper = np.triu(product)  # the halves of a BLAS product may differ in the last digit, which rounding can widen
-    return upper + np.triu(product, 1).T
+    exact = torch.from_numpy(centroids).double()
+    products = (exact @ exact.T).numpy()
+    lengths = np.sqrt(products.diagonal()).clip(min=1e-99)  # zero centroids look like nothing
+    cosines = (products / np.outer(lengths, lengths)).round(12)
+    return np.maximum(cosines, cosines.T)  # the halves may differ in the last digit, which rounding can widen

@@ -1,116 +1,107 @@
-"""Spherical K-means of one view, from given seeds, on a CPU: FAISS computes the distances.
+"""Spherical K-means from given seeds, section 3.3, by two implementations: FAISS for CPUs, torch for GPUs.
 
-What this path and the one in batched.py compute is FAISS's spherical K-means (faiss.Clustering, spherical=True): seeds
-are brought to unit length; a token belongs to the centroid with which its inner product is largest; a centroid is the
-mean of its tokens, brought to unit length; clusters that run empty are split off others by FAISS's rule (split.py);
-after the last update tokens are assigned once more. Where faiss.Clustering leaves labels to float32's last digits, and
-so to the BLAS, the processor and the number of threads, both paths are exact, and so equal:
-
-- Sums and centroids are float64, and so is an assignment that float32 cannot decide. Inner products that differ by no
-  more than TIE are equal, and the smallest index wins.
-- A mean shorter than VANISHED has no direction: the centroid is zero.
-- All iterations run. (FAISS stops when the objective, a float32 sum, does not change, unless early_stop_threshold is
-  negative.) Once no token moves nothing changes any more, which is where the loop ends.
-
-It is faster than faiss.Clustering by leaving out what cannot change: centroids whose tokens stay the same keep their
-distances. Tokens that float32 leaves undecided are compared exactly in blocks of tokens that are alike, with those
-centroids alone that float32 leaves to one of the block.
+A token belongs to the centroid with the largest inner product; a centroid is the mean of its tokens, scaled to unit
+length. The two differ where a cluster becomes empty: FAISS splits another cluster, torch keeps the old centroid. Each
+gives a view the same labels on one machine, whatever else is in the batch.
 """
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import faiss
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.pseudo_labels.split import split_empty
-
-MARGIN = 1e-5  # no two float32 inner products or squared distances of unit vectors are wrong by this much together
-TIE = 1e-12
-BLOCK = 64  # undecided tokens compared exactly at a time
+TIE = 1e-12  # float64 inner products that differ by no more are equal: sums are not added in a fixed order on a GPU
 VANISHED = 1e-9
+
+Clusters = tuple[np.ndarray, np.ndarray]  # of a view: labels (n,) int64, centroids (k, C)
 
 
 def unit_length(tokens: Tensor) -> Tensor:
-    """(..., C) at length 1, of the same type; a zero token stays zero."""
-    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=torch.float64)
-    return tokens / torch.where(length == 0, 1, length).to(tokens.dtype)
+    """(..., C) at length 1; a zero token stays zero."""
+    return tokens / lengths(tokens)
 
 
-def kmeans(tokens: np.ndarray, seeds: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
-    """Clusters unit-length tokens by cosine similarity, starting from the seeds.
+def lengths(tokens: Tensor) -> Tensor:
+    """(..., 1), never quite zero."""
+    return torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_(min=1e-37)
 
-    With no more tokens than seeds there is nothing to cluster: every token is a cluster of its own.
+
+def direction(sums: Tensor) -> Tensor:
+    """(..., C) float64 at unit length; zero where vectors cancel out up to rounding."""
+    length = torch.linalg.vector_norm(sums, dim=-1, keepdim=True)
+    return torch.where(length < VANISHED, 0, sums / length.clamp(min=VANISHED))
+
+
+def kmeans_faiss(tokens: Tensor, inside: Tensor, seeds: Tensor, seed_counts: Tensor, iterations: int) -> list[Clusters]:
+    """Clusters each view's tokens inside, one view after the other, on the CPU.
+
+    A view with no more tokens than seeds has nothing to cluster: every token is a cluster of its own.
 
     Args:
-        tokens: (n, C) float32, unit length or zero.
-        seeds: (k, C), any length.
-
-    Returns:
-        labels (n,) int64 and centroids (k or n, C) float64, unit length or zero.
+        tokens: (B, n, C) float32, unit length or zero.
+        inside: (B, n) bool, tokens to cluster.
+        seeds: (B, k, C) float32, any length.
+        seed_counts: (B,) int64, how many of a view's seeds count.
     """
-    n, k = len(tokens), len(seeds)
-    if n <= k:
-        return np.arange(n), tokens.astype(np.float64)
-    tokens = np.ascontiguousarray(tokens, np.float32)
-    exact = tokens.astype(np.float64)  # once: sums and undecided tokens need it at every step
-    centroids, sums = direction(seeds.astype(np.float64)), np.zeros(seeds.shape)
-    distances, parity, none = np.empty((k, n), np.float32), np.arange(tokens.shape[1]) % 2, np.zeros(k, bool)
-    labels, before = _assign(tokens, exact, centroids, ~none, distances), np.full(n, -1)
-    altered = ~none  # the first update moves every centroid: none is a mean yet
+    found: list[Clusters] = []
+    with _one_thread():
+        for view, count in enumerate(seed_counts.tolist()):
+            own = (tokens[view] if inside[view].all() else tokens[view][inside[view]]).numpy()
+            if len(own) <= count:
+                found.append((np.arange(len(own)), own))
+                continue
+            clustering, index = faiss.Clustering(own.shape[1], count), faiss.IndexFlatIP(own.shape[1])
+            clustering.niter, clustering.spherical, clustering.check_input_data_for_NaNs = iterations, True, False
+            clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, len(own)  # use all, no warning
+            faiss.copy_array_to_vector(seeds[view, :count].numpy().ravel(), clustering.centroids)
+            clustering.train(own, index)
+            centroids = faiss.vector_to_array(clustering.centroids).reshape(count, -1)
+            found.append((index.search(own, 1)[1][:, 0], centroids))
+    return found
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """FAISS on one thread: its labels depend on how sums are split among threads."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def kmeans_torch(tokens: Tensor, inside: Tensor, seeds: Tensor, seed_counts: Tensor, iterations: int) -> list[Clusters]:
+    """As kmeans_faiss, all views at once, on any device, all in float64; tokens that are not inside must be zero."""
+    absent = torch.arange(seeds.shape[1], device=seeds.device) >= seed_counts[:, None]
+    centroids = direction(seeds)
+    labels = _nearest(tokens, centroids, absent)
     for _ in range(iterations):
-        changed = _move(exact, before, labels, sums) | altered
-        sizes, altered = np.bincount(labels, minlength=k), none
-        centroids[changed] = direction(sums[changed])
-        if (sizes == 0).any():
-            source, factors = split_empty(sizes)
-            altered = factors[:, 0] != 1  # also at the next update, which undoes it
-            centroids[altered] = direction(centroids[source[altered]] * factors[altered][:, parity])
-            changed |= altered
-        before, labels = labels, _assign(tokens, exact, centroids, changed, distances)
-        if np.array_equal(labels, before):
+        sums = torch.zeros_like(seeds).scatter_add_(1, labels[..., None].expand_as(tokens), tokens)
+        sizes = torch.zeros_like(seeds[..., 0]).scatter_add_(1, labels, inside.double())
+        centroids = torch.where(sizes[..., None] > 0, direction(sums), centroids)
+        before, labels = labels, _nearest(tokens, centroids, absent)
+        if torch.equal(before, labels):
             break
-    return labels, centroids
+    found: list[Clusters] = []
+    masks, all_labels, all_centroids = (part.cpu().numpy() for part in (inside, labels, centroids))
+    for view, count in enumerate(seed_counts.tolist()):
+        own = all_labels[view][masks[view]]
+        if len(own) <= count:
+            found.append((np.arange(len(own)), tokens[view][inside[view]].cpu().numpy()))
+        else:
+            found.append((own, all_centroids[view, :count]))
+    return found
 
 
-def direction(vectors: np.ndarray) -> np.ndarray:
-    """(k, C) float64 at length 1; zero where there is no direction."""
-    length = np.sqrt(np.vecdot(vectors, vectors))[:, None]
-    return vectors * np.where(length < VANISHED, 0, 1 / np.maximum(length, VANISHED))
+def _nearest(tokens: Tensor, centroids: Tensor, absent: Tensor) -> Tensor:
+    """(B, n) the centroid of the largest inner product, the first within TIE, but for those `absent` (B, k)."""
+    products = torch.bmm(tokens, centroids.transpose(1, 2)).masked_fill_(absent[:, None], -torch.inf)
+    return (products >= products.amax(dim=2, keepdim=True) - TIE).to(torch.uint8).argmax(dim=2)
 
 
-def _move(tokens: np.ndarray, before: np.ndarray, labels: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """Brings the clusters' sums (k, C) up to date (torch adds rows fast); which gained or lost tokens (k,) bool."""
-    moved, changed, into = np.flatnonzero(before != labels), np.zeros(len(sums), bool), torch.from_numpy(sums)
-    if 3 * len(moved) > len(labels):  # where many move, adding all anew costs less
-        into.zero_().index_add_(0, torch.from_numpy(labels), torch.from_numpy(tokens))
-    else:
-        rows = torch.from_numpy(tokens[moved])
-        into.index_add_(0, torch.from_numpy(labels[moved]), rows)
-        into.index_add_(0, torch.from_numpy(before[moved]), rows, alpha=-1)
-    changed[labels[moved]] = changed[before[moved]] = True
-    return changed
-
-
-def _assign(
-    tokens: np.ndarray, exact: np.ndarray, centroids: np.ndarray, changed: np.ndarray, distances: np.ndarray
-) -> np.ndarray:
-    """Labels (n,): the largest inner product of each token, the first within TIE.
-
-    Brings `distances` up to date: (k, n), FAISS's squared distances |c|^2 + |t|^2 - 2 c.t, as if all |c| were 1.
-    """
-    if changed.any():
-        moved = centroids[changed].astype(np.float32)
-        distances[changed] = faiss.pairwise_distances(moved, tokens) + ~moved.any(axis=1, keepdims=True)
-    close = distances <= distances.min(axis=0) + np.float32(MARGIN)  # (k, n)
-    label, token = np.divmod(np.flatnonzero(close), len(tokens))
-    labels = np.empty(len(tokens), np.int64)
-    labels[token] = label
-    if len(token) > len(tokens):
-        unsure = np.flatnonzero(np.bincount(token) > 1)
-        unsure = unsure[labels[unsure].argsort(kind="stable")]  # alike tokens side by side: few candidates in a block
-        for start in range(0, len(unsure), BLOCK):
-            rows = unsure[start : start + BLOCK]
-            few = np.flatnonzero(close[:, rows].any(axis=1))
-            products = torch.mm(torch.from_numpy(centroids[few]), torch.from_numpy(exact[rows]).T).numpy()
-            labels[rows] = few[(products >= products.max(axis=0) - TIE).argmax(axis=0)]
-    return labels
+KMeans = Callable[[Tensor, Tensor, Tensor, Tensor, int], list[Clusters]]
+KMEANS: dict[str, KMeans] = {"faiss": kmeans_faiss, "torch": kmeans_torch}

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from configs.schema import PseudoLabels
 from pipeline.pseudo_labels import ANNOTATED
-from pipeline.pseudo_labels.batched import direction
-from pipeline.pseudo_labels.kmeans import unit_length
+from pipeline.pseudo_labels.kmeans import direction, unit_length
 from pipeline.pseudo_labels.seeds import count_windows
 
 LARGEST = 127

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+LEAST = 1e-6  # below the share of one token under any window
+
 
 def count_windows(windows: tuple[int, ...], grid: int) -> int:
     """How many windows `window_seeds` takes the means of, of a grid of G = `grid`."""
@@ -20,25 +22,25 @@ def window_seeds(
     leaves none (the strips between windows hold the only unannotated tokens), their overall mean is the one seed.
 
     Args:
-        tokens: (B, G, G, C) float32; annotated tokens must be zero, unless they count.
+        tokens: (B, G, G, C); annotated tokens must be zero, unless they count.
         unannotated: (B, G, G) bool.
         everything: annotated tokens count too.
 
     Returns:
-        Seeds (B, k, C) float64, of each view in the order of `windows`, then row by row, then zeros; and how many they
-        are, (B,) int64, 0 only without an unannotated token. k is the number of windows.
+        Seeds (B, k, C), of each view in the order of `windows`, then row by row, then zeros; and how many they are,
+        (B,) int64, 0 only without an unannotated token. k is the number of windows.
     """
-    grid = tokens.double().permute(0, 3, 1, 2)  # in float64 no order of adding shows in the result's float32
-    free = unannotated[:, None].double()
-    means, found = [], []
-    for window in windows:
-        size, stride = min(window, tokens.shape[1]), window + 1
-        sums, sizes = (
-            avg_pool2d(values, size, stride, divisor_override=1).flatten(2).transpose(1, 2) for values in (grid, free)
-        )  # (B, windows, C), (B, windows, 1)
-        means.append(sums * (sizes > 0) / size**2 if everything else sums / sizes.clamp(min=1))
-        found.append(sizes[..., 0] > 0)
-    seeds, filled = torch.cat(means, dim=1), torch.cat(found, dim=1)
+    grid, free = tokens.permute(0, 3, 1, 2), unannotated[:, None].to(tokens.dtype)
+    means, shares = (
+        torch.cat([
+            avg_pool2d(values, min(window, tokens.shape[1]), window + 1).flatten(2).transpose(1, 2)
+            for window in windows
+        ], dim=1)
+        for values in (grid, free)
+    )  # fmt: skip
+    filled = shares[..., 0] > 0
+    # A mean counts annotated tokens, which are zero; divided by the share of the others it is theirs alone.
+    seeds = means * filled[..., None] if everything else means / shares.clamp(min=LEAST)
     counts = filled.sum(dim=1)
     if not filled.all():
         order = (~filled).to(torch.uint8).argsort(dim=1, stable=True)

@@ -23,6 +23,7 @@ from stages.common.progress import progress_bar, say
 
 LABELS = ("kmeans_labels", "pseudo_labels")
 MADE = (*LABELS, REGION_TOKENS)
+KMEANS = "faiss"  # tokens are read to the CPU, whatever else there is
 
 
 def recluster(config: Config, source: Cache, target: str | None = None) -> str:
@@ -106,6 +107,7 @@ def _describe(config: Config, source: Cache, views: int) -> Manifest:
         views=views,
         shard_images=lender.shard_images,
         arrays={name: specs[name] for name in MADE},
+        kmeans=KMEANS,
         context=lender.context,
         borrowed={name: lent for name in lender.arrays if name not in MADE},
     )
@@ -119,7 +121,6 @@ def make_labels(
     Returns:
         The number of images.
     """
-    faiss.omp_set_num_threads(1)
     start, stop = manifest.shard_rows(index)
     views = slice(first_view, manifest.views)
     annotated = source.load_shard("pseudo_labels", index)[:, views] == ANNOTATED
@@ -128,7 +129,7 @@ def make_labels(
     regions = np.zeros((*annotated.shape[:2], most, width), np.int8)
     for place in np.flatnonzero(~annotated.all(axis=(1, 2, 3))):
         tokens = torch.from_numpy(source.dense_tokens(start + int(place))[views])
-        found = pseudo_labels(tokens, ~annotated[place], settings)
+        found = pseudo_labels(tokens, ~annotated[place], settings, KMEANS)
         for name, values in zip(LABELS, found, strict=True):
             labels[name][place] = values
         regions[place] = region_tokens(tokens, found[1], most)

@@ -30,7 +30,7 @@ from configs.errors import UserError
 from configs.schema import Precompute, StageOne
 from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
 from pipeline.data.views import draw_views, normalise, padding_colour, teacher_view
-from pipeline.pseudo_labels import pseudo_labels
+from pipeline.pseudo_labels import kmeans_on, pseudo_labels
 from pipeline.pseudo_labels.regions import most_groups, region_tokens
 from pipeline.teacher.clip import FrozenClip
 from stages.common.devices import keep_freed_memory, lanes, synchronize, worker_device
@@ -60,6 +60,7 @@ class ShardJob:
     data_root: Path
     device: str  # as the user asked
     cache: str
+    kmeans: str | None  # that the cache was begun with; None: not begun, or of a format that does not say
     holder: str  # who holds the cache's lock: the worker may outlive the run that asked it
     index: int
     first_view: int
@@ -136,11 +137,11 @@ class Worker:
         synchronize(self.device)
         return samples, cls_tokens, dense_tokens
 
-    def label(self, encoded: tuple[list[Sample], Tensor, Tensor]) -> Outputs:
+    def label(self, encoded: tuple[list[Sample], Tensor, Tensor], kmeans: str | None) -> Outputs:
         """Everything that is stored, except dense tokens."""
         samples, cls_tokens, dense_tokens = encoded
         unannotated = np.stack([sample.unannotated for sample in samples])
-        clusters, groups = pseudo_labels(dense_tokens, unannotated, self.config.pseudo_labels)
+        clusters, groups = pseudo_labels(dense_tokens, unannotated, self.config.pseudo_labels, kmeans)
         arrays = {
             "cls_tokens": cls_tokens.cpu().numpy(), "kmeans_labels": clusters, "pseudo_labels": groups,
             REGION_TOKENS: region_tokens(dense_tokens, groups, self.groups),
@@ -159,10 +160,10 @@ def worker_of(job: ShardJob) -> Worker:
         return _worker(job.settings, job.precompute, job.data_root, job.device, job.fingerprint)
 
 
-def describe(job: ShardJob) -> tuple[int, dict[str, ArraySpec]]:
-    """The teacher's width C and the arrays of the cache; the job's shard is not made."""
+def describe(job: ShardJob) -> tuple[int, dict[str, ArraySpec], str]:
+    """The teacher's width C, the arrays of the cache, and the K-means that suits the worker; no shard is made."""
     worker = worker_of(job)
-    return worker.teacher.width, worker.array_specs()
+    return worker.teacher.width, worker.array_specs(), kmeans_on(worker.device)
 
 
 def text_features(job: ShardJob, names: tuple[tuple[str, ...], ...], templates: str | tuple[str, ...]) -> np.ndarray:
@@ -182,9 +183,9 @@ def calibrate(job: ShardJob) -> float:
     if not samples:
         return 0.0
     with _teachers_turn:
-        worker.label(worker.encode(worker.batch(samples[:1])))  # the first pass allocates
+        worker.label(worker.encode(worker.batch(samples[:1])), job.kmeans)  # the first pass allocates
         start = time.perf_counter()
-        worker.label(worker.encode(worker.batch(samples)))
+        worker.label(worker.encode(worker.batch(samples)), job.kmeans)
         return (time.perf_counter() - start) / len(samples)
 
 
@@ -219,7 +220,7 @@ def _compute(worker: Worker, job: ShardJob, watch: Stopwatch) -> tuple[dict[str,
 
     def label(encoded: tuple[list[Sample], Tensor, Tensor]) -> Outputs:
         with watch("cluster"):
-            outputs = worker.label(encoded)
+            outputs = worker.label(encoded, job.kmeans)
             if encoding != "none":  # they are large, and on a GPU to be fetched
                 outputs.arrays.update(encode_dense(encoded[2].cpu().numpy(), encoding, pca))
             return outputs

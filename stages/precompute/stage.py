@@ -106,7 +106,7 @@ def _make(
 ) -> bool:  # fmt: skip
     """Make what is missing; False for a dry run."""
     store = open_store(path)
-    views = _views(store, path, settings, config.views.count)
+    views, kmeans = _begun(store, path, settings, config.views.count)
     base = ShardJob(
         settings=json.dumps(merge(as_settings(config.stage_one), {"views": {"count": views}})),
         fingerprint=fingerprint(settings),
@@ -114,12 +114,14 @@ def _make(
         data_root=data_root.absolute(),
         device=device,
         cache=absolute(path),
+        kmeans=kmeans,
         holder=store.holder(),
         index=0, first_view=0, start=0, stop=len(dataset),
     )  # fmt: skip
     most = -(-len(dataset) // config.storage.shard_images)
     with workers(scheduler, device, most) as client:
         manifest, features = _describe(client, base, config, dataset, settings, views)
+        base = replace(base, kmeans=manifest.kmeans)  # one for all workers, whatever their devices
         shards = pending(path, manifest)
         jobs = [
             replace(base, index=index, first_view=first_view, start=start, stop=stop)
@@ -144,14 +146,17 @@ def _make(
     return True
 
 
-def _views(store: Store, path: str, settings: dict[str, Any], asked: int) -> int:
-    """Target number of views, never fewer than the cache has. UserError if it was made with other settings."""
+def _begun(store: Store, path: str, settings: dict[str, Any], asked: int) -> tuple[int, str | None]:
+    """Target number of views, never fewer than the cache has, and the K-means that it was started with, if known.
+
+    UserError if it was made with other settings.
+    """
     try:
         stored = trusted_manifest(store)
     except UserError:  # there is none; or it is lost, which `create_cache` says
-        return asked
+        return asked, None
     check_settings(path, stored, settings)
-    return max(stored.views, asked)
+    return max(stored.views, asked), stored.kmeans
 
 
 class _TextTower:
@@ -169,7 +174,9 @@ def _describe(
 ) -> tuple[Manifest, np.ndarray]:
     """The manifest for `create_cache`, and the class features."""
     with progress_bar("loading the teacher"):
-        width, arrays = on_a_worker(client, describe, job)
+        width, arrays, kmeans = on_a_worker(client, describe, job)
+    if job.kmeans not in (None, kmeans):
+        say(f"{job.cache} was begun with the K-means of {job.kmeans}, and goes on with it (here it would be {kmeans})")
     features = class_features(config, lambda: _TextTower(client, job), width)
     packages = (faiss, np, open_clip, torch, zarr)
     # Another batch size, say, may round otherwise: a repair takes these.
@@ -181,6 +188,7 @@ def _describe(
         views=views,
         shard_images=config.storage.shard_images,
         arrays=arrays,
+        kmeans=job.kmeans or kmeans,
         context={**split_settings(config)[1], "precompute": rounding},
     )
     return manifest, features

@@ -33,7 +33,7 @@ class LiveTeacher:
                     f"teacher.{part} {getattr(config.teacher, part)} has changed since {cache.location} was made: "
                     "precompute again"
                 )
-        self._device, self._pseudo_labels = device, config.pseudo_labels
+        self._device, self._pseudo_labels, self._kmeans = device, config.pseudo_labels, cache.manifest.kmeans
         how = config.precompute
         with fork_rng(devices=[]):  # its random weights, where it has such, must not show in what the student draws
             self._clip = FrozenClip(config.teacher, device, how.channels_last, how.compile)
@@ -45,7 +45,7 @@ class LiveTeacher:
         """As stages.train.batches.Teacher."""
         pixels = normalise(loaded["shown"], self._clip.mean, self._clip.std, self._device)
         cls_tokens, dense_tokens = self._clip.encode(pixels)
-        groups = pseudo_labels(dense_tokens, loaded["unannotated"].numpy(), self._pseudo_labels)[1]
+        groups = pseudo_labels(dense_tokens, loaded["unannotated"].numpy(), self._pseudo_labels, self._kmeans)[1]
         regions = None if self._most is None else from_numpy(region_tokens(dense_tokens, groups, self._most))
         return (
             cls_tokens.clone(),  # it may take part in autograd

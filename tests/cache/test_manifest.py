@@ -59,7 +59,7 @@ def test_check_settings(stage_one):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("format", 5, r"manifest.json has format 5, but this version of CLIP-ZSS reads format 4: delete"),
+        ("format", 6, r"manifest.json has format 6, but this version of CLIP-ZSS reads 4 and 5: delete"),
         ("images", None, r"manifest.json is damaged \(images: .*\): run cache repair"),
         ("shard_images", 0, r"manifest.json is damaged \(shard_images: .*\): run cache repair"),
         ("settings", {"lambda": 0.7}, r"manifest.json was edited: its fingerprint does not match its settings"),
@@ -85,10 +85,37 @@ def test_caches_of_older_versions(stage_one, number):
     old = json.dumps(content).encode() if number == 2 else seal(content)
     for key in (MANIFEST, copy_key(MANIFEST)):
         (stage.path / key).write_bytes(old)
-    says = rf"has format {number}, but this version of CLIP-ZSS reads format 4: delete .* and run precompute again$"
+    says = rf"has format {number}, but this version of CLIP-ZSS reads 4 and 5: delete .* and run precompute again$"
     for action in (open_cache, verify, info, prepare_repair, gc, lambda _: stage.create()):
         with pytest.raises(UserError, match=says):
             action(stage.path)
+
+
+def test_a_cache_of_format_4_is_read_and_its_manifest_stays_as_it_is(stage_one):
+    """It does not say which K-means made its labels, also after views were added."""
+    stage = stage_one(views=1)
+    stage.run()
+    old = seal({**unseal((stage.path / MANIFEST).read_bytes()), "format": 4})
+    assert "kmeans" not in unseal(old)
+    for key in (MANIFEST, copy_key(MANIFEST)):
+        (stage.path / key).write_bytes(old)
+    before = stage.tree()
+    stage.run()
+    assert open_cache(stage.path).manifest.kmeans is None and verify(stage.path) == []
+    assert stage.tree() == before
+    later = stage_one(views=2)
+    later.manifest = later.manifest.model_copy(update={"kmeans": "torch"})
+    later.run()
+    manifest = open_cache(stage.path).manifest
+    assert (manifest.views, manifest.format, manifest.kmeans) == (2, 4, None)
+
+
+def test_the_kmeans_that_a_cache_was_begun_with_stays(stage_one):
+    stage = stage_one()
+    stage.manifest = stage.manifest.model_copy(update={"kmeans": "torch"})
+    assert stage.create().kmeans == "torch" and b'"kmeans": "torch"' in (stage.path / MANIFEST).read_bytes()
+    stage.manifest = stage.manifest.model_copy(update={"kmeans": "faiss"})
+    assert stage.create().kmeans == Manifest.load(open_store(stage.path)).kmeans == "torch"
 
 
 @pytest.mark.parametrize("garbled", [b"", b'{"format": 1, "fing', b"\xff\x00", b"[]", b'{"checksum": 1, "format": 2}'])

@@ -107,7 +107,7 @@ def find_regions(
     alive, index = np.unique(clusters[unannotated], return_inverse=True)
     sums = np.zeros((len(alive), tokens.shape[-1]))
     np.add.at(sums, index, unit_length(torch.from_numpy(tokens[unannotated])).numpy().astype(np.float64))
-    centroids = direction(sums)
+    centroids = direction(torch.from_numpy(sums)).numpy()
     fused = fuse(centroids, np.ones(len(alive)), threshold)
     return Regions(
         similarity=similarities(centroids),

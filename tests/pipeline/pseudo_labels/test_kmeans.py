@@ -1,40 +1,63 @@
-"""Spherical K-means against a plain one that mirrors FAISS."""
+"""Both spherical K-means: against a plain one where no cluster runs empty, by their properties on any input."""
 
-import sys
-from collections.abc import Callable
+from typing import Any
 
 import faiss
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from pipeline.pseudo_labels.fusion import fuse
-from pipeline.pseudo_labels.kmeans import kmeans, unit_length
+from pipeline.pseudo_labels.kmeans import KMEANS, Clusters, direction, unit_length
 from tests import reference
 from tests.pipeline.draws import draw_unit
 from tests.reference import Array
 
-EmptyClusters = Callable[[], int]
-KMEANS = kmeans.__module__  # the package names its function like the module
+Problem = tuple[Array, Array]  # tokens (n, C), seeds (k, C)
+BOTH = pytest.mark.parametrize("kmeans", KMEANS)
 
 
-def assert_reference(tokens: Array, seeds: Array, iterations: int) -> None:
-    """Equal labels; equal centroids, of unit length."""
-    labels, centroids = kmeans(tokens, seeds, iterations)
-    wanted_labels, wanted_centroids = reference.kmeans(tokens, seeds, iterations)
-    np.testing.assert_array_equal(labels, wanted_labels)
-    np.testing.assert_allclose(centroids, wanted_centroids, atol=1e-9)
-    assert centroids.dtype == np.float64
+def solve(kmeans: str, problems: list[Problem], iterations: int = 10) -> list[Clusters]:
+    """Each problem as a view of one batch, with tokens and a seed beside its own that do not count."""
+    kind = torch.float32 if kmeans == "faiss" else torch.float64
+    tokens, inside, seeds = [], [], []
+    for own, start in problems:
+        mask = torch.arange(2 * len(own) + 1) % 2 == 1
+        spread = torch.zeros(len(mask), own.shape[1], dtype=kind)
+        spread[mask] = torch.from_numpy(own).to(kind)
+        tokens.append(spread)
+        inside.append(mask)
+        seeds.append(torch.from_numpy(np.concatenate([start, np.zeros((1, own.shape[1]))])).to(kind))
+    batch = (pad_sequence(rows, batch_first=True) for rows in (tokens, inside, seeds))
+    return KMEANS[kmeans](*batch, torch.tensor([len(start) for _, start in problems]), iterations)
 
 
-def by_faiss(tokens: Array, seeds: Array, iterations: int) -> tuple[Array, Array]:
-    """Labels and centroids by faiss.Kmeans itself."""
-    clustering = faiss.Kmeans(
-        tokens.shape[1], len(seeds), niter=iterations, spherical=True, min_points_per_centroid=1,
-        max_points_per_centroid=len(tokens), early_stop_threshold=-1.0,
-    )  # fmt: skip
-    clustering.train(tokens, init_centroids=seeds)
-    return clustering.index.search(tokens, 1)[1][:, 0], clustering.centroids
+def draw_problems(rng: np.random.Generator, width: int = 8) -> list[Problem]:
+    """Views that have little in common but their width."""
+    tokens, seeds = draw_unit(rng, 150, width, dtype=np.float32), draw_unit(rng, 20, width, dtype=np.float32)
+    few = np.concatenate([tokens[:4], -tokens[:4], 0 * tokens[:1]])
+    positive = reference.unit(rng.uniform(0.1, 1, (60, width))).astype(np.float32)
+    return [
+        (tokens, 3 * seeds),
+        (tokens[:1], seeds[:1]),  # one token
+        (tokens[:7], seeds),  # fewer than seeds
+        (tokens[:1].repeat(20, axis=0), seeds),  # as many, identical
+        (tokens[:21], seeds),  # one more
+        (tokens[:90], seeds[:1]),  # one seed
+        (tokens[:0], seeds[:0]),  # nothing
+        (0 * tokens[:50], 0 * seeds[:5]),  # zeros
+        (few[rng.integers(0, 9, 120)], 2 * few[rng.integers(0, 9, 12)]),  # duplicates, opposites
+        (tokens[:1].repeat(70, axis=0), tokens[:1].repeat(20, axis=0)),  # identical
+        (reference.unit(tokens[0] + 1e-5 * tokens).astype(np.float32), tokens[:1] + 1e-6 * seeds),  # nearly
+        (positive, np.concatenate([-(seeds[:3] ** 2), positive[:4]])),  # empty clusters
+    ]
+
+
+def draw_clusters(rng: np.random.Generator, n: int, k: int, width: int, spread: float) -> tuple[Array, Array, Array]:
+    """Unit tokens about k centres, seeds near these, and to which of them each token belongs."""
+    centres, truth = draw_unit(rng, k, width), rng.permutation(np.arange(n) % k)
+    tokens = reference.unit(centres[truth] + spread * rng.normal(size=(n, width))).astype(np.float32)
+    return tokens, (5 * (centres + 0.1 * rng.normal(size=centres.shape))).astype(np.float32), truth
 
 
 @pytest.mark.parametrize("shape", [(3, 7), (4, 4, 5), (2, 512)])
@@ -46,142 +69,101 @@ def test_unit_length(shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(found, reference.unit(vectors), atol=1e-7)
 
 
+@pytest.mark.parametrize("length", [0, 1e-12, 1e-8, 3])
+def test_what_cancels_out_has_no_direction(length: float) -> None:
+    vectors = length * np.array([[0.6, 0.8], [-1, 0]])
+    expected = np.sign(max(length - 1e-9, 0)) * np.array([[0.6, 0.8], [-1, 0]])
+    np.testing.assert_allclose(direction(torch.from_numpy(vectors)), expected, atol=1e-15)
+
+
+@BOTH
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("n", "k", "width"), [(2, 1, 3), (40, 7, 3), (300, 20, 16), (600, 80, 64)])
+@pytest.mark.parametrize(("n", "k", "width"), [(2, 1, 3), (40, 3, 3), (5000, 9, 4), (300, 20, 16), (1024, 80, 64)])
 @pytest.mark.parametrize("iterations", [1, 2, 10])
-def test_random_tokens(n: int, k: int, width: int, iterations: int, seed: int) -> None:
-    rng = np.random.default_rng([n, seed])
-    assert_reference(
-        draw_unit(rng, n, width, dtype=np.float32), rng.normal(size=(k, width)).astype(np.float32), iterations
-    )
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("iterations", [1, 10])
-def test_separate_clusters_are_found(iterations: int, seed: int, empty_clusters: EmptyClusters) -> None:
-    rng = np.random.default_rng(seed)
-    centres, truth = draw_unit(rng, 12, 32, dtype=np.float32), rng.permutation(np.arange(200) % 12)
-    tokens = reference.unit(centres[truth] + 0.02 * rng.normal(size=(200, 32))).astype(np.float32)
-    seeds = (5 * (centres + 0.1 * rng.normal(size=centres.shape))).astype(np.float32)
-    assert_reference(tokens, seeds, iterations)
-    np.testing.assert_array_equal(kmeans(tokens, seeds, iterations)[0], truth)
-    assert empty_clusters() == 0
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("n", "k", "width"), [(40, 3, 3), (300, 20, 16), (1024, 80, 64)])
-@pytest.mark.parametrize("iterations", [1, 10])
-def test_faiss(n: int, k: int, width: int, iterations: int, seed: int) -> None:
-    """Where no cluster runs empty and no two seeds are alike, FAISS has nothing to leave to chance."""
-    rng = np.random.default_rng([n, seed])
-    centres = draw_unit(rng, k, width)
-    tokens = reference.unit(centres[np.arange(n) % k] + 0.3 * rng.normal(size=(n, width))).astype(np.float32)
-    seeds = (centres + 0.1 * rng.normal(size=centres.shape)).astype(np.float32)
-    labels, centroids = kmeans(tokens, seeds, iterations)
-    expected = by_faiss(tokens, seeds, iterations)
+def test_reference(kmeans: str, iterations: int, n: int, k: int, width: int, seed: int) -> None:
+    """All tokens count, though FAISS would by default draw 256 for each cluster."""
+    tokens, seeds, _ = draw_clusters(np.random.default_rng([n, seed]), n, k, width, 0.3)
+    ((labels, centroids),) = solve(kmeans, [(tokens, seeds)], iterations)
+    expected = reference.kmeans(tokens, seeds, iterations)
     np.testing.assert_array_equal(labels, expected[0])
-    np.testing.assert_allclose(centroids, expected[1], atol=2e-6)
+    np.testing.assert_allclose(centroids, expected[1], atol=2e-6 if kmeans == "faiss" else 1e-12)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("k", [2, 10])
-def test_all_tokens_are_clustered_however_many(k: int, seed: int) -> None:
-    """By default FAISS would draw 256 of them for each cluster."""
-    rng = np.random.default_rng(seed)
-    assert_reference(draw_unit(rng, 256 * k + 300, 4, dtype=np.float32), rng.normal(size=(k, 4)).astype(np.float32), 4)
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("empty", [1, 3])
-def test_empty_clusters_are_split_off(empty: int, seed: int, empty_clusters: EmptyClusters) -> None:
-    rng = np.random.default_rng([empty, seed])
-    tokens = reference.unit(rng.uniform(0.1, 1, (60, 8))).astype(np.float32)
-    seeds = np.concatenate([-(draw_unit(rng, empty, 8, dtype=np.float32) ** 2), rng.uniform(0.1, 1, (5, 8))]).astype(
-        np.float32
-    )
-    np.testing.assert_allclose(kmeans(tokens, seeds, 1)[1], by_faiss(tokens, seeds, 1)[1], atol=2e-6)
-    for iterations in (1, 2, 9):
-        assert_reference(tokens, seeds, iterations)
-    assert empty_clusters() >= 3 * empty
-
-
-def test_clusters_that_run_empty_later(empty_clusters: EmptyClusters) -> None:
-    at_first = 0
-    for seed in range(6):
-        rng = np.random.default_rng(seed)
-        tokens = draw_unit(rng, 60, 3, dtype=np.float32)
-        seeds = (tokens[:30] + 0.5 * rng.normal(size=(30, 3))).astype(np.float32)
-        assert_reference(tokens, seeds, 6)
-        before = empty_clusters()
-        reference.kmeans(tokens, seeds, 1)
-        at_first += empty_clusters() - before
-    assert empty_clusters() > 2 * at_first
-
-
-@pytest.mark.parametrize("identical", [False, True])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 80), (5, 6), (6, 6)])
-def test_no_more_tokens_than_seeds(n: int, k: int, identical: bool) -> None:
-    rng = np.random.default_rng(n)
-    tokens, seeds = draw_unit(rng, n, 4, dtype=np.float32), draw_unit(rng, k, 4, dtype=np.float32)
-    tokens = tokens[:1].repeat(n, axis=0) if identical else tokens
-    labels, centroids = kmeans(tokens, seeds, 10)
-    np.testing.assert_array_equal(labels, np.arange(n))
-    np.testing.assert_array_equal(centroids, tokens)
-    assert_reference(tokens, seeds, 10)
-
-
-@pytest.mark.parametrize(("n", "k"), [(50, 1), (50, 9), (300, 80), (5, 9)])
-def test_identical_tokens_are_one_group(n: int, k: int) -> None:
-    tokens = draw_unit(np.random.default_rng(k), 1, 16, dtype=np.float32).repeat(n, axis=0)
-    assert_reference(tokens, tokens[:1].repeat(k, axis=0), 3)
-    labels, centroids = kmeans(tokens, tokens[:1].repeat(k, axis=0), 10)
-    groups = fuse(centroids, np.bincount(labels, minlength=len(centroids)), 0.8)
-    assert set(groups[labels]) == {0}
-
-
-@pytest.mark.parametrize("zeros", [1, 49, 50])
-def test_zero_tokens(zeros: int) -> None:
-    rng = np.random.default_rng(zeros)
-    tokens, seeds = draw_unit(rng, 50, 4, dtype=np.float32), draw_unit(rng, 3, 4, dtype=np.float32)
-    tokens[:zeros] = 0
-    assert_reference(tokens, seeds, 10)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_ties_go_to_the_smallest_index(seed: int) -> None:
-    """Few distinct tokens and seeds, their opposites among them, so that means cancel out and inner products tie."""
-    rng = np.random.default_rng(seed)
-    few = draw_unit(rng, 4, 40, dtype=np.float32)
-    few = np.concatenate([few, -few, 0 * few[:1]])
-    tokens, seeds = few[rng.integers(0, 9, 120)], few[rng.integers(0, 9, 12)] * np.float32(2)
-    for iterations in (1, 10):
-        assert_reference(tokens, seeds, iterations)
+@BOTH
+@pytest.mark.parametrize("seed", range(3))
+def test_separate_clusters_are_found(kmeans: str, seed: int) -> None:
+    tokens, seeds, truth = draw_clusters(np.random.default_rng(seed), 200, 12, 32, 0.02)
+    ((labels, centroids),) = solve(kmeans, [(tokens, seeds)])
+    np.testing.assert_array_equal(labels, truth)
+    means = reference.unit(np.stack([tokens[truth == cluster].mean(axis=0) for cluster in range(12)]))
+    np.testing.assert_allclose(centroids, means, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("spread", [1e-3, 1e-5])
-@pytest.mark.parametrize("block", [7, 64])
-def test_tokens_that_are_nearly_equal(
-    block: int, spread: float, seed: int, empty_clusters: EmptyClusters, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Float32 decides none of them, and most clusters run empty: objects without noise, each under several seeds."""
-    monkeypatch.setattr(sys.modules[KMEANS], "BLOCK", block)
+@pytest.mark.parametrize("iterations", [1, 2, 10])
+def test_torch_on_any_input(iterations: int, seed: int) -> None:
+    problems = draw_problems(np.random.default_rng(seed))
+    for (tokens, seeds), (labels, centroids) in zip(problems, solve("torch", problems, iterations), strict=True):
+        if len(tokens):
+            expected = reference.kmeans(tokens, seeds, iterations)
+            np.testing.assert_array_equal(labels, expected[0])
+            np.testing.assert_allclose(centroids, expected[1], atol=1e-7)
+
+
+@BOTH
+@pytest.mark.parametrize("seed", range(3))
+def test_each_token_is_with_the_nearest_centroid(kmeans: str, seed: int) -> None:
+    """And the same again gives the same bytes."""
+    problems = draw_problems(np.random.default_rng(seed))
+    found, again = solve(kmeans, problems), solve(kmeans, problems)
+    for (tokens, seeds), (labels, centroids), twice in zip(problems, found, again, strict=True):
+        np.testing.assert_array_equal(labels, twice[0])
+        np.testing.assert_array_equal(centroids, twice[1])
+        assert len(centroids) == min(len(tokens), len(seeds)) and len(labels) == len(tokens)
+        lengths = np.linalg.norm(centroids, axis=1)
+        np.testing.assert_allclose(lengths[lengths > 0], 1, atol=1e-6)
+        products = tokens.astype(float) @ centroids.T.astype(float)
+        if len(tokens) > len(seeds):
+            assert (products[np.arange(len(labels)), labels] > products.max(axis=1) - 1e-6).all()
+        else:
+            np.testing.assert_array_equal(labels, np.arange(len(tokens)))
+            np.testing.assert_array_equal(centroids, tokens)
+
+
+@BOTH
+@pytest.mark.parametrize("seed", range(2))
+def test_a_view_does_not_depend_on_the_batch(kmeans: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    centres, owner = draw_unit(rng, 5, 24), rng.permutation(np.arange(300) % 5)
-    tokens = reference.unit(centres[owner] + spread * rng.normal(size=(300, 24))).astype(np.float32)
-    seeds = np.stack([tokens[rng.choice(300, 9)].mean(axis=0) if i % 2 else tokens[i] for i in range(20)])
-    for iterations in (1, 3, 10):
-        assert_reference(tokens, seeds, iterations)
-    assert empty_clusters() > 0
+    problems = draw_problems(rng)
+    alone = [solve(kmeans, [problem])[0][0] for problem in problems]
+    for _ in range(3):
+        order = rng.permutation(len(problems))[: rng.integers(2, len(problems) + 1)]
+        for index, (labels, _) in zip(order, solve(kmeans, [problems[i] for i in order]), strict=True):
+            np.testing.assert_array_equal(labels, alone[index])
 
 
-def test_input_is_left_alone_and_may_be_strided() -> None:
-    rng = np.random.default_rng(0)
-    tokens, seeds = draw_unit(rng, 90, 6, dtype=np.float32), draw_unit(rng, 14, 6, dtype=np.float32)
-    before = tokens.copy(), seeds.copy()
-    strided = kmeans(tokens[::3], seeds[::2], 5)
-    contiguous = kmeans(tokens[::3].copy(), seeds[::2].copy(), 5)
-    np.testing.assert_array_equal(strided[0], contiguous[0])
-    np.testing.assert_array_equal(strided[1], contiguous[1])
-    np.testing.assert_array_equal(tokens, before[0])
-    np.testing.assert_array_equal(seeds, before[1])
+def test_faiss_computes_on_one_thread_whatever_the_caller_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, seeds, _ = draw_clusters(np.random.default_rng(0), 40, 3, 4, 0.3)
+    before, train, found = faiss.omp_get_max_threads(), faiss.Clustering.train, []
+
+    def watched(*given: Any, **named: Any) -> None:
+        found.append(faiss.omp_get_max_threads())
+        train(*given, **named)
+
+    monkeypatch.setattr(faiss.Clustering, "train", watched)
+    faiss.omp_set_num_threads(2)
+    try:
+        solve("faiss", [(tokens, seeds)])
+        assert (found, faiss.omp_get_max_threads()) == ([1], 2)
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+@BOTH
+def test_input_is_left_alone(kmeans: str) -> None:
+    problems = draw_problems(np.random.default_rng(0))
+    before = [(tokens.copy(), seeds.copy()) for tokens, seeds in problems]
+    solve(kmeans, problems)
+    for problem, copies in zip(problems, before, strict=True):
+        for given, copy in zip(problem, copies, strict=True):
+            np.testing.assert_array_equal(given, copy)

@@ -30,7 +30,7 @@ def test_reference(kind: str, grid: int, windows: tuple[int, ...], everything: b
     rng = np.random.default_rng(grid)
     tokens, unannotated = draw_unit(rng, grid, grid, 6, dtype=np.float32), draw_mask(kind, grid, rng)
     seeds, expected = (f(tokens, unannotated, windows, everything) for f in (window_seeds, reference.window_seeds))
-    assert seeds.dtype == np.float64
+    assert seeds.dtype == np.float32
     assert seeds.shape == expected.shape
     np.testing.assert_allclose(seeds, expected, atol=1e-6)
 

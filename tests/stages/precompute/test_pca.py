@@ -31,14 +31,15 @@ def job_of(world: World, encoding: str, cache: Path, *settings: str) -> ShardJob
     store = open_store(cache)
     return ShardJob(
         settings=json.dumps(as_settings(config.stage_one)), precompute=config.precompute, data_root=world.data,
-        device="cpu", fingerprint="", cache=str(cache), holder=store.holder(), index=0, first_view=0, start=0, stop=10,
+        device="cpu", fingerprint="", cache=str(cache), kmeans=None, holder=store.holder(),
+        index=0, first_view=0, start=0, stop=10,
     )  # fmt: skip
 
 
 def precompute_here(world: World, encoding: str, cache: Path, pca: Pca | None = None) -> Pca | None:
     """What stages/precompute/stage.py does, here and with one shard; returns the PCA, by default a fitted one."""
     job = job_of(world, encoding, cache, "storage.shard_images=10")
-    width, specs = describe(job)
+    width, specs, _ = describe(job)
     pca = pca or fit_dense_pca(job)
     ids = worker_of(job).dataset.ids
     manifest = Manifest.describe({"encoding": encoding}, {}, ids, 1, 10, specs)

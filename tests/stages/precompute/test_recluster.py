@@ -23,11 +23,12 @@ from cache.writer import create_cache, write_shard
 from cli import app
 from configs.errors import UserError
 from configs.load import resolve
+from configs.schema import PseudoLabels
+from pipeline.pseudo_labels import pseudo_labels
 from pipeline.pseudo_labels.regions import region_tokens
 from stages.common.caches import split_settings
 from stages.common.datasets import open_split
 from stages.precompute.stage import cache_settings
-from tests import reference
 from tests.conftest import ROOT, World, write_world
 
 IMAGES, VIEWS, GRID, WIDTH = 10, 2, 8, 16
@@ -114,18 +115,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def assert_labels_are_the_references(made: Cache, source: Cache, threshold: float) -> int:
-    """And region tokens those of these labels and the stored tokens; how many groups there are in all."""
-    found = 0
+def assert_labels_are_those_of_the_tokens(made: Cache, source: Cache, threshold: float) -> int:
+    """And region tokens those of these labels; how many groups there are in all."""
+    found, views = 0, made.manifest.views
+    config = PseudoLabels(windows=(3, 2), **{"lambda": threshold})
+    assert made.manifest.kmeans == "faiss"
     for row in range(IMAGES):
-        tokens, old = source.dense_tokens(row), source.read("pseudo_labels", row)
-        for view in range(made.manifest.views):
-            clusters, groups = reference.pseudo_labels(tokens[view], old[view] == 0, [3, 2], 10, threshold)
-            np.testing.assert_array_equal(made.read("pseudo_labels", row)[view], groups)
-            np.testing.assert_array_equal(made.read("kmeans_labels", row)[view], clusters)
-            found += len(np.unique(groups))
-        groups = made.read("pseudo_labels", row)
-        regions = region_tokens(torch.from_numpy(tokens[: made.manifest.views]), groups, GROUPS)
+        tokens = torch.from_numpy(source.dense_tokens(row)[:views])
+        free = source.read("pseudo_labels", row)[:views] == 0
+        clusters, groups = pseudo_labels(tokens, free, config, "faiss")
+        np.testing.assert_array_equal(made.read("pseudo_labels", row), groups)
+        np.testing.assert_array_equal(made.read("kmeans_labels", row), clusters)
+        found += sum(len(np.unique(view)) for view in groups)
+        regions = region_tokens(tokens, groups, GROUPS)
         np.testing.assert_array_equal(made.read("region_tokens", row), regions, strict=True)
         assert regions.any() == (groups < 255).any()
     return found
@@ -141,7 +143,7 @@ def test_labels_are_those_of_the_stored_tokens(here: World) -> None:
         settings = {"windows": [3, 2], "iterations": 10, "lambda": threshold}
         assert made.manifest.settings["pseudo_labels"].items() >= settings.items()
         assert path.name == f"tiny-{made.manifest.fingerprint[:12]}"
-        groups[threshold] = assert_labels_are_the_references(made, source, threshold)
+        groups[threshold] = assert_labels_are_those_of_the_tokens(made, source, threshold)
         for name in ("cls_tokens", "dense_tokens", "views"):
             np.testing.assert_array_equal(made.load(name), source.load(name), strict=True)
             assert not (path / "arrays" / name).exists()
@@ -213,7 +215,7 @@ def test_views_that_the_source_gets_later(here: World) -> None:
     made = open_cache(path)
     assert made.manifest.views == 4 and verify(path) == []
     np.testing.assert_array_equal(made.load("pseudo_labels")[:, :2], old)
-    assert_labels_are_the_references(made, open_cache("caches/source"), 0.9)
+    assert_labels_are_those_of_the_tokens(made, open_cache("caches/source"), 0.9)
 
 
 @pytest.mark.parametrize("encoding", ["int8", "pca-5", "none"])
@@ -228,7 +230,7 @@ def test_other_encodings_and_fewer_views(here: World, encoding: str) -> None:
     assert made.manifest.views == 1 and "dense_tokens" in made.manifest.borrowed
     assert ("dense_scales" in made.manifest.borrowed) == (encoding == "int8")
     assert made.load("views").shape[1] == 1
-    assert_labels_are_the_references(made, source, 0.7)
+    assert_labels_are_those_of_the_tokens(made, source, 0.7)
     np.testing.assert_array_equal(made.dense_tokens(2), source.dense_tokens(2))
 
 

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from cache.layout import MANIFEST, copy_key, record_key
 from cache.reader import open_cache
 from configs.load import resolve
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
 from pipeline.data.views import normalise, replay
+from pipeline.pseudo_labels import pseudo_labels
 from pipeline.pseudo_labels.regions import region_tokens
 from pipeline.teacher.clip import FrozenClip
 from tests import reference
@@ -145,6 +147,27 @@ def test_killed_and_continued_equals_unbroken(copy: World) -> None:
     process.wait()
     copy.run(*arguments)
     assert tree(target) == tree(copy.folder / "caches" / "tiny")
+
+
+def test_a_cache_goes_on_with_the_kmeans_that_it_was_begun_with(copy: World, config: Config) -> None:
+    """Though this device would take the other, which labels image 5 otherwise."""
+    folder = copy.folder / "caches" / "begun"
+    command = ("precompute", "--config", copy.config, "--cache", folder, "--set", "pseudo_labels.windows=[2]")
+    assert "goes on with" not in copy.run(*command).stderr
+    cache = open_cache(folder)
+    assert cache.manifest.kmeans == "faiss"
+    by_faiss = cache.load("kmeans_labels")
+    for key in (MANIFEST, copy_key(MANIFEST)):
+        (folder / key).write_bytes(cache.manifest.model_copy(update={"kmeans": "torch"}).to_bytes())
+    (folder / record_key(1)).unlink()
+    assert "begun with the K-means of torch, and goes on with it (here it would be faiss)" in copy.run(*command).stderr
+    cache = open_cache(folder)
+    assert cache.manifest.kmeans == "torch"
+    labels, unannotated = cache.load("kmeans_labels")[5], cache.load("pseudo_labels")[5] != 255
+    settings = config.pseudo_labels.model_copy(update={"windows": (2,)})
+    expected = pseudo_labels(torch.from_numpy(cache.dense_tokens(5)), unannotated, settings, "torch")
+    np.testing.assert_array_equal(labels, expected[0])
+    assert (labels != by_faiss[5]).any()
 
 
 def test_other_settings_make_another_cache_and_are_refused_in_a_named_one(copy: World) -> None:
