@@ -30,12 +30,14 @@ from stages.studies.ablate import Result, ablate, read_csv
 
 FOLDER = RUNS / "photos"
 HERE = Path(__file__).parent
-# The first came with the data; the others are numpy.random.default_rng(2026).choice(20, 5, replace=False), twice, drawn
-# before the first run.
+# The first came with the data. The others are the first four draws of numpy.random.default_rng(2026).choice(20, 5,
+# replace=False), each made before its first run. Calibration was chosen on the first three; the last two are its test.
 SPLITS = {
     "first": ("sheep", "aeroplane", "chair", "road", "dog"),
     "second": ("building", "cow", "water", "sign", "bird"),
     "third": ("sky", "bird", "book", "cat", "dog"),
+    "fourth": ("grass", "tree", "dog", "sky", "book"),
+    "fifth": ("car", "sign", "road", "tree", "dog"),
 }
 PAPER, OURS = "the paper's losses", "with local distillation"
 PICTURES = 8

@@ -135,7 +135,7 @@ class Loss(Section):
 
     global_: bool = Field(True, alias="global", description="GLM: InfoNCE on predicted CLS tokens")
     local: bool = Field(True, description="local distillation: Eq. 3 on regions; not in the paper")
-    local_weight: NonNegativeFloat = 1.4
+    local_weight: NonNegativeFloat = 1.25
     nel: bool = True
     ce: bool = True
     bce: bool = True
@@ -194,8 +194,9 @@ class Train(Section):
 class Evaluate(Section):
     """Images have short side `views.size`. `slide`: windows of side `views.size` every `stride` pixels.
 
-    `gamma` is subtracted from the seen classes' logits. `auto`: chosen on training images, without masks of unseen
-    classes (pipeline/gamma.py); `holdout`: the best on the dataset's split `holdout`, which has unseen masks.
+    `gamma` is subtracted from the seen classes' logits. `auto`: the student is calibrated on training images, without
+    masks of unseen classes (pipeline/gamma.py); `holdout`: the best on the dataset's split `holdout`, which has unseen
+    masks.
     """
 
     split: str = "val"

@@ -25,6 +25,8 @@ class Student(nn.Module):
         stride: s, pixels per feature along one side: 4, or 8 for SegNeXt.
         mean, std: the normalisation its images must have.
         head_lr_factor: the family's.
+        spread: (C, C) covariance of R on training images, scaled; zero until a student is calibrated
+            (pipeline/gamma.py). It is not trained.
     """
 
     def __init__(self, config: StudentConfig, width: int, load_weights: bool = True) -> None:
@@ -61,6 +63,8 @@ class Student(nn.Module):
             convert_sync_batchnorm(self)  # type: ignore[no-untyped-call]  # timm's knows its own norms, which hold an activation
         self.stride: int = family.head.stride
         self.head_lr_factor = family.head_lr_factor
+        self.spread: Tensor
+        self.register_buffer("spread", torch.zeros(width, width))
         self.mean: tuple[float, ...] = encoder.mean
         self.std: tuple[float, ...] = encoder.std
 
@@ -76,14 +80,19 @@ class Student(nn.Module):
         return self._crop(self.head.project(hidden), pixels), auxiliary
 
     def classify(self, pixels: Tensor, text_features: Tensor) -> Tensor:
-        """Logits R . T (B, K, h, w) for text features (K, C).
+        """Logits R . T - sqrt(T' spread T) (B, K, h, w) for text features (K, C).
 
         The projection to R and the product with T are merged into one linear layer with K outputs, so this is as fast
         as the original classifier.
         """
         last = self.head.project
-        weight, bias = text_features @ last.weight[:, :, 0, 0], text_features @ last.bias
+        deviation = ((text_features @ self.spread) * text_features).sum(dim=1).clamp(min=0).sqrt()
+        weight, bias = text_features @ last.weight[:, :, 0, 0], text_features @ last.bias - deviation
         return self._crop(nn.functional.conv2d(self._decode(pixels)[0], weight[:, :, None, None], bias), pixels)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.setdefault(f"{prefix}spread", self.spread)  # students of version 0.2.0 have none
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _decode(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The input of the head's last layer, including padding, and the encoder's levels."""

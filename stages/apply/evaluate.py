@@ -1,6 +1,6 @@
 """Evaluation: one prediction over all classes, scored on seen and unseen ones. Only the student runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
+from pipeline.gamma import SPREAD, feature_covariance
 from pipeline.inference import Classifier, ClassLogits, class_logits, short_side_to, sliding, whole
 from pipeline.metrics import CalibratedStacking, Scores
 from pipeline.student.student import Student
-from stages.apply.gamma import choose_gamma, open_gamma_split
+from stages.apply.gamma import choose_gamma, gamma_pairs, open_gamma_split
 from stages.common.datasets import open_split
 from stages.common.progress import progress_bar, say
 from stages.common.runs import DATA, Run
@@ -70,6 +71,23 @@ def dense_predictor(teacher: "FrozenClip", text_features: Tensor, config: Config
     return _predictor(config, classify, teacher.stride, teacher.mean, teacher.std)
 
 
+def set_spread(
+    student: Student, config: Config, split: SegmentationDataset | None,
+    wrap: Callable[[Predictor], Predictor] = lambda predict: predict,
+) -> None:  # fmt: skip
+    """With `evaluate.gamma=auto`, calibrate the student on `split`, that of `open_gamma_split` (pipeline/gamma.py)."""
+    if split is None or config.evaluate.gamma != "auto":
+        return
+    encode = wrap(_predictor(config, student, student.stride, student.mean, student.std))  # R in place of logits
+
+    def features() -> Iterator[np.ndarray]:
+        for image, _ in gamma_pairs(split):
+            for window in encode(image).windows:
+                yield window.logits[:, ::2, ::2].flatten(1).float().cpu().numpy()
+
+    student.spread.copy_(torch.from_numpy(SPREAD**2 * feature_covariance(features())))
+
+
 def features_of(config: Config, run: Run, device: str) -> tuple[Config, Tensor]:
     """Class features (K, C) for a run on `config.dataset`: the run's, or new ones if the words differ.
 
@@ -121,6 +139,7 @@ def run_gamma(run: Run, data_root: Path = DATA) -> float:
         split = open_gamma_split(run.config, data_root)
     except UserError as error:
         return _without_gamma(str(run), error)
+    set_spread(run.student, run.config, split)
     return choose_gamma(student_predictor(run.student, run.text_features, run.config), run.config, split)
 
 
@@ -139,6 +158,8 @@ def gamma_of(predict: Predictor, config: Config, data_root: Path, run: Run | Non
         if not auto:
             raise
         return _without_gamma(str(run or config.teacher.model), error)
+    if run:
+        set_spread(run.student, config, split)
     return choose_gamma(predict, config, split)
 
 

@@ -1,5 +1,6 @@
 """Chooses gamma on images: training images, without unseen classes, or a split that has masks of them."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,12 +62,7 @@ def gamma_of_training(predict: "Predictor", split: SegmentationDataset) -> float
     Masks are read as in training, without unseen classes. Unreadable images are skipped. Gamma is 0, with a warning, if
     no pixel is unannotated, or if no annotated pixel is classified correctly among the seen classes.
     """
-    rows = np.unique(np.linspace(0, len(split) - 1, IMAGES).astype(int)).tolist()
-    found = []
-    for row in rows:
-        with suppress(BrokenFile):
-            image, mask = split.training_pair(row)
-            found.append(_pixels(predict(image), mask, split.config))
+    found = [_pixels(predict(image), mask, split.config) for image, mask in gamma_pairs(split)]
     margins, predicted, truth = np.concatenate(found or [np.empty((3, 0))], axis=1)
     annotated = truth != IGNORE
     gamma = None
@@ -77,6 +73,13 @@ def gamma_of_training(predict: "Predictor", split: SegmentationDataset) -> float
         say(f"warning: gamma is 0: the training images looked at in {split.root} have no {lack} to choose it from")
         return 0.0
     return gamma
+
+
+def gamma_pairs(split: SegmentationDataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Up to `IMAGES` training images, evenly spaced, with their masks as in training; without unreadable ones."""
+    for row in np.unique(np.linspace(0, len(split) - 1, IMAGES).astype(int)).tolist():
+        with suppress(BrokenFile):
+            yield split.training_pair(row)
 
 
 def _pixels(logits: ClassLogits, mask: np.ndarray, config: Dataset) -> np.ndarray:

@@ -26,8 +26,8 @@ from stages.train.provenance import commit
 from stages.train.stage import train
 
 RESULT = "result.json"
-# What `evaluate.gamma` is called in fingerprints: `auto` was the best on `holdout` when the first tables were made.
-_GAMMAS: dict[float | str, float | str] = {"holdout": "auto", "auto": "training"}
+# What `evaluate.gamma` is called in fingerprints: `auto` has had two other meanings in earlier tables.
+_GAMMAS: dict[float | str, float | str] = {"holdout": "auto", "auto": "spread"}
 SCORES = {"seen": "mIoU seen", "unseen": "mIoU unseen", "hiou": "hIoU", "purity": "purity"}
 
 

@@ -10,7 +10,7 @@ from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
 from pipeline.inference import ClassLogits
 from pipeline.student.student import Student
-from stages.apply.evaluate import Predictor, evaluate_predictor, student_predictor
+from stages.apply.evaluate import Predictor, evaluate_predictor, set_spread, student_predictor
 from stages.apply.gamma import choose_gamma
 from stages.common.progress import say
 from stages.train.log import RunLog, read_scores
@@ -40,7 +40,8 @@ class Validation:
         Raises:
             Stopped: a signal came between two images.
         """
-        return choose_gamma(self._until_stopped(student), self.config, self.gamma_split)
+        set_spread(student.eval(), self.config, self.gamma_split, self._until_stopped)
+        return choose_gamma(self._predictor(student), self.config, self.gamma_split)
 
     def __call__(self, student: Student, iteration: int, gamma: float) -> None:
         """Scores at `gamma`, which select the best validation, and at 0. Leaves `student` in eval mode.
@@ -48,7 +49,7 @@ class Validation:
         Raises:
             Stopped: a signal came between two images.
         """
-        predict = self._until_stopped(student)
+        predict = self._predictor(student)
         scores, plain = evaluate_predictor(predict, self.dataset, [gamma, 0.0])
         logits = {row: predict(self.dataset.image(row)) for row in few(range(len(self.dataset)))}
         self.log.picture(iteration, f"{self.dataset.split}/predictions", predictions(self.dataset, logits, gamma))
@@ -62,9 +63,10 @@ class Validation:
         at = f", gamma {gamma:.3g}" if own else ""
         say(f"iteration {iteration}, {self.dataset.split}{at}: {values}")
 
-    def _until_stopped(self, student: Student) -> Predictor:
-        predict = student_predictor(student.eval(), self.text_features, self.config)
+    def _predictor(self, student: Student) -> Predictor:
+        return self._until_stopped(student_predictor(student.eval(), self.text_features, self.config))
 
+    def _until_stopped(self, predict: Predictor) -> Predictor:
         def until_stopped(image: np.ndarray) -> ClassLogits:
             self.stop.check()
             return predict(image)
