@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from configs.load import resolve
 from configs.schema import Config
 from pipeline.data.dataset import IGNORE, SegmentationDataset
+from pipeline.data.views import normalise
 from pipeline.metrics import best_of
-from stages.apply.evaluate import Predictor, evaluate, evaluate_predictor, run_gamma, student_predictor
+from stages.apply.evaluate import Predictor, evaluate, evaluate_predictor, run_gamma, set_spread, student_predictor
 from stages.apply.gamma import choose_gamma, gamma_of_training, open_gamma_split
 from stages.apply.predict import Segmenter
 from stages.common.runs import Run, load_run, save_student
@@ -58,10 +59,11 @@ def change_masks(world: World, pattern: str, change: Callable[[np.ndarray], np.n
 
 @pytest.fixture()
 def older(world: World, trained: Path, tmp_path: Path) -> Path:
-    """The run, as it was before gamma was kept with it."""
+    """The run, as it was before gamma and spread were kept with it."""
     run = load_run(trained)
     shutil.copytree(trained, tmp_path / "older")
     tensors = load_file(trained / "student.safetensors")
+    del tensors["spread"]
     save_file(tensors, tmp_path / "older" / "student.safetensors", {"iteration": str(run.iteration)})
     return tmp_path / "older"
 
@@ -84,6 +86,37 @@ def test_it_equals_the_slow_reference(world: World, trained: Path) -> None:
     wanted = brute_force(np.array(margins), np.array(predicted), np.array(truth))
     own = np.array(predicted) == truth
     assert gamma_of_training(predict, split) == min(np.array(margins)[own & (np.array(margins) >= wanted)]) == run.gamma
+
+
+def test_the_spread_equals_the_slow_reference(world: World, trained: Path) -> None:
+    """Logits are R . T less 0.7 standard deviations of it, at every other position of the training images."""
+    run = load_run(trained)
+    split, text = SegmentationDataset(run.config.dataset, world.data, "train"), run.text_features.numpy()
+    values: list[list[float]] = [[] for _ in text]
+    for row in range(len(split)):
+        pixels = normalise(split.image(row)[None], run.student.mean, run.student.std)
+        with torch.inference_mode():
+            found = run.student(pixels)[0, :, ::2, ::2].flatten(1).numpy()
+        for word, of_word in zip(values, text @ found, strict=True):
+            word.extend(of_word.tolist())
+    with torch.inference_mode():
+        plain = torch.einsum("bchw,kc->bkhw", run.student(pixels), run.text_features).numpy()
+        shown = run.student.classify(pixels, run.text_features).numpy()
+    wanted = plain - 0.7 * np.array([np.std(word) for word in values])[None, :, None, None]
+    assert np.abs(plain - wanted).max() > 1e-3
+    np.testing.assert_allclose(shown, wanted, atol=1e-5)
+
+
+def test_only_auto_sets_the_spread(world: World, trained: Path, older: Path) -> None:
+    """Runs of version 0.2.0 have none, and get it where gamma is chosen anew; a number or `holdout` leaves it alone."""
+    run = load_run(older)
+    assert not run.student.spread.any()
+    for asked in (0.5, "holdout"):
+        config = with_gamma(run, asked)
+        set_spread(run.student, config, open_gamma_split(config, world.data))
+    assert not run.student.spread.any()
+    assert run_gamma(run, world.data) == load_run(trained).gamma
+    torch.testing.assert_close(run.student.spread, load_run(trained).student.spread)
 
 
 def test_no_label_of_an_unseen_class_is_read(copied: World, trained: Path) -> None:

@@ -49,12 +49,13 @@ def scene(seed: int, size: int = SIZE) -> np.ndarray:
 
 
 def slow_logits(segmenter: Segmenter, image: np.ndarray, features: torch.Tensor) -> np.ndarray:
-    """R . T (K, H, W) of the whole image, upsampled: for images as large as views.size."""
+    """R . T less spread (K, H, W) of the whole image, upsampled: for images as large as views.size."""
     student = segmenter.run.student
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (student.mean, student.std))
     pixels = (torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std
     with torch.inference_mode():
         logits = torch.einsum("bchw,kc->bkhw", student(pixels[None]), features)
+        logits -= torch.einsum("kc,cd,kd->k", features, student.spread, features).sqrt()[:, None, None]
         return torch.nn.functional.interpolate(logits, size=image.shape[:2], mode="bilinear")[0].numpy()
 
 
