@@ -1,4 +1,4 @@
-"""One writer at a time. Local folders have the kernel's locks (cache/folder.py); object stores get a heartbeat.
+"""One writer at a time. Local folders have a lock on a file (cache/local_lock.py); object stores get a heartbeat.
 
 There, the holder keeps an object `.lock` and renews it from a thread; whoever finds it silent for a minute takes it.
 """

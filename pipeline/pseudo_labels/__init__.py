@@ -6,6 +6,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import PseudoLabels
+from pipeline.precision import with_float64
 from pipeline.pseudo_labels.batched import kmeans_batched
 from pipeline.pseudo_labels.fusion import fuse
 from pipeline.pseudo_labels.kmeans import TIE, kmeans, unit_length
@@ -30,6 +31,7 @@ def pseudo_labels(dense_tokens: Tensor, unannotated: np.ndarray, config: PseudoL
     Raises:
         UserError: the windows give more seeds than labels fit, or a token that counts is not finite.
     """
+    dense_tokens = with_float64(dense_tokens)
     label = label_one_by_one if dense_tokens.device.type == "cpu" else label_batched
     return label(dense_tokens, unannotated, config)
 

@@ -17,11 +17,11 @@ distances. Tokens that float32 leaves undecided are compared exactly in blocks o
 centroids alone that float32 leaves to one of the block.
 """
 
-import faiss
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.openmp import faiss, one_thread
 from pipeline.pseudo_labels.split import split_empty
 
 MARGIN = 1e-5  # no two float32 inner products or squared distances of unit vectors are wrong by this much together
@@ -100,7 +100,9 @@ def _assign(
     """
     if changed.any():
         moved = centroids[changed].astype(np.float32)
-        distances[changed] = faiss.pairwise_distances(moved, tokens) + ~moved.any(axis=1, keepdims=True)
+        with one_thread():
+            squares = faiss.pairwise_distances(moved, tokens)
+        distances[changed] = squares + ~moved.any(axis=1, keepdims=True)
     close = distances <= distances.min(axis=0) + np.float32(MARGIN)  # (k, n)
     label, token = np.divmod(np.flatnonzero(close), len(tokens))
     labels = np.empty(len(tokens), np.int64)

@@ -3,7 +3,6 @@
 They go to a cache of their own, which shares everything else with the one that the tokens are in.
 """
 
-import faiss
 import numpy as np
 import torch
 import zarr
@@ -16,6 +15,7 @@ from cache.store import absolute, open_store
 from cache.writer import create_cache, list_skipped, pending, write_shard
 from configs.errors import UserError
 from configs.schema import Config, PseudoLabels
+from pipeline.openmp import faiss
 from pipeline.pseudo_labels import ANNOTATED, pseudo_labels
 from pipeline.pseudo_labels.regions import most_groups, region_tokens
 from stages.common.caches import CACHES, split_settings
@@ -119,7 +119,6 @@ def make_labels(
     Returns:
         The number of images.
     """
-    faiss.omp_set_num_threads(1)
     start, stop = manifest.shard_rows(index)
     views = slice(first_view, manifest.views)
     annotated = source.load_shard("pseudo_labels", index)[:, views] == ANNOTATED

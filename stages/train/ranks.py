@@ -21,10 +21,15 @@ def ranks(device: str) -> Iterator[str]:
     """Joins the other processes of torchrun, if there are any; yields this one's device.
 
     Each rank takes the GPU of its number on its machine; CPUs talk by gloo. Only the first one prints.
+
+    Raises:
+        UserError: the device has no way to talk.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return
+    if device == "mps":
+        raise UserError("--device mps is for one process: start train without torchrun, or choose --device cpu")
     backend = "gloo"
     if device.startswith("cuda"):
         backend, device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"

@@ -61,4 +61,5 @@ def outlive_signals(worker: int) -> None:
     A worker's death would raise an error in the middle of whatever the main process does.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))  # SIGALRM ends it
+    if hasattr(signal, "alarm"):  # Windows has none, and ends a process without a signal
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))  # SIGALRM ends it

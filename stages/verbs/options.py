@@ -54,7 +54,7 @@ SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of t
 RunlocalOption = Annotated[
     bool, typer.Option("--runlocal", help="A few small images and iterations: two minutes on a CPU, to try things.")
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps (a Mac's).")]
 JsonOption = Annotated[
     Path | None,
     typer.Option(
