@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from configs.errors import UserError
 from configs.schema import PseudoLabels
@@ -98,16 +99,7 @@ def _prepare(
             f"pseudo_labels.windows {list(config.windows)} give {most} seeds on a grid of {grid.shape[1]}, "
             f"and at most {ANNOTATED} fit: choose larger windows"
         )
-    return _pad(free, unannotated.flatten(1).sum(dim=1)), scales
-
-
-def _pad(tokens: Tensor, counts: Tensor) -> Tensor:
-    """(N, C), the views' tokens one after the other, (B,) -> (B, n, C)."""
-    if len(counts) == 1:
-        return tokens[None]
-    padded = tokens.new_zeros(len(counts), int(counts.max()), tokens.shape[1])
-    padded[torch.arange(padded.shape[1], device=tokens.device) < counts[:, None]] = tokens
-    return padded
+    return pad_sequence(free.split(unannotated.flatten(1).sum(dim=1).tolist()), batch_first=True), scales
 
 
 def _fused(

@@ -101,7 +101,7 @@ def write_table(rows: Sequence[Row], file: Path, command: str, device: str) -> N
         "|" + "---|" * len(HEADER),
         *("| " + " | ".join(row.cells()) + " |" for row in rows),
     ]
-    file.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    file.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     with file.with_suffix(".csv").open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(HEADER)

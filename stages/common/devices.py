@@ -89,10 +89,8 @@ def worker_device(asked: str) -> str:
 
 def synchronize(device: str) -> None:
     """Waits until the device has done what it was told to; CPUs do it at once."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    elif device != "cpu":
-        torch.mps.synchronize()
+    if device != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def device_name(device: str) -> str:

@@ -131,7 +131,7 @@ def test_torchs_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"^--device cuda:1 cannot be used here \(no driver\): choose cpu or auto$"):
         choose_device("cuda:1")
     for device in ("meta", "cuda:", "cuda:x", "CPU", ""):
-        with pytest.raises(UserError, match=r"choose auto, cpu, cuda or cuda:N$"):
+        with pytest.raises(UserError, match=r"choose auto, cpu, cuda, cuda:N or mps$"):
             choose_device(device)
 
 
