@@ -11,7 +11,7 @@ TEST_READY := $(VENV)/.test-ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo benchmark test lint typecheck clean
+.PHONY: help demo benchmark check test lint typecheck clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
@@ -22,7 +22,10 @@ demo: $(DEMO_READY)  ## both stages on the embedded scenes, and their scores
 benchmark: $(DEMO_READY)  ## the demo with three seeds; writes the tables in benchmarks/
 	$(BIN)/clip-zss demo --seeds 0,1,2 --output benchmarks --set evaluate.gamma=holdout
 
-test: lint typecheck  ## all checks
+check: lint typecheck  ## style, types, and the tests of losses, cache and settings
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile tests/pipeline/learning tests/cache tests/configs
+
+test: lint typecheck  ## all checks, as CI runs them
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 lint: $(TEST_READY)  ## style, and who imports whom

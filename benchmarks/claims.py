@@ -1,4 +1,4 @@
-"""README's table of the paper's claims, from the CSVs in benchmarks/ablations: `python benchmarks/claims.py`."""
+"""The claims table in docs/evidence.md, from the CSVs in benchmarks/ablations: `python benchmarks/claims.py`."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from configs.ablation import known_ablations, read_ablation
 from stages.studies.ablate import SCORES, read_csv, verdict
 
 ROOT = Path(__file__).parent.parent
-README, TABLES = ROOT / "README.md", ROOT / "benchmarks" / "ablations"
+PAGE, TABLES = ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "ablations"
 BEGIN, END = "<!-- claims: benchmarks/claims.py writes them -->\n", "<!-- end of claims -->\n"
 
 
@@ -22,21 +22,21 @@ def claims(folder: Path) -> str:
             said, gain, seeds = verdict(sign, results)
             if not seeds:
                 continue
-            rows = f"[{sign.better} against {sign.worse}](benchmarks/ablations/{name}.md)"
+            rows = f"[{sign.better} against {sign.worse}](../benchmarks/ablations/{name}.md)"
             measured = f"{SCORES[sign.score]} {gain}: {rows}"
             whose = "the paper" if sign.by_paper else "ours"
             lines.append(f"| {sign.claim} | {whose} | {measured} | {seeds} | {said} |")
     return "\n".join(lines) + "\n"
 
 
-def with_claims(readme: str, folder: Path) -> str:
-    """`readme` with the table of now."""
-    before, begin, rest = readme.partition(BEGIN)
+def with_claims(page: str, folder: Path) -> str:
+    """`page` with the table of now."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        sys.exit(f"README.md lacks {BEGIN.strip()!r} or {END.strip()!r}")
+        sys.exit(f"docs/evidence.md lacks {BEGIN.strip()!r} or {END.strip()!r}")
     return before + BEGIN + claims(folder) + END + after
 
 
 if __name__ == "__main__":
-    README.write_text(with_claims(README.read_text(), TABLES))
+    PAGE.write_text(with_claims(PAGE.read_text(), TABLES))
