@@ -73,7 +73,7 @@ class FolderStore(Store):
 
     @contextmanager
     def lock(self) -> Iterator[Callable[[], None]]:
-        """The system frees it when the process dies, however it does; the file goes when the block ends."""
+        """Released by the system if the process is killed; the file is deleted when the block ends."""
         with ExitStack() as stack:
             with self._explaining("lock", LOCK):
                 _make_directory(self.root)
@@ -132,13 +132,13 @@ def _make_directory(path: Path) -> None:
 def flush(path: Path) -> None:
     """Returns when the file or folder is on disk.
 
-    A file's name is its directory's content: it survives a power cut only once the directory is flushed too. (Windows
-    opens no directories: there the file system's journal sees to it.)
+    A file's name is its directory's content: it survives a power cut only once the directory is flushed too. Windows
+    cannot open folders; its file system keeps a journal of names.
     """
     folder = path.is_dir()
     if folder and os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes only what may be written
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows can only flush writable files
     try:
         os.fsync(descriptor)
     finally:

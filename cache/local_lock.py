@@ -1,4 +1,4 @@
-"""A lock on a local file, by filelock, that says who holds it and leaves no file behind."""
+"""A lock on a local file, by filelock. The file names the holder and is deleted at release."""
 
 import os
 import socket
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-PATIENCE, POLL = 0.2, 0.02  # seconds: a holder that is just going deletes the file, and may have it opened meanwhile
+PATIENCE, POLL = 0.2, 0.02  # seconds; a holder may just be releasing it
 
 
 class Held(Exception):
-    """Another process has the lock, or this one in another place."""
+    """Another process holds the lock, or another part of this process."""
 
     def __init__(self, holder: str) -> None:
         self.host, self.pid = holder.split(" ") if holder.count(" ") == 1 else ("unknown", "unknown")
@@ -20,12 +20,12 @@ class Held(Exception):
 
 @contextmanager
 def lock_file(path: Path) -> Iterator[None]:
-    """Holds the lock while the block runs; the system frees it when the process dies, however it does.
+    """Hold the lock while the block runs. The system releases it if the process is killed.
 
-    A process that was forked meanwhile does not hold it. The folder is made where it is missing.
+    Processes forked in the block do not hold it. The folder is created if it is missing.
 
     Raises:
-        Held: somebody else has it.
+        Held: it is held already.
         OSError: the file cannot be written, or its file system has no locks.
     """
     lock = FileLock(path, PATIENCE, poll_interval=POLL, fallback_to_soft=False, on_acquired=_sign)
@@ -34,28 +34,28 @@ def lock_file(path: Path) -> Iterator[None]:
             lock.acquire()
             break
         except FileNotFoundError:
-            continue  # a holder has just deleted the folder too
+            continue  # the last holder has just deleted the folder too
         except Timeout:
             raise Held(holder_of(path)) from None
     try:
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # while it is held, or it might be another's; Windows deletes it at release
+            path.unlink()  # before the release: afterwards it may be another's. On Windows, release() deletes it
         lock.release()
 
 
 def holder_of(path: Path) -> str:
-    """Host and process id of the holder, with a space between; empty if there is none."""
+    """Host and process id of the holder, separated by a space; empty if nobody holds it."""
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(1)
             return file.read().decode()
-    except FileNotFoundError:  # it may just have finished
+    except (FileNotFoundError, PermissionError):  # just released; Windows refuses a file that is being deleted
         return ""
 
 
 def _sign(descriptor: int) -> None:
-    """On Windows nobody else can read the first byte: it is what is locked."""
+    """Write who holds it, from the second byte on: on Windows the first is locked, and others cannot read it."""
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"\n{socket.gethostname()} {os.getpid()}".encode())
+    os.write(descriptor, f" {socket.gethostname()} {os.getpid()}".encode())

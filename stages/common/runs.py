@@ -96,7 +96,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         UserError: they are damaged.
     """
     try:
-        settings = yaml.safe_load((path / CONFIG).read_text())
+        settings = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(settings, dict) or not settings:
             raise ValueError("no settings in it")
     except (yaml.YAMLError, ValueError, OSError) as error:
@@ -106,7 +106,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def one_trainer(path: Path) -> Iterator[None]:
-    """Holds the run while the block runs; the system lets go of it when the process dies, however it does.
+    """Hold the run while the block runs. The system releases it if the process is killed.
 
     Raises:
         UserError: another process trains it.
