@@ -1,4 +1,4 @@
-"""What `precision` settings mean, and where float64 is."""
+"""What `precision` settings mean, and where float64 works."""
 
 import torch
 from torch import Tensor
@@ -12,5 +12,5 @@ def autocast(device_type: str, precision: str) -> torch.autocast:
 
 
 def with_float64(tensor: Tensor) -> Tensor:
-    """The tensor where float64 can be computed: on its device, or, as a Mac's GPU has none, on the CPU."""
+    """The tensor where float64 works: on its own device, or on the CPU, as the GPU of a Mac (mps) has no float64."""
     return tensor.cpu() if tensor.device.type == "mps" else tensor

@@ -15,7 +15,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def choose_device(asked: str) -> str:
-    """`auto` is a GPU where there is one; `mps` is that of a Mac.
+    """`auto` is a GPU where there is one; `mps` is the GPU of a Mac.
 
     Raises:
         UserError: it is none of auto, cpu, cuda, cuda:N and mps, or torch cannot use it.
@@ -72,7 +72,7 @@ def local_workers(device: str) -> int:
 
 
 def _gpus(device: str) -> int:
-    """Of this machine, of the device's kind; a Mac has one."""
+    """The number of GPUs of the device's kind in this machine; a Mac has one."""
     return torch.cuda.device_count() if device.startswith("cuda") else 1
 
 
@@ -94,5 +94,5 @@ def synchronize(device: str) -> None:
 
 
 def device_name(device: str) -> str:
-    """As its maker calls it, where torch knows that."""
+    """The maker's name of a GPU where torch knows it, otherwise `device`."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device

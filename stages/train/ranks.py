@@ -29,7 +29,7 @@ def ranks(device: str) -> Iterator[str]:
         yield device
         return
     if device == "mps":
-        raise UserError("--device mps is for one process: start train without torchrun, or choose --device cpu")
+        raise UserError("--device mps is for one process: run train without torchrun, or choose --device cpu")
     backend = "gloo"
     if device.startswith("cuda"):
         backend, device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"

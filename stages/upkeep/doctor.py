@@ -63,7 +63,7 @@ def _gpus() -> Iterator[Finding]:
         gpu = torch.cuda.get_device_properties(number)
         yield Finding("GPU", f"cuda:{number}: {gpu.name}, {size(gpu.total_memory)}, CUDA {torch.version.cuda}")
     if torch.backends.mps.is_available():
-        yield Finding("GPU", "mps: this Mac's")
+        yield Finding("GPU", "mps: the GPU of this Mac")
     elif not torch.cuda.is_available():
         build = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
         yield Finding("GPU", f"none that torch can use ({build}: {obstacle('cuda')}); all runs on the processor")
