@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 PATIENCE, POLL = 0.2, 0.02  # seconds; a holder may just be releasing it
+NATIVE = FileLock is not SoftFileLock  # the latter, where a system has no locks, names its holder by itself
 
 
 class Held(Exception):
@@ -28,7 +29,7 @@ def lock_file(path: Path) -> Iterator[None]:
         Held: it is held already.
         OSError: the file cannot be written, or its file system has no locks.
     """
-    lock = FileLock(path, PATIENCE, poll_interval=POLL, fallback_to_soft=False, on_acquired=_sign)
+    lock = FileLock(path, PATIENCE, poll_interval=POLL, fallback_to_soft=False, on_acquired=_sign if NATIVE else None)
     while True:
         try:
             lock.acquire()
@@ -49,13 +50,13 @@ def holder_of(path: Path) -> str:
     """Host and process id of the holder, separated by a space; empty if nobody holds it."""
     try:
         with path.open("rb", buffering=0) as file:
-            file.seek(1)
-            return file.read().decode()
+            file.seek(1 if NATIVE else 0)
+            return " ".join(reversed(file.read().decode().split()[:2]))
     except (FileNotFoundError, PermissionError):  # just released; Windows refuses a file that is being deleted
         return ""
 
 
 def _sign(descriptor: int) -> None:
-    """Write who holds it, from the second byte on: on Windows the first is locked, and others cannot read it."""
+    """Write process and host as SoftFileLock does, after a first byte that is locked on Windows: nobody can read it."""
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, f" {socket.gethostname()} {os.getpid()}".encode())
+    os.write(descriptor, f" {os.getpid()}\n{socket.gethostname()}\n".encode())
