@@ -1,27 +1,21 @@
-"""A headless Chromium, the system's own, that tests drive by Playwright."""
+"""The system's Chromium, without a window, driven by Playwright."""
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Page
+from playwright.sync_api import Page, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-MISSING = [
-    *(["no chromium on the PATH"] if CHROMIUM is None else []),
-    *(["no package playwright"] if find_spec("playwright") is None else []),
-]
-PATIENCE = 600  # seconds until Chromium is given up
+PATIENCE = 600  # seconds to wait for Chromium
 
 
 class Browser:
     """One page. `errors`: what its scripts threw or the console complained of; `requests`: URLs that it asked for."""
 
-    def __init__(self, page: "Page") -> None:
+    def __init__(self, page: Page) -> None:
         self.page = page
         self.errors: list[str] = []
         self.requests: list[str] = []
@@ -30,7 +24,7 @@ class Browser:
         page.on("request", lambda request: self.requests.append(request.url))
 
     def open(self, page: Path) -> None:
-        """Loads a page from file:// and waits until its scripts have run; what the last one did is forgotten."""
+        """Loads a page from file:// and waits until its scripts have run; clears `errors` and `requests`."""
         self.page.goto("about:blank")
         self.errors.clear()
         self.requests.clear()
@@ -56,9 +50,7 @@ class Browser:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Starts one, with a profile of its own, and ends it."""
-    from playwright.sync_api import sync_playwright
-
+    """Start Chromium with an empty profile; it ends with the block."""
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"],

@@ -18,10 +18,10 @@ from stages.inspect.gallery.collect import View, count_seeds
 from stages.inspect.gallery.write import hidden_classes_found, write_gallery
 from tests import reference
 from tests.conftest import World
-from tests.stages.inspect.browser import MISSING, Browser, chromium
+from tests.stages.inspect.browser import CHROMIUM, Browser, chromium
 from tests.stages.inspect.galleries import ODD_IDS, VIEWS, Made, expand, reference_centroids
 
-NEEDS_CHROMIUM = pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)}: the page cannot be opened")
+NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: the page cannot be opened")
 
 
 @pytest.fixture(scope="module")
