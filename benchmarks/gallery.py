@@ -7,8 +7,6 @@ Views are as large as ViT-B/16's at 512 pixels: 32 x 32 tokens, up to 80 regions
 
 import argparse
 import dataclasses
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,11 +110,9 @@ def main() -> None:
     print(f"index: {(page.parent / 'gallery-index.js').stat().st_size / 1e6:.2f} MB")
     rounds = []
     for _ in range(ROUNDS):
-        profile = Path(tempfile.mkdtemp())
-        with chromium(profile) as browser:
+        with chromium() as browser:
             rounds.append(use(browser, page))
             assert not browser.errors, browser.errors
-        shutil.rmtree(profile, ignore_errors=True)
     print(f"| what | median of {ROUNDS} (least to most), s |\n|---|---|")
     for name in rounds[0]:
         values = [found[name] for found in rounds]

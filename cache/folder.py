@@ -1,12 +1,10 @@
-"""A cache in a local folder: whole or absent files, even after a kill or a power cut, and the kernel's locks."""
+"""A cache in a local folder: whole or absent files, even after a kill or a power cut, and a lock on a file."""
 
 import errno
-import fcntl
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +12,7 @@ from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore
 
 from cache.base import TEMPORARY, Store
+from cache.local_lock import Held, holder_of, lock_file
 from cache.lock import LOCK, being_written
 from configs.errors import UserError
 
@@ -74,30 +73,19 @@ class FolderStore(Store):
 
     @contextmanager
     def lock(self) -> Iterator[Callable[[], None]]:
-        """The kernel frees it when the process dies, however it does; the file goes when the block ends."""
-        path = self.root / LOCK
-        with self._explaining("lock", LOCK):
-            descriptor = _lock_file(path)
-        try:
-            if descriptor is None:
-                host, _, pid = self.holder().partition(" ")
-                raise being_written(self.location, host or "unknown", pid or "unknown", "wait for it, or stop it")
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"{socket.gethostname()} {os.getpid()}".encode())
+        """Released by the system if the process is killed; the file is deleted when the block ends."""
+        with ExitStack() as stack:
+            with self._explaining("lock", LOCK):
+                _make_directory(self.root)
+                stack.callback(_remove_if_empty, self.root)  # nothing was written
+                try:
+                    stack.enter_context(lock_file(self.root / LOCK))
+                except Held as held:
+                    raise being_written(self.location, held.host, held.pid, "wait for it, or stop it") from None
             yield lambda: None
-        finally:
-            if descriptor is not None:
-                with suppress(OSError):
-                    path.unlink()
-                os.close(descriptor)
-                with suppress(OSError):
-                    self.root.rmdir()  # nothing was written
 
     def holder(self) -> str:
-        try:
-            return (self.root / LOCK).read_text()
-        except FileNotFoundError:  # it may just have finished
-            return ""
+        return holder_of(self.root / LOCK)
 
     def free_bytes(self) -> int:
         existing = next(path for path in (self.root, *self.root.absolute().parents) if path.is_dir())
@@ -123,31 +111,14 @@ class FolderStore(Store):
                 errno.EDQUOT: "free some space, then run the same command again, it continues",
                 errno.ENOLCK: "keep the cache on a file system that has locks",
                 errno.ENOTSUP: "keep the cache on a file system that has locks",
+                errno.ENOSYS: "keep the cache on a file system that has locks",
             }.get(error.errno or 0, "mend its permissions or the disk, or choose another --cache")
             raise UserError(f"cannot {verb} {self.show(key)} ({error.strerror or error}): {cure}") from error
 
 
-def _lock_file(path: Path) -> int | None:
-    """A descriptor that holds the lock, or None if another process does. The holder deletes the file in the end."""
-    while True:
-        _make_directory(path.parent)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:
-            continue  # a holder that wrote nothing has just deleted the folder too
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # deleted by its holder after it was opened here: the lock is on a nameless file
+def _remove_if_empty(path: Path) -> None:
+    with suppress(OSError):
+        path.rmdir()
 
 
 def _make_directory(path: Path) -> None:
@@ -161,9 +132,13 @@ def _make_directory(path: Path) -> None:
 def flush(path: Path) -> None:
     """Returns when the file or folder is on disk.
 
-    A file's name is its directory's content: it survives a power cut only once the directory is flushed too.
+    A file's name is its directory's content: it survives a power cut only once the directory is flushed too. Windows
+    cannot open folders; its file system keeps a journal of names.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    if folder and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows can only flush writable files
     try:
         os.fsync(descriptor)
     finally:

@@ -1,4 +1,4 @@
-"""One writer at a time. Local folders use the kernel's locks (cache/folder.py); object stores use a heartbeat.
+"""One writer at a time. Local folders use a lock on a file (cache/local_lock.py); object stores use a heartbeat.
 
 The holder keeps an object `.lock` and renews it from a thread; a lock that is not renewed for a minute can be taken.
 """

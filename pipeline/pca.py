@@ -1,9 +1,9 @@
 """Principal components of dense tokens, by FAISS."""
 
-import faiss
 import numpy as np
 
 from configs.errors import UserError
+from pipeline.openmp import faiss, one_thread
 
 
 def fit_pca(tokens: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -26,6 +26,7 @@ def fit_pca(tokens: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
             "float16 or int8"
         )
     pca = faiss.PCAMatrix(width, size)
-    pca.train(np.ascontiguousarray(tokens, np.float32))
+    with one_thread():
+        pca.train(np.ascontiguousarray(tokens, np.float32))
     components = faiss.vector_to_array(pca.A).reshape(size, width)
     return faiss.vector_to_array(pca.mean), components

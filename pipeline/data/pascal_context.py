@@ -72,7 +72,8 @@ def write_context_masks(root: Path, progress: Callable[[int, int], None] | None 
             listing = root / LISTS / f"{phase}.txt"
             if not listing.exists():
                 draft = Path(aside) / listing.name
-                draft.write_text("".join(f"{name}\n" for name, of, *_ in sorted(images.values()) if of == phase))
+                listed = [name for name, of, *_ in sorted(images.values()) if of == phase]
+                draft.write_text("".join(f"{name}\n" for name in listed), encoding="utf-8")
                 listing.parent.mkdir(parents=True, exist_ok=True)
                 draft.replace(listing)
         try:

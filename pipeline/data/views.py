@@ -102,8 +102,10 @@ def normalise(
 ) -> torch.Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 on `device`, (x / 255 - mean) / std, its memory channels last."""
     pixels = torch.from_numpy(images.copy()) if isinstance(images, np.ndarray) else images
-    if device.startswith("cuda"):  # bytes, a quarter of the floats, from memory that the GPU reads by itself
-        pixels = (pixels if pixels.is_pinned() else pixels.pin_memory()).to(device, non_blocking=True)
+    cuda = device.startswith("cuda")
+    if cuda and not pixels.is_pinned():  # memory that the GPU reads by itself
+        pixels = pixels.pin_memory()
+    pixels = pixels.to(device, non_blocking=cuda)  # bytes, a quarter of the floats
     pixels = pixels.permute(0, 3, 1, 2).float() / 255
     mean_, std_ = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
     return (pixels - mean_) / std_

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from pipeline.learning.losses import channels_last
 from pipeline.learning.ranks import gathered, rank, summed
+from pipeline.precision import with_float64
 
 UNLABELLED = -1
 ANNOTATED = 255
@@ -27,8 +28,7 @@ def fuse_labels(seen: Tensor, groups: Tensor, num_seen: int) -> tuple[Tensor, in
     everywhere = gathered(counts)
     first = (num_seen + everywhere.cumsum(0) - everywhere).view(-1, len(counts))[rank()]
     labels = torch.where(groups == ANNOTATED, UNLABELLED, groups + first[:, None, None])
-    pixels = nn.functional.interpolate(labels[:, None].double(), size=seen.shape[1:], mode="nearest-exact")[:, 0].long()
-    fused = torch.where(seen == ANNOTATED, pixels, seen.long())
+    fused = torch.where(seen == ANNOTATED, at_stride(labels, (seen.shape[1], seen.shape[2])), seen.long())
     return fused, num_seen + int(everywhere.sum())
 
 
@@ -39,8 +39,8 @@ def group_counts(groups: Tensor) -> Tensor:
 
 def at_stride(labels: Tensor, size: tuple[int, int]) -> Tensor:
     """Labels (B, H, W) sampled to (B, h, w): each feature gets the label of the pixel at its centre."""
-    resized = nn.functional.interpolate(labels[:, None].double(), size=size, mode="nearest-exact")
-    return resized[:, 0].long()
+    resized = nn.functional.interpolate(with_float64(labels[:, None]).double(), size=size, mode="nearest-exact")
+    return resized[:, 0].long().to(labels.device)
 
 
 def class_centroids(features: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.precision import with_float64
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -48,12 +50,12 @@ def gathered(share: Tensor) -> Tensor:
 
 def mean_count(count: Tensor) -> Tensor:
     """The mean over ranks of a count, by which a sum over the rank's own share is divided; at least 1 in all."""
-    return averaged(count).clamp(min=1 / world_size()).float()
+    return averaged(count).clamp(min=1 / world_size()).float().to(count.device)
 
 
 def averaged(share: Tensor) -> Tensor:
     """The mean over ranks, as float64; no gradient. Of counts, say, or of losses to be shown."""
-    mean = share.detach().double()
+    mean = with_float64(share.detach()).double()
     if world_size() > 1:
         mean = mean.clone()
         dist.all_reduce(mean)

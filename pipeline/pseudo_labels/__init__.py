@@ -16,8 +16,8 @@ ANNOTATED = 255
 
 
 def kmeans_on(device: str) -> str:
-    """The K-means that a device uses by default: "faiss" on a CPU, "torch" on a GPU."""
-    return "faiss" if device == "cpu" else "torch"
+    """The K-means that a device uses by default: "torch" on CUDA, otherwise "faiss" (MPS has no float64)."""
+    return "torch" if device.startswith("cuda") else "faiss"
 
 
 @torch.inference_mode()

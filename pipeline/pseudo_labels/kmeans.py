@@ -5,13 +5,13 @@ length. The two differ where a cluster becomes empty: FAISS splits another clust
 gives a view the same labels on one machine, whatever else is in the batch.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import faiss
 import numpy as np
 import torch
 from torch import Tensor
+
+from pipeline.openmp import faiss, one_thread
 
 TIE = 1e-12  # float64 inner products that differ by no more are equal: sums are not added in a fixed order on a GPU
 VANISHED = 1e-9
@@ -47,7 +47,7 @@ def kmeans_faiss(tokens: Tensor, inside: Tensor, seeds: Tensor, seed_counts: Ten
         seed_counts: (B,) int64, how many of a view's seeds count.
     """
     found: list[Clusters] = []
-    with _one_thread():
+    with one_thread():  # FAISS's labels depend on how sums are split among threads
         for view, count in enumerate(seed_counts.tolist()):
             own = (tokens[view] if inside[view].all() else tokens[view][inside[view]]).numpy()
             if len(own) <= count:
@@ -61,17 +61,6 @@ def kmeans_faiss(tokens: Tensor, inside: Tensor, seeds: Tensor, seed_counts: Ten
             centroids = faiss.vector_to_array(clustering.centroids).reshape(count, -1)
             found.append((index.search(own, 1)[1][:, 0], centroids))
     return found
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """FAISS on one thread: its labels depend on how sums are split among threads."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 def kmeans_torch(tokens: Tensor, inside: Tensor, seeds: Tensor, seed_counts: Tensor, iterations: int) -> list[Clusters]:

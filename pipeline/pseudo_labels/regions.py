@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import PseudoLabels
+from pipeline.precision import with_float64
 from pipeline.pseudo_labels import ANNOTATED
 from pipeline.pseudo_labels.kmeans import direction, unit_length
 from pipeline.pseudo_labels.seeds import count_windows
@@ -35,6 +36,7 @@ def region_tokens(dense_tokens: Tensor, groups: np.ndarray | Tensor, most: int) 
     Returns:
         (B, M, C) int8.
     """
+    dense_tokens = with_float64(dense_tokens)
     batch, width = len(dense_tokens), dense_tokens.shape[-1]
     group = torch.as_tensor(groups, device=dense_tokens.device).flatten(1).long()
     inside = group < most

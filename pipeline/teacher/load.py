@@ -123,7 +123,7 @@ def _architecture(config: Teacher) -> tuple[str, dict[str, Any]]:
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"teacher.model: cannot read {name}: {error.strerror}") from error
     except ValueError as error:

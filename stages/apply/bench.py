@@ -17,6 +17,7 @@ from pipeline.inference import ClassLogits, Window
 from pipeline.metrics import best_of
 from pipeline.precision import autocast
 from pipeline.student.student import Student
+from stages.common.devices import device_name, synchronize
 from stages.common.progress import say
 
 CLIP = "ViT-B-16"
@@ -75,23 +76,20 @@ def bench_inference(
 @torch.inference_mode()
 def _time(model: torch.nn.Module, pixels: Tensor, text_features: Tensor, stride: int, precision: str) -> float:
     height, width = pixels.shape[-2:]
-    cuda = pixels.device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
+    synchronize(str(pixels.device))
     started = time.perf_counter()
     with autocast(pixels.device.type, precision):
         classify = model.classify if isinstance(model, Student) else model
         logits = classify(pixels, text_features)[0].float()
     whole = ClassLogits((height, width), stride, (Window((0, height, 0, width), logits),))
     best_of(whole, list(range(len(text_features))), (height, width))
-    if cuda:
-        torch.cuda.synchronize()
+    synchronize(str(pixels.device))
     return time.perf_counter() - started
 
 
 def write_table(rows: Sequence[Row], file: Path, command: str, device: str) -> None:
     """FILE.md with the command and the machine, and the same rows in FILE.csv."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    name = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device_name(device)
     lines = [
         "# Inference: the student alone, and with CLIP in the loop",
         "",
@@ -103,7 +101,7 @@ def write_table(rows: Sequence[Row], file: Path, command: str, device: str) -> N
         "|" + "---|" * len(HEADER),
         *("| " + " | ".join(row.cells()) + " |" for row in rows),
     ]
-    file.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    file.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     with file.with_suffix(".csv").open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(HEADER)

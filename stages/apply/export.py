@@ -104,7 +104,7 @@ def _write(run: Run, folder: Path, precision: Literal["fp32", "fp16"]) -> dict[s
     np.save(folder / FEATURES, run.text_features.cpu().numpy())
     description = _describe(run, gamma, model, precision, fixed)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-    (folder / CARD).write_text(_card(run, description, found))
+    (folder / CARD).write_text(_card(run, description, found), encoding="utf-8")
     return found
 
 
@@ -159,7 +159,7 @@ def _describe(run: Run, gamma: float, model: Portable, precision: str, fixed: in
 
 def _card(run: Run, description: dict[str, Any], found: dict[str, float]) -> str:
     dataset = run.config.dataset
-    template = Template((Path(__file__).parent / "export_card.md").read_text())
+    template = Template((Path(__file__).parent / "export_card.md").read_text(encoding="utf-8"))
     return template.substitute(
         student=run.config.student.model,
         dataset=dataset.name,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from pycocotools import mask as coco
 from torch import nn
 
 from configs.errors import UserError
@@ -112,7 +113,7 @@ def predict(
 
     Args:
         photos: files, or folders of them.
-        rle: also write PHOTO.rle.json, COCO's uncompressed run lengths of every predicted class.
+        rle: also write PHOTO.rle.json, COCO's compressed run lengths of every predicted class.
         compare: also write PHOTO.compare.png, the teacher's dense prediction next to the student's. Loads CLIP.
         show_attention: also write PHOTO.attention.png, where GLM attends for the photo's CLS token. Loads CLIP.
 
@@ -178,21 +179,17 @@ def cls_attention(run: Run, teacher: "FrozenClip", image: np.ndarray) -> np.ndar
 
 
 def coco_rle(mask: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Annotations of the classes in a mask (H, W), as COCO has them: run lengths down the columns, zeros first."""
-    flat, found = mask.T.ravel(), []
+    """Annotations of the classes in a mask (H, W), as pycocotools reads and writes them."""
+    found = []
     for index in np.unique(mask).tolist():
-        inside = np.concatenate([[False], flat == index, [False]])
-        edges = np.flatnonzero(inside[1:] != inside[:-1])  # where runs begin and end
-        counts = np.diff(np.concatenate([[0], edges, [len(flat)]] if edges[-1] < len(flat) else [[0], edges]))
-        rows, columns = np.nonzero(mask == index)
-        left, top = columns.min(), rows.min()
+        runs = coco.encode(np.asfortranarray(mask == index, np.uint8))
         found.append(
             {
                 "category_id": index,
                 "category_name": names[index],
-                "segmentation": {"size": list(mask.shape), "counts": counts.tolist()},
-                "area": len(rows),
-                "bbox": [int(left), int(top), int(columns.max() - left + 1), int(rows.max() - top + 1)],
+                "segmentation": {"size": runs["size"], "counts": runs["counts"].decode()},
+                "area": int(coco.area(runs)),
+                "bbox": coco.toBbox(runs).tolist(),
             }
         )
     return found

@@ -15,15 +15,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def choose_device(asked: str) -> str:
-    """`auto` is a GPU where there is one.
+    """`auto` is a GPU where there is one; `mps` is the GPU of a Mac.
 
     Raises:
-        UserError: it is none of auto, cpu, cuda and cuda:N, or torch cannot use it.
+        UserError: it is none of auto, cpu, cuda, cuda:N and mps, or torch cannot use it.
     """
     if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", asked):
-        raise UserError(f"--device {asked}: choose auto, cpu, cuda or cuda:N")
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", asked):
+        raise UserError(f"--device {asked}: choose auto, cpu, cuda, cuda:N or mps")
     if why := obstacle(asked):
         raise UserError(f"--device {asked} cannot be used here ({why}): choose cpu or auto")
     return asked
@@ -61,16 +61,19 @@ def lanes(device: str) -> Lanes:
     """By the kind of device and the machine's cores alone: how a sum is split among threads shows in its last bits."""
     cores = os.cpu_count() or 1
     threads = 1 if cores <= 4 else 4
-    if device.startswith("cuda"):
-        return Lanes(threads, max(2, cores // torch.cuda.device_count() - 1))
-    return Lanes(threads, threads)
+    return Lanes(threads, threads if device == "cpu" else max(2, cores // _gpus(device) - 1))
 
 
 def local_workers(device: str) -> int:
     """Worker processes for this machine: one per GPU, or one per group of cores."""
-    if device.startswith("cuda"):
-        return torch.cuda.device_count() if device == "cuda" else 1
-    return max(1, (os.cpu_count() or 1) // lanes(device).threads)
+    if device == "cpu":
+        return max(1, (os.cpu_count() or 1) // lanes(device).threads)
+    return _gpus(device) if device == "cuda" else 1
+
+
+def _gpus(device: str) -> int:
+    """The number of GPUs of the device's kind in this machine; a Mac has one."""
+    return torch.cuda.device_count() if device.startswith("cuda") else 1
 
 
 def worker_device(asked: str) -> str:
@@ -86,5 +89,10 @@ def worker_device(asked: str) -> str:
 
 def synchronize(device: str) -> None:
     """Waits until the device has done what it was told to; CPUs do it at once."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+    if device != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def device_name(device: str) -> str:
+    """The maker's name of a GPU where torch knows it, otherwise `device`."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device

@@ -1,6 +1,5 @@
 """A run's folder: the resolved configuration, the student's weights, the class features. Enough to run alone."""
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cache.folder import flush
+from cache.local_lock import Held, lock_file
 from cache.manifest import different_settings
 from configs.errors import UserError
 from configs.load import as_settings, resolve
@@ -95,7 +96,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         UserError: they are damaged.
     """
     try:
-        settings = yaml.safe_load((path / CONFIG).read_text())
+        settings = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(settings, dict) or not settings:
             raise ValueError("no settings in it")
     except (yaml.YAMLError, ValueError, OSError) as error:
@@ -105,19 +106,19 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def one_trainer(path: Path) -> Iterator[None]:
-    """Holds the run while the block runs; the kernel lets go of it when the process dies, however it does.
+    """Hold the run while the block runs. The system releases it if the process is killed.
 
     Raises:
         UserError: another process trains it.
     """
-    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"run {path} is being trained by another process: wait for it, or stop it") from error
-    finally:
-        os.close(descriptor)
+        with lock_file(path / ".lock"):
+            yield
+    except Held as held:
+        raise UserError(
+            f"run {path} is being trained by another process (host {held.host}, process {held.pid}): wait for it, or "
+            "stop it"
+        ) from None
 
 
 def newest_run() -> Path:
@@ -145,8 +146,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Puts in place whole what `write` writes to the path that it is given; a kill leaves the old file or the new."""
     aside = path.with_name(f".{path.name}.partial")
     write(aside)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
+    flush(aside)
     os.replace(aside, path)
 
 

@@ -3,7 +3,6 @@
 They are written to a new cache, which shares everything else with the one that has the tokens.
 """
 
-import faiss
 import numpy as np
 import torch
 import zarr
@@ -16,6 +15,7 @@ from cache.store import absolute, open_store
 from cache.writer import create_cache, list_skipped, pending, write_shard
 from configs.errors import UserError
 from configs.schema import Config, PseudoLabels
+from pipeline.openmp import faiss
 from pipeline.pseudo_labels import ANNOTATED, pseudo_labels
 from pipeline.pseudo_labels.regions import most_groups, region_tokens
 from stages.common.caches import CACHES, split_settings

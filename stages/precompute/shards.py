@@ -17,7 +17,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-import faiss
 import numpy as np
 import torch
 from torch import Tensor
@@ -101,7 +100,6 @@ class Worker:
         self.lanes = lanes(self.device)
         keep_freed_memory()
         torch.set_num_threads(self.lanes.threads)
-        faiss.omp_set_num_threads(1)
         self.teacher = FrozenClip(self.config.teacher, self.device, precompute.channels_last, precompute.compile)
         self.dataset = SegmentationDataset(self.config.dataset, data_root, "train")
         self.grid = self.teacher.grid(self.config.views.size)
@@ -177,7 +175,7 @@ def calibrate(job: ShardJob) -> float:
     Reading is not included, as it is done ahead. 0 if none of the shard's images can be read and they may be skipped.
     """
     worker = worker_of(job)
-    count = job.precompute.batch_size if worker.device.startswith("cuda") else 2
+    count = job.precompute.batch_size if worker.device != "cpu" else 2
     found = chain.from_iterable(readable(worker, job, range(job.start, job.stop)))
     samples = list(islice(found, count))
     if not samples:

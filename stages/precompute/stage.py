@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import open_clip
 import torch
@@ -28,6 +27,7 @@ from configs.errors import UserError
 from configs.load import as_settings, merge
 from configs.schema import Config, StageOne
 from pipeline.data.dataset import SegmentationDataset
+from pipeline.openmp import faiss
 from pipeline.teacher.load import weights_fingerprint
 from pipeline.teacher.text import read_text_features
 from stages.common.caches import CACHES, split_settings

@@ -96,7 +96,7 @@ def ablate(
         found[row, seed] = _result(row, seed, config, data_root, device, known)
         write_csv(files[0], [found[key] for key in chosen if key in found])
     results = [found[key] for key in chosen]
-    files[1].write_text(markdown(command, ablation, results))
+    files[1].write_text(markdown(command, ablation, results), encoding="utf-8")
     _plot(files[2], ablation, results)
     return files
 

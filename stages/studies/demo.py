@@ -93,7 +93,7 @@ def demo(folder: Path, seeds: Sequence[int], assignments: Sequence[str], device:
     if done_before:
         took += f", and before that {done_before} of {len(chosen)} trainings, or parts of them"
     report = folder / "scenes.md"
-    report.write_text(_markdown(config, results, pseudo, seeds, assignments, took))
+    report.write_text(_markdown(config, results, pseudo, seeds, assignments, took), encoding="utf-8")
     shown = Table(*HEADER)
     for result in results:
         shown.add_row(*result.cells())

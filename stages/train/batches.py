@@ -62,7 +62,7 @@ class CachedTeacher:
         return (
             self.cls_tokens[rows, views].to(self._device).float(),
             self.groups[rows, views].to(self._device),
-            None if regions is None else regions.to(self._device, non_blocking=True),
+            None if regions is None else regions.to(self._device, non_blocking=regions.is_pinned()),
         )
 
 
@@ -128,7 +128,7 @@ class Batches:
         cls_tokens, groups, regions = self.teacher(ready)
         return Batch(
             normalise(ready["pixels"], self._mean, self._std, self._device),
-            ready["seen"].to(self._device, non_blocking=True),
+            ready["seen"].to(self._device, non_blocking=ready["seen"].is_pinned()),
             cls_tokens,
             groups,
             ready["row"].to(self._device),

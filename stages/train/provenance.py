@@ -18,6 +18,7 @@ from cache.reader import Cache
 from configs.errors import UserError
 from configs.load import as_settings
 from configs.schema import Config
+from stages.common.devices import device_name
 from stages.common.runs import CONFIG, FREE, RUNS, read_settings, replace_file
 
 CODE = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def record_start(run: Path, iteration: int, cache: str, fingerprint: str, device
         "command": sys.argv,
         "cache": cache,
         "cache_fingerprint": fingerprint,
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "host": platform.node(),
         "python": platform.python_version(),

@@ -21,10 +21,15 @@ def ranks(device: str) -> Iterator[str]:
     """Join the other torchrun processes, if any; yields this process's device.
 
     Each rank uses the GPU with its local rank; on CPUs, ranks communicate with gloo. Only the first rank prints.
+
+    Raises:
+        UserError: the device cannot be used by several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return
+    if device == "mps":
+        raise UserError("--device mps is for one process: run train without torchrun, or choose --device cpu")
     backend = "gloo"
     if device.startswith("cuda"):
         backend, device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"

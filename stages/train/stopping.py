@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C: the step at hand is finished and saved first."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,4 +62,5 @@ def outlive_signals(worker: int) -> None:
     A worker's death would raise an error in the middle of whatever the main process does.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))  # SIGALRM ends it
+    if sys.platform != "win32":  # it has no alarm, and ends a process without a signal
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))  # SIGALRM ends it

@@ -10,7 +10,6 @@ from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import faiss
 import torch
 import yaml
 from PIL import Image
@@ -21,6 +20,7 @@ from configs.errors import UserError
 from configs.load import resolve
 from configs.schema import Config
 from pipeline.data.scenes import render_scene, scene_rng
+from pipeline.openmp import faiss
 from stages.apply.predict import Segmenter
 from stages.common.devices import choose_device, keep_freed_memory, obstacle
 from stages.common.progress import console
@@ -62,7 +62,9 @@ def _gpus() -> Iterator[Finding]:
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):  # NVML may count what is no use
         gpu = torch.cuda.get_device_properties(number)
         yield Finding("GPU", f"cuda:{number}: {gpu.name}, {size(gpu.total_memory)}, CUDA {torch.version.cuda}")
-    if not torch.cuda.is_available():
+    if torch.backends.mps.is_available():
+        yield Finding("GPU", "mps: the GPU of this Mac")
+    elif not torch.cuda.is_available():
         build = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
         yield Finding("GPU", f"none that torch can use ({build}: {obstacle('cuda')}); all runs on the processor")
 

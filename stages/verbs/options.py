@@ -56,7 +56,7 @@ SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of t
 RunlocalOption = Annotated[
     bool, typer.Option("--runlocal", help="Try it on a CPU in two minutes: a few small images, few iterations.")
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps (the GPU of a Mac).")]
 JsonOption = Annotated[
     Path | None,
     typer.Option(

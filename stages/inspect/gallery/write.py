@@ -83,9 +83,9 @@ def _write(config: Config, location: str, views: Iterable[View], folder: Path) -
         "differing": differing,
     }
     for name in PARTS:
-        (folder / name).write_text(_part(name))
+        (folder / name).write_text(_part(name), encoding="utf-8")
     (folder / INDEX).write_text(_call("start", index))
-    (folder / PAGE).write_text(_part("page.html"))
+    (folder / PAGE).write_text(_part("page.html"), encoding="utf-8")
 
 
 def _what_is_missing(config: Config, views: int, fusable: int) -> str:

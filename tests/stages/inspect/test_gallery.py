@@ -25,8 +25,8 @@ NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with chromium(tmp_path_factory.mktemp("profile")) as started:
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
         yield started
 
 
@@ -38,8 +38,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture
 def page(browser: Browser, made: Made) -> Iterator[Browser]:
     """The gallery, just opened. Nothing may go wrong in it, and nothing outside its folder be asked for."""
-    browser.errors.clear()
-    browser.requests.clear()
     browser.open(made.page)
     yield browser
     assert not browser.errors
@@ -136,7 +134,7 @@ def test_names_of_a_group_are_the_nearest_classes(page: Browser, made: Made) -> 
     page.until(f"document.querySelector('article[data-number=\"{number}\"] canvas')")
     assert groups[groups != IGNORE].max() >= 1
     for group in sorted({*groups.ravel().tolist()} - {IGNORE}):
-        page.press("ArrowRight")
+        page.page.keyboard.press("ArrowRight")
         page.until("!document.getElementById('note').hidden")
         note = page.run("document.getElementById('note').textContent")
         tokens = made.tokens[number][groups == group].astype(float)
@@ -147,7 +145,7 @@ def test_names_of_a_group_are_the_nearest_classes(page: Browser, made: Made) -> 
         names = [made.config.dataset.classes.index(name.strip()) for name, _ in found]
         assert names == np.argsort(-cosine)[:3].tolist()
         np.testing.assert_allclose([float(value) for _, value in found], cosine[names], atol=0.0051)
-    page.press("Escape")
+    page.page.keyboard.press("Escape")
     assert page.run("document.getElementById('note').hidden")
 
 
@@ -199,17 +197,17 @@ def test_only_what_is_near_is_loaded(page: Browser) -> None:
 
 @NEEDS_CHROMIUM
 def test_keys(page: Browser) -> None:
-    page.press("/")
+    page.page.keyboard.press("/")
     assert page.run("document.activeElement.id") == "search"
-    page.press("x")
+    page.page.keyboard.press("x")
     assert page.run("document.getElementById('search').value") == "x"
     set_to(page, "search", "")
     page.run("document.querySelector('article').focus()")
     for key, number in (("ArrowDown", "1"), ("ArrowDown", "2"), ("ArrowUp", "1"), ("ArrowUp", "0"), ("ArrowUp", "0")):
-        page.press(key)
+        page.page.keyboard.press(key)
         assert page.run("document.activeElement.dataset.number") == number
     page.until("gallery.groups(0)")
-    page.press("ArrowLeft")
+    page.page.keyboard.press("ArrowLeft")
     page.until("document.getElementById('note').textContent.startsWith('group ')")
 
 
@@ -223,7 +221,7 @@ def test_the_mouse_asks_for_a_class(page: Browser, made: Made) -> None:
         place = f"document.querySelector('article [data-panel=\"{panel}\"]').getBoundingClientRect()"
         box = page.run(f"(() => {{ const box = {place}; return [box.left, box.top, box.width]; }})()")
         for row, column in ((grid // 2, 0), (grid - 1, grid - 1), (grid // 2, grid - 2)):
-            page.point(box[0] + (column + 0.5) * box[2] / grid, box[1] + (row + 0.5) * box[2] / grid)
+            page.page.mouse.move(box[0] + (column + 0.5) * box[2] / grid, box[1] + (row + 0.5) * box[2] / grid)
             page.until("!document.getElementById('note').hidden")
             label = made.views[0].truth[row, column]
             note = page.run("document.getElementById('note').textContent")
@@ -246,7 +244,7 @@ def test_a_region_tells_its_seed(page: Browser, made: Made) -> None:
     clusters, seen = made.clusters[0], set()
     for label in (clusters[clusters < 100].min(), clusters[(clusters >= 100) & (clusters != IGNORE)].max()):
         row, column = np.argwhere(clusters == label)[0] + 0.5
-        page.point(box[0] + column * box[2] / len(clusters), box[1] + row * box[2] / len(clusters))
+        page.page.mouse.move(box[0] + column * box[2] / len(clusters), box[1] + row * box[2] / len(clusters))
         page.until(f"document.getElementById('note').textContent.startsWith('region {label}:')")
         seen.add((label < 100, page.run("document.getElementById('note').textContent").splitlines()[1]))
     assert seen == {(True, "seeded by a window of 7 × 7 tokens"), (False, "seeded by a window of 3 × 3 tokens")}  # noqa: RUF001
@@ -355,7 +353,6 @@ def test_from_the_command_line(browser: Browser, world: World, tmp_path: Path) -
     assert done.stdout.splitlines() == [f"gallery: {tmp_path / 'g' / 'index.html'}"]
     command = ("inspect-pseudolabels", "--cache", "caches/tiny", "--output", tmp_path / "g")
     assert "has other settings" in world.fails(*command, "--set", "pseudo_labels.lambda=0.9")
-    browser.errors.clear()
     browser.open(tmp_path / "g" / "index.html")
     assert set(shown_ids(browser)) == {f"train-{index}" for index in range(10)}
     cache = open_cache(world.folder / "caches" / "tiny")

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -200,7 +201,9 @@ def test_another_cache_is_named(world: World, broken_off: Path) -> None:
 
 def test_a_run_has_one_trainer(world: World, broken_off: Path) -> None:
     with one_trainer(broken_off):
-        assert "by another process" in world.fails("train", "--run", broken_off)
+        me = f"(host {socket.gethostname()}, process {os.getpid()})"
+        assert f"is being trained by another process {me}: wait for it" in world.fails("train", "--run", broken_off)
+    assert not (broken_off / ".lock").exists()
 
 
 def test_the_last_and_the_best_checkpoints_are_kept(world: World, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import yaml
 import stages.common.runs
 import stages.upkeep.doctor
 from configs.errors import UserError
-from stages.common.devices import choose_device, obstacle
+from stages.common.devices import choose_device, lanes, local_workers, obstacle
+from stages.train.ranks import ranks
 from stages.verbs.options import print_result
 from tests.conftest import World
 
@@ -131,8 +132,22 @@ def test_torchs_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"^--device cuda:1 cannot be used here \(no driver\): choose cpu or auto$"):
         choose_device("cuda:1")
     for device in ("meta", "cuda:", "cuda:x", "CPU", ""):
-        with pytest.raises(UserError, match=r"choose auto, cpu, cuda or cuda:N$"):
+        with pytest.raises(UserError, match=r"choose auto, cpu, cuda, cuda:N or mps$"):
             choose_device(device)
+
+
+def test_the_gpu_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.backends.mps.is_available():
+        with pytest.raises(UserError, match=r"^--device mps cannot be used here \(.*\): choose cpu or auto$"):
+            choose_device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", mock.Mock())
+    assert choose_device("auto") == choose_device("mps") == "mps"
+    assert local_workers("mps") == 1 and lanes("mps").readers >= 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^--device mps is for one process: run train without torchrun"), ranks("mps"):
+        raise AssertionError
 
 
 @pytest.mark.parametrize(
