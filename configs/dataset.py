@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 
 
 class Section(BaseModel):
-    """A misspelt key is an error, and a resolved configuration never changes."""
+    """A misspelt key is an error, as is a number that is not finite, and a resolved configuration never changes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Masks(Section):

@@ -11,6 +11,7 @@ from cache.reader import Cache
 from configs.errors import UserError, reason
 from configs.schema import Config
 from pipeline.learning.criterion import Criterion
+from pipeline.learning.ranks import world_size
 from pipeline.student.student import Student
 from stages.apply.gamma import open_gamma_split
 from stages.common.caches import check_cache
@@ -19,7 +20,7 @@ from stages.common.progress import progress_bar, say
 from stages.common.runs import one_trainer, open_run, save_config, save_student
 from stages.train.batches import Batches
 from stages.train.checkpoints import Checkpoints
-from stages.train.learner import Learner, make_learner
+from stages.train.learner import Learner, make_learner, out_of_proportion
 from stages.train.log import RunLog, import_wandb, is_validated
 from stages.train.pace import Pace
 from stages.train.pictures import attentions, few
@@ -51,6 +52,13 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
     schedule = config.train
     if schedule.wandb:
         import_wandb()  # or the run would be made first, with a setting that cannot be
+    try:
+        share = 1 if config.student.batch_norm == "sync" else world_size()
+        config.check_images_at_once(schedule.batch_size // schedule.accumulate // share)
+    except ValueError as error:
+        raise UserError(f"{error} ({world_size()} processes share a batch)") from error
+    for line in out_of_proportion(schedule):
+        say(f"warning: {line}")
     dataset = open_split(config.dataset, data_root, "train")
     check_cache(cache, config, dataset)
     torch.manual_seed(schedule.seed)
