@@ -128,12 +128,12 @@ def train(
     Example: clip-zss train --run runs/scenes-001
     """
     from stages.common.caches import choose_cache
-    from stages.common.runs import CONFIG, is_run, read_settings
+    from stages.common.runs import CONFIG, is_begun, read_settings
     from stages.train.provenance import last_cache
     from stages.train.stage import train as stage
 
     assignments = with_flags(set_, {"train.seed": seed})
-    if run and is_run(run):
+    if run and is_begun(run):
         opened = choose_cache(cache or last_cache(run), named_dataset(dataset, config))
         settings = resolve(dataset, config, assignments, read_settings(run), runlocal, str(run / CONFIG))
     else:

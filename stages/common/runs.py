@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pipeline.student.student import Student
 
 RUNS, DATA = Path("runs"), Path("data")  # DATA: where datasets are, unless --data-root says so
 CONFIG, WEIGHTS = "config.yaml", "student.safetensors"
+CHECKPOINTS, STATE = "checkpoints", "state.json"  # a run's folder of them; what a checkpoint has and a run has not
 _TEXT, _FACTS = "text_features", "run"
 # Settings that change how a run is carried out, and nothing of what it learns: a continued run may have others.
 FREE = ("train.workers", "train.checkpoint_every", "train.keep_checkpoints")
@@ -57,28 +58,47 @@ def new_run(path: Path | None, dataset: str) -> Path:
         taken = [
             int(p.name.rpartition("-")[2]) for p in RUNS.glob(f"{dataset}-*") if p.name.rpartition("-")[2].isdigit()
         ]
-        path = RUNS / f"{dataset}-{max(taken, default=0) + 1:03d}"
+        number = max(taken, default=0) + 1
+        while True:
+            path = RUNS / f"{dataset}-{number:03d}"
+            with suppress(FileExistsError):  # another training took it a moment ago
+                path.mkdir(parents=True)
+                return path
+            number += 1
     if path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
         raise UserError(f"--run {path} is not empty: choose another folder, or delete it")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def is_run(path: Path) -> bool:
-    """Whether a training was started there."""
-    return (path / CONFIG).is_file()
+def is_begun(path: Path) -> bool:
+    """Whether a training was begun there, and can go on.
+
+    Raises:
+        UserError: it holds weights, but no checkpoint to go on from: a training would write over them.
+    """
+    if not (path / CONFIG).is_file():
+        return False
+    if (path / STATE).is_file():
+        run = path.absolute().parents[1]
+        last = f"train --run {run} goes on at its last one; " if is_begun(run) else ""
+        raise UserError(
+            f"--run {path} is a checkpoint: {last}to go on at this one, copy it to NEW/{CHECKPOINTS}/{path.name} and "
+            f"its {CONFIG} to NEW, then train --run NEW"
+        )
+    if list(path.glob("*.safetensors")) and not list(path.glob(f"{CHECKPOINTS}/[0-9]*")):
+        raise UserError(f"--run {path} holds weights, but no checkpoint to go on from: train anew in another folder")
+    return True
 
 
-def open_run(path: Path | None, config: Config) -> Path:
+def run_folder(path: Path | None, config: Config) -> Path:
     """The folder to train in: a new one, or that of a run with these settings, but for FREE, which then goes on.
 
     Raises:
         UserError: the run has other settings, or the folder holds something else.
     """
-    if path is None or not is_run(path):
-        path = new_run(path, config.dataset.name)
-        save_config(path, config)
-        return path
+    if path is None or not is_begun(path):
+        return new_run(path, config.dataset.name)
     differences = different_settings(read_settings(path), as_settings(config), ours="run", free=FREE)
     if differences:
         raise UserError(
@@ -86,6 +106,14 @@ def open_run(path: Path | None, config: Config) -> Path:
             "folder"
         )
     return path
+
+
+def begin_run(path: Path, config: Config) -> None:
+    """Within `one_trainer`: the folder is this training's. UserError: another one began there a moment ago."""
+    if is_begun(path):
+        run_folder(path, config)
+    else:
+        save_config(path, config)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

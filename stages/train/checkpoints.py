@@ -21,9 +21,9 @@ from torch import Tensor
 from cache.folder import flush
 from configs.errors import UserError
 from stages.common.progress import say
+from stages.common.runs import CHECKPOINTS, STATE
 
-FOLDER = "checkpoints"
-TENSORS, STATE, SUMS = "training.safetensors", "state.json", "SHA256SUMS"
+TENSORS, SUMS = "training.safetensors", "SHA256SUMS"
 _TENSOR = "tensor: "  # stands before a tensor's name in state.json
 
 
@@ -32,7 +32,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, keep: int) -> None:
         """`keep`: how many of the last ones stay; the best one always does."""
-        self.folder, self.keep = run / FOLDER, keep
+        self.folder, self.keep = run / CHECKPOINTS, keep
 
     def path(self, iteration: int) -> Path:
         return self.folder / f"{iteration:06d}"

@@ -17,7 +17,7 @@ from stages.apply.gamma import open_gamma_split
 from stages.common.caches import check_cache
 from stages.common.datasets import open_split
 from stages.common.progress import progress_bar, say
-from stages.common.runs import one_trainer, open_run, save_config, save_student
+from stages.common.runs import begin_run, one_trainer, run_folder, save_config, save_student
 from stages.train.batches import Batches
 from stages.train.checkpoints import Checkpoints
 from stages.train.learner import Learner, make_learner, out_of_proportion
@@ -68,7 +68,7 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
     learner = make_learner(config, student, criterion, device)
     validation_split = open_split(config.dataset, data_root, schedule.validate_on)
     gamma_split = open_gamma_split(config, data_root)
-    path = Path(everyone_has(str(open_run(run, config)) if is_main() else ""))
+    path = Path(everyone_has(str(run_folder(run, config)) if is_main() else ""))
 
     def show_attention(student: Student) -> Image.Image:
         return attentions(student, dataset, cache, few(cache.kept_rows), config.views.size)
@@ -78,6 +78,8 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
         save_student(folder, learner.best_student, text_features, learner.iteration, learner.gamma)
 
     with one_trainer(path) if is_main() else nullcontext():
+        if is_main():
+            begin_run(path, config)
         checkpoints = Checkpoints(path, schedule.keep_checkpoints)
         if is_main() and (resumed := _resume(learner, checkpoints)):
             check_same_cache(path, cache)

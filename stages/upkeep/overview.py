@@ -12,8 +12,8 @@ from cache.manifest import flat_settings
 from cache.verify import info
 from configs.errors import UserError
 from stages.common.caches import CACHES
-from stages.common.runs import CONFIG, RUNS, read_settings
-from stages.train.checkpoints import FOLDER, Checkpoints
+from stages.common.runs import CHECKPOINTS, CONFIG, RUNS, read_settings
+from stages.train.checkpoints import Checkpoints
 from stages.train.log import SCORES, read_scores
 
 
@@ -101,7 +101,7 @@ def _run(path: Path, settings: Mapping[str, Any]) -> RunEntry:
 
 def _run_folders() -> Iterator[Path]:
     for folder, below, names in os.walk(RUNS):
-        below[:] = sorted(name for name in below if name != FOLDER)  # a checkpoint is a run by itself
+        below[:] = sorted(name for name in below if name != CHECKPOINTS)  # a checkpoint is a run by itself
         if CONFIG in names:
             yield Path(folder)
 
