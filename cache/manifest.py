@@ -60,7 +60,7 @@ def short(text: str | None) -> str:
 class Borrowed(BaseModel, frozen=True, extra="forbid"):
     """The cache that an array lives in, in place of this one: of the same images, in shards of the same size."""
 
-    cache: str  # an absolute path, or a URL
+    cache: str  # a path from this cache on, or an absolute one, or a URL
     fingerprint: str
 
 

@@ -39,8 +39,11 @@ def cache_info(location: LocationArgument, json_file: JsonOption = None) -> None
 def cache_verify(location: LocationArgument, json_file: JsonOption = None) -> None:
     """Read every byte again and name each file that is missing or changed, or that nothing vouches for.
 
-    Exit code 2 on damage. Example: clip-zss cache verify caches/scenes-1a2b3c4d5e6f
+    Exit code 2 on damage, and where training could not use the cache.
+
+    Example: clip-zss cache verify caches/scenes-1a2b3c4d5e6f
     """
+    from cache.reader import open_cache
     from cache.verify import verify
     from stages.verbs.report import damage_list
 
@@ -49,10 +52,19 @@ def cache_verify(location: LocationArgument, json_file: JsonOption = None) -> No
     damaged = sum(damage.kind != "stray" for damage in found)
     if damaged:
         raise UserError(f"{location}: {damaged} files are damaged, listed above: run `cache repair {location}`")
+    open_cache(location)  # says what else keeps training from it
 
 
 @app.command("repair")
-def cache_repair(location: LocationArgument, data_root: DataRootOption = DATA, device: DeviceOption = "auto") -> None:
+def cache_repair(
+    location: LocationArgument,
+    data_root: DataRootOption = DATA,
+    device: DeviceOption = "auto",
+    lender: Annotated[
+        str | None,
+        typer.Option("--lender", metavar="DIR|URL", help="New place of the cache whose tokens this one shares."),
+    ] = None,
+) -> None:
     """Restore small files from their copies, and recompute the shards that are damaged or missing, and only those.
 
     Example: clip-zss cache repair caches/scenes-1a2b3c4d5e6f --data-root ~/data
@@ -61,7 +73,7 @@ def cache_repair(location: LocationArgument, data_root: DataRootOption = DATA, d
     from stages.verbs.report import damage_list
 
     with resumable():
-        damage_list(repair(location, data_root, device_of(device)))
+        damage_list(repair(location, data_root, device_of(device), lender))
 
 
 @app.command("gc")
