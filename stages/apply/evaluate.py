@@ -1,5 +1,6 @@
 """Evaluation: one prediction among all classes, scored on seen and unseen ones. The student runs alone."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,8 +109,8 @@ def evaluate_predictor(predict: Predictor, dataset: SegmentationDataset, gammas:
 def run_gamma(run: Run, data_root: Path = DATA) -> float:
     """The gamma of a run: its settings' number, or what training chose for these weights.
 
-    Of a run without one it is chosen now, if its images can be read below `data_root`; else it is 0, and a line says
-    so.
+    Of a run without one it is chosen now, if its images can be read below `data_root`; else it is NaN, none, and a line
+    says so.
     """
     asked = run.config.evaluate.gamma
     if isinstance(asked, str) and run.gamma is not None:
@@ -128,7 +129,7 @@ def gamma_of(predict: Predictor, config: Config, data_root: Path, run: Run | Non
     """The gamma that `config` asks for: that of `run`, whose student `predict` is, where both have `auto`.
 
     Raises:
-        UserError: as `open_gamma_split`; but where it is `auto` gamma is 0 without training images, and a line says so.
+        UserError: as `open_gamma_split`; but `auto` without training images is NaN, none, and a line says so.
     """
     auto = config.evaluate.gamma == "auto"
     if auto and config.dataset.unseen and run and run.gamma is not None and run.config.evaluate.gamma == "auto":
@@ -143,8 +144,8 @@ def gamma_of(predict: Predictor, config: Config, data_root: Path, run: Run | Non
 
 
 def _without_gamma(name: str, error: UserError) -> float:
-    say(f"warning: gamma is 0: {name} holds none, and it cannot be chosen on images ({error})")
-    return 0.0
+    say(f"warning: no gamma: {name} holds none, and it cannot be chosen on images ({error})")
+    return math.nan
 
 
 def evaluate(predict: Predictor, config: Config, data_root: Path, run: Run | None = None) -> tuple[float, Scores]:

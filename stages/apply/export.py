@@ -1,6 +1,7 @@
 """A run as a folder to take away: ONNX and torch.export programs, weights, class features, and a model card."""
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -100,9 +101,11 @@ def _write(run: Run, folder: Path, precision: Literal["fp32", "fp16"]) -> dict[s
             )
     gamma = run_gamma(run)
     shutil.copy(run.path / CONFIG, folder / CONFIG)
-    save_student(folder, run.student, run.text_features, run.iteration, gamma)  # of an old run, its gamma too
+    save_student(
+        folder, run.student, run.text_features, run.iteration, gamma, run.alpha
+    )  # of an old run, its gamma too
     np.save(folder / FEATURES, run.text_features.cpu().numpy())
-    description = _describe(run, gamma, model, precision, fixed)
+    description = _describe(run, 0.0 if math.isnan(gamma) else gamma, model, precision, fixed)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     (folder / CARD).write_text(_card(run, description, found))
     return found

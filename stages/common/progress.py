@@ -1,5 +1,6 @@
 """What the stages print: one line at a time, and progress bars with rate and time left."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,11 @@ output = Console(soft_wrap=True)
 def say(line: str) -> None:
     """One line of news, to stderr; results go to stdout by `output`."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def figure(value: float, style: str = ".1f") -> str:
+    """A number for people; a dash for NaN, which is none."""
+    return "-" if math.isnan(value) else format(value, style)
 
 
 class _Rate(ProgressColumn):

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,9 @@ class Run:
 
     Attributes:
         text_features: (K, C) of all classes of its dataset.
-        gamma: chosen for these weights in training; None for those that no validation met, and in older runs.
+        gamma: chosen for these weights in training; None for those that no validation met, and in older runs; NaN where
+            there was nothing to choose it by.
+        alpha: of the losses' logits at the end, alpha R . T; those that are predicted by are R . T. None in older runs.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class Run:
     text_features: Tensor
     iteration: int
     gamma: float | None = None
+    alpha: float | None = None
 
     def __str__(self) -> str:
         return f"{self.path} (iteration {self.iteration:,} of {self.config.train.iterations:,})"
@@ -160,12 +163,15 @@ def save_config(path: Path, config: Config) -> None:
     replace_file(path / CONFIG, lambda aside: aside.write_text(yaml.safe_dump(as_settings(config), sort_keys=False)))
 
 
-def save_student(path: Path, student: Student, text_features: Tensor, iteration: int, gamma: float | None) -> None:
-    """Weights and class features in one file, put in place whole; gamma and iteration are its metadata."""
+def save_student(
+    path: Path, student: Student, text_features: Tensor, iteration: int, gamma: float | None, alpha: float | None = None
+) -> None:
+    """Weights and class features in one file, put in place whole; iteration, gamma and alpha are its metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
     tensors[_TEXT] = text_features.cpu().contiguous()
-    facts = json.dumps({"iteration": iteration, "gamma": gamma})  # one entry: several would be in any order
-    content = save(tensors, {_FACTS: facts})  # save_file's is for its owner's eyes alone
+    facts = {"iteration": iteration, "gamma": gamma, "alpha": alpha}
+    # One entry: several would be in any order. A file of save_file's is for its owner's eyes alone.
+    content = save(tensors, {_FACTS: json.dumps(facts)})
     replace_file(path / WEIGHTS, lambda aside: aside.write_bytes(content))
 
 
@@ -196,6 +202,10 @@ def load_run(path: Path, device: str = "cpu") -> Run:
             facts = _facts(file.metadata())
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 tensors[name] = file.get_tensor(name)
+        if wrong := not_finite(tensors):
+            raise UserError(
+                f"{path / WEIGHTS} holds values that are not finite ({wrong}): train anew, by a lower train.lr"
+            )
         text_features = tensors.pop(_TEXT)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(
@@ -212,9 +222,15 @@ def load_run(path: Path, device: str = "cpu") -> Run:
     return Run(path, config, student.to(device).eval(), text_features.to(device), *facts)
 
 
-def _facts(metadata: dict[str, str]) -> tuple[int, float | None]:
-    """Iteration and gamma of the weights. ValueError, TypeError or KeyError: they are not ours."""
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first that holds NaN or infinity, if one does."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+
+
+def _facts(metadata: dict[str, str]) -> tuple[int, float | None, float | None]:
+    """Iteration, gamma and alpha of the weights. ValueError, TypeError or KeyError: they are not ours."""
     if _FACTS not in metadata:
-        return int(metadata["iteration"]), None  # of an older run
+        return int(metadata["iteration"]), None, None  # of an older run
     facts = json.loads(metadata[_FACTS])
-    return int(facts["iteration"]), None if facts["gamma"] is None else float(facts["gamma"])
+    gamma, alpha = (None if facts.get(name) is None else float(facts[name]) for name in ("gamma", "alpha"))
+    return int(facts["iteration"]), gamma, alpha

@@ -18,7 +18,7 @@ from configs.load import as_settings
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
 from stages.apply.evaluate import evaluate, student_predictor
-from stages.common.progress import say
+from stages.common.progress import figure, say
 from stages.common.runs import RUNS, load_run, one_trainer, replace_file
 from stages.inspect.regions import summary, table
 from stages.precompute.stage import precompute
@@ -193,10 +193,10 @@ def verdict(sign: Sign, results: Sequence[Result]) -> tuple[str, str, int]:
 
     Rows share a seed's order of images and, where they have the same modules, its first weights: what these do to both
     is not in the difference. Beyond the seed spread: the better row's worst seed is above the other's best. Undecided:
-    some seeds are for the claim, some against it. Seeds that one row lacks do not count.
+    some seeds are for the claim, some against it. Seeds that one row lacks, or has no score of, do not count.
     """
     rows = [
-        {result.seed: getattr(result, sign.score) for result in results if result.row == row}
+        {one.seed: value for one in results if one.row == row and not np.isnan(value := getattr(one, sign.score))}
         for row in (sign.better, sign.worse)
     ]
     seeds = sorted(rows[0].keys() & rows[1].keys())
@@ -219,7 +219,7 @@ def spread(values: np.ndarray, style: str = ".1f") -> str:
     """Mean and range of the seeds."""
     if not len(values):
         return ""
-    mean, least, most = (format(value, style) for value in (values.mean(), values.min(), values.max()))
+    mean, least, most = (figure(float(value), style) for value in (values.mean(), values.min(), values.max()))
     return mean if len(values) == 1 or np.isnan(values).any() else f"{mean} ({least} to {most})"
 
 

@@ -17,7 +17,7 @@ from pipeline.data.dataset import IGNORE, SegmentationDataset
 from pipeline.metrics import Scores, calibrated_argmax
 from pipeline.pictures import contact_sheet, legend, overlay, stacked
 from stages.apply.evaluate import Predictor, evaluate, student_predictor, teacher_predictor
-from stages.common.progress import output, say
+from stages.common.progress import figure, output, say
 from stages.common.runs import load_run
 from stages.inspect.regions import choose_rows, sheet, summary, table
 from stages.precompute.stage import precompute
@@ -46,7 +46,7 @@ class Result:
     def cells(self) -> list[str]:
         s = self.scores
         values = (s.pixel_accuracy, s.miou_seen, s.miou_unseen, s.hiou)
-        return [self.what, self.seed, f"{self.gamma:.3g}", *(f"{value:.1f}" for value in values)]
+        return [self.what, self.seed, figure(self.gamma, ".3g"), *map(figure, values)]
 
 
 def demo(folder: Path, seeds: Sequence[int], assignments: Sequence[str], device: str) -> None:
@@ -171,5 +171,5 @@ def _markdown(
     ]
     for result in results:
         values = [result.scores.iou[config.dataset.classes.index(name)] for name in config.dataset.unseen]
-        lines.append(f"| {result.what} | {result.seed} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
+        lines.append(f"| {result.what} | {result.seed} | " + " | ".join(map(figure, values)) + " |")
     return "\n".join(lines) + "\n"

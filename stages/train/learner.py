@@ -95,7 +95,7 @@ class Learner:
         wrong = ", ".join(name for name, value in losses.items() if not np.isfinite(value))
         raise UserError(
             f"iteration {self.iteration + 1}: loss {wrong} is not finite ({losses}) on images "
-            f"{[ids[row] for row in rows.tolist()]}: lower train.lr"
+            f"{[ids[row] for row in rows.tolist()]}: lower train.lr, in another --run"
         )
 
     def state(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a run says while it trains: log.jsonl and scores.jsonl, TensorBoard, and Weights & Biases by option."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,10 +39,11 @@ class RunLog:
         self._scalars({**{f"loss/{name}": value for name, value in losses.items()}, "lr": lr}, iteration)
 
     def scores(self, iteration: int, split: str, shown: dict[str, float]) -> None:
-        """One validation's; it counts as done once this returns."""
+        """One validation's; it counts as done once this returns. NaN is null."""
         self._scalars({f"{split}/{name}": value for name, value in shown.items()}, iteration)
         with (self.path / SCORES).open("a") as file:
-            file.write(json.dumps({"iteration": iteration, "split": split, **shown}) + "\n")
+            known = {name: None if math.isnan(value) else value for name, value in shown.items()}
+            file.write(json.dumps({"iteration": iteration, "split": split, **known}) + "\n")
             _flush(file)
 
     def picture(self, iteration: int, name: str, picture: Image.Image) -> None:

@@ -75,7 +75,8 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
 
     def write_run(folder: Path) -> None:
         save_config(folder, config)
-        save_student(folder, learner.best_student, text_features, learner.iteration, learner.gamma)
+        alpha = float(criterion.alpha.detach())
+        save_student(folder, learner.best_student, text_features, learner.iteration, learner.gamma, alpha)
 
     with one_trainer(path) if is_main() else nullcontext():
         if is_main():

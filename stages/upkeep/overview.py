@@ -92,9 +92,9 @@ def _run(path: Path, settings: Mapping[str, Any]) -> RunEntry:
         iteration=max(Checkpoints(path, keep=1).iterations(), default=0),
     )  # fmt: skip
     scores = read_scores(path)
-    if scores:
-        entry.score_name = "hiou" if "hiou" in scores[0] else "miou"
-        best = max(scores, key=lambda line: line[entry.score_name])
+    entry.score_name = "hiou" if not scores or "hiou" in scores[0] else "miou"
+    if known := [line for line in scores if line[entry.score_name] is not None]:
+        best = max(known, key=lambda line: line[entry.score_name])
         entry.score, entry.score_split = best[entry.score_name], best["split"]
     return entry
 

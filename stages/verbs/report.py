@@ -1,7 +1,6 @@
 """Tables that the verbs print to stdout."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from configs.schema import Config
 from pipeline.metrics import Scores
 from stages.common.caches import CACHES
 from stages.common.datasets import Check
-from stages.common.progress import output
+from stages.common.progress import figure, output
 from stages.common.runs import RUNS
 from stages.inspect.regions import PseudoLabelRow, summary
 from stages.precompute.plan import duration, size, timed_runs
@@ -35,44 +34,45 @@ def _print(line: str) -> None:
     output.print(line, highlight=False, markup=False)
 
 
-def score_table(name: str, config: Config, gamma: float, scores: Scores) -> None:
-    """Overall scores, then IoU of every class with the unseen ones marked."""
-    _print(f"{name} on {config.dataset.name}/{config.evaluate.split}, gamma {gamma:.4g}")
+def score_table(name: str, config: Config, gamma: float, scores: Scores, alpha: float | None) -> None:
+    """Overall scores, then IoU of every class with the unseen ones marked.
+
+    `alpha`: of the run, where it is known; gamma is of logits without it.
+    """
+    of_training = "" if alpha is None else f" (alpha {alpha:.4g}: {figure(alpha * gamma, '.4g')} of training's logits)"
+    on = f"{config.dataset.name}/{config.evaluate.split}"
+    _print(f"{name} on {on}, gamma {figure(gamma, '.4g')}{of_training}")
     values = {"pAcc": scores.pixel_accuracy, "mIoU": scores.miou}
     if config.dataset.unseen:
         values |= {"mIoU seen": scores.miou_seen, "mIoU unseen": scores.miou_unseen, "hIoU": scores.hiou}
     overall = _folded(*values)
-    overall.add_row(*(f"{value:.1f}" for value in values.values()))
+    overall.add_row(*map(figure, values.values()))
     output.print(overall)
     classes = _folded("class", "", "IoU")
     for label, iou in zip(config.dataset.classes, scores.iou, strict=True):
-        classes.add_row(
-            escape(label), "unseen" if label in config.dataset.unseen else "", "-" if math.isnan(iou) else f"{iou:.1f}"
-        )
+        classes.add_row(escape(label), "unseen" if label in config.dataset.unseen else "", figure(iou))
     output.print(classes)
 
 
-def score_report(name: str, config: Config, gamma: float, scores: Scores) -> dict[str, Any]:
-    """The same as plain JSON values; null for a class that occurs nowhere, and for what needs unseen classes."""
+def score_report(name: str, config: Config, gamma: float, scores: Scores, alpha: float | None) -> dict[str, Any]:
+    """The same as plain JSON values; NaN is null in the end, and so is what needs unseen classes."""
     values = dataclasses.asdict(scores)
     if not config.dataset.unseen:
         values |= {"miou_seen": None, "miou_unseen": None, "hiou": None}
-    iou = (None if math.isnan(value) else value for value in scores.iou)
-    values["iou"] = dict(zip(config.dataset.classes, iou, strict=True))
-    return {"of": name, "dataset": config.dataset.name, "split": config.evaluate.split, "gamma": gamma, **values}
+    values["iou"] = dict(zip(config.dataset.classes, scores.iou, strict=True))
+    about = {"of": name, "dataset": config.dataset.name, "split": config.evaluate.split}
+    return {**about, "gamma": gamma, "alpha": alpha, **values}
 
 
 def pseudo_label_table(rows: Sequence[PseudoLabelRow]) -> None:
     """One line a view, then the means."""
     table = _folded("image", "view", "K-means regions", "fused groups", "coverage", "purity")
     for row in rows:
-        purity = "-" if math.isnan(row.purity) else f"{row.purity:.2f}"
-        table.add_row(
-            escape(row.image_id), str(row.view), str(row.clusters), str(row.groups), f"{row.coverage:.2f}", purity
-        )
+        counts = str(row.view), str(row.clusters), str(row.groups)
+        table.add_row(escape(row.image_id), *counts, f"{row.coverage:.2f}", figure(row.purity, ".2f"))
     means = summary(list(rows))
     table.add_section()
-    table.add_row("mean", "", *(f"{means[key]:.2f}" for key in ("clusters", "groups", "coverage", "purity")))
+    table.add_row("mean", "", *(figure(means[key], ".2f") for key in ("clusters", "groups", "coverage", "purity")))
     output.print(table)
 
 

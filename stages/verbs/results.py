@@ -66,9 +66,8 @@ def evaluate(
             student_predictor(opened.student, features, settings),
         )
     gamma, scores = stage(predict, settings, data_root, opened)
-    print_result(
-        lambda: score_table(name, settings, gamma, scores), score_report(name, settings, gamma, scores), json_file
-    )
+    found = (name, settings, gamma, scores, opened.alpha if opened else None)
+    print_result(lambda: score_table(*found), score_report(*found), json_file)
 
 
 def predict(
