@@ -3,9 +3,12 @@
 Heavy libraries are imported inside the verbs: help stays quick, and training never loads the teacher's library.
 """
 
+import errno
 import os
 import sys
 import traceback
+from contextlib import suppress
+from io import TextIOWrapper
 from typing import Annotated, Literal
 
 try:
@@ -154,15 +157,25 @@ def main() -> None:
     """Runs the app; a mistake or a fault is one line on stderr, unless --debug is given."""
     global _debug
     _debug = False
+    _take_any_text()
     try:
         code = app(standalone_mode=False)
     except Exception as error:
-        if _debug:
-            traceback.print_exc()
         text, code = _last_words(error)
-        if text:
-            typer.echo(f"error: {' '.join(text.split())}", err=True)
+        with suppress(OSError):
+            if _debug:
+                traceback.print_exc()
+            if text:
+                typer.echo(f"error: {' '.join(text.split())}", err=True)
     sys.exit(code)
+
+
+def _take_any_text() -> None:
+    """No letter stops a program whose terminal has ASCII alone, nor does a stream that was closed before it began."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _last_words(error: Exception) -> tuple[str, int]:
@@ -171,7 +184,9 @@ def _last_words(error: Exception) -> tuple[str, int]:
         context = getattr(error, "ctx", None)
         said = error.format_message().rstrip(".")
         return f"{said} (see {context.command_path} --help)" if said and context else said, 2
-    # An error without a file is not about one that the user could mend.
+    # An error without a file is not about one that the user could mend, unless it is the disk.
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE):
+        return f"{error}: free some space, or choose another disk", 2
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
         return str(error), 2
     return f"{error} ({type(error).__name__}, a fault of clip-zss: see it whole by clip-zss --debug ...)", 1

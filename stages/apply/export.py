@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, writing
 from pipeline.student.portable import Portable
 from stages.apply.evaluate import run_gamma
 from stages.common.progress import progress_bar
@@ -54,7 +54,8 @@ def export(run: Run, output: Path, precision: Literal["fp32", "fp16"] = "fp32") 
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        found = _write(run, aside, precision)
+        with writing(output):
+            found = _write(run, aside, precision)
         if output.exists():  # it may be the working folder
             for file in aside.iterdir():
                 file.rename(output / file.name)
@@ -107,7 +108,7 @@ def _write(run: Run, folder: Path, precision: Literal["fp32", "fp16"]) -> dict[s
     np.save(folder / FEATURES, run.text_features.cpu().numpy())
     description = _describe(run, 0.0 if math.isnan(gamma) else gamma, model, precision, fixed)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-    (folder / CARD).write_text(_card(run, description, found))
+    (folder / CARD).write_text(_card(run, description, found), encoding="utf-8")
     return found
 
 
@@ -162,7 +163,7 @@ def _describe(run: Run, gamma: float, model: Portable, precision: str, fixed: in
 
 def _card(run: Run, description: dict[str, Any], found: dict[str, float]) -> str:
     dataset = run.config.dataset
-    template = Template((Path(__file__).parent / "export_card.md").read_text())
+    template = Template((Path(__file__).parent / "export_card.md").read_text(encoding="utf-8"))
     return template.substitute(
         student=run.config.student.model,
         dataset=dataset.name,

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cache.manifest import different_settings
-from configs.errors import UserError
+from configs.errors import UserError, writing
 from configs.load import as_settings, resolve
 from configs.schema import Config
 from pipeline.student.student import Student
@@ -178,10 +178,15 @@ def save_student(
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Puts in place whole what `write` writes to the path that it is given; a kill leaves the old file or the new."""
     aside = path.with_name(f".{path.name}.partial")
-    write(aside)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    with writing(path):
+        try:
+            write(aside)
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except OSError:
+            aside.unlink(missing_ok=True)  # on a full disk, every byte counts
+            raise
 
 
 def load_run(path: Path, device: str = "cpu") -> Run:

@@ -13,7 +13,7 @@ import numpy as np
 from cache.reader import Cache, open_cache
 from cache.sealed import sha256
 from configs.ablation import Ablation, Sign, known_ablations
-from configs.errors import UserError
+from configs.errors import UserError, writing
 from configs.load import as_settings
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
@@ -96,7 +96,8 @@ def ablate(
         found[row, seed] = _result(row, seed, config, data_root, device, known)
         write_csv(files[0], [found[key] for key in chosen if key in found])
     results = [found[key] for key in chosen]
-    files[1].write_text(markdown(command, ablation, results))
+    text = markdown(command, ablation, results)
+    replace_file(files[1], lambda aside: aside.write_text(text, encoding="utf-8"))
     _plot(files[2], ablation, results)
     return files
 
@@ -169,7 +170,7 @@ def _purity(cache: Cache, config: Config, data_root: Path) -> float:
 
 def write_csv(path: Path, results: Sequence[Result]) -> None:
     def write(aside: Path) -> None:
-        with aside.open("w", newline="") as file:
+        with aside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
             writer.writeheader()
             writer.writerows(asdict(result) for result in results)
@@ -179,7 +180,7 @@ def write_csv(path: Path, results: Sequence[Result]) -> None:
 
 def read_csv(path: Path) -> list[Result]:
     """What `write_csv` wrote."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return [_typed(line) for line in csv.DictReader(file)]
 
 
@@ -280,4 +281,5 @@ def _plot(path: Path, ablation: Ablation, results: Sequence[Result]) -> None:
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()
     figure.suptitle(textwrap.fill(ablation.title, 90))
-    figure.savefig(path, metadata={"Software": None})
+    with writing(path):
+        figure.savefig(path, metadata={"Software": None})

@@ -171,8 +171,8 @@ class _Writer:
         self.pace.step(iteration)
 
     def close(self) -> None:
-        self.log.close()
-        self.pace.close()
+        with closing(self.pace):
+            self.log.close()
 
 
 def _resume(learner: Learner, checkpoints: Checkpoints) -> bool:

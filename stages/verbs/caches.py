@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from configs.errors import UserError
+from stages.common.progress import show
 from stages.verbs.options import (
     DATA,
     DataRootOption,
@@ -86,5 +87,5 @@ def cache_gc(location: LocationArgument) -> None:
 
     deleted, freed = gc(location)
     for path in deleted:
-        typer.echo(f"deleted: {path}")
-    typer.echo(f"{len(deleted)} files, {freed:,} bytes freed")
+        show(f"deleted: {path}")
+    show(f"{len(deleted)} files, {freed:,} bytes freed")

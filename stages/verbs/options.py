@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from configs.errors import UserError
+from configs.errors import UserError, writing
 from configs.load import named_dataset, resolve
 from configs.schema import Config
+from stages.common.progress import show
 
 
 def check_json(json_file: Path | None) -> Path | None:
@@ -66,20 +67,24 @@ STDOUT = Path("-")
 
 
 def print_result(table: Callable[[], None], data: Any, json_file: Path | None) -> None:
-    """What a verb found: as a table, by `table`, and where asked for as JSON, in which NaN is null."""
-    if json_file != STDOUT:
-        table()
+    """What a verb found: where asked for as JSON, in which NaN is null, and, by `table`, as a table.
+
+    The file first: a screen may not take what it is shown.
+    """
     if json_file:
         plain = json.loads(json.dumps(data), parse_constant=lambda _: None)
         text = json.dumps(plain, indent=2)
         if json_file == STDOUT:
-            typer.echo(text)
-        elif json_file.is_symlink() or (json_file.exists() and not json_file.is_file()):  # such as /dev/stdout
-            json_file.write_text(text + "\n")
+            show(text)
+            return
+        if json_file.is_symlink() or (json_file.exists() and not json_file.is_file()):  # such as /dev/stdout
+            with writing(json_file):
+                json_file.write_text(text + "\n")
         else:
             from stages.common.runs import replace_file
 
             replace_file(json_file, lambda aside: aside.write_text(text + "\n"))
+    table()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import typer
 
 from configs.errors import UserError
 from configs.load import as_settings, resolve
+from stages.common.progress import say, show
 from stages.verbs.options import (
     DATA,
     STDOUT,
@@ -102,7 +103,6 @@ def predict(
     from stages.apply.predict import Segmenter
     from stages.apply.predict import predict as stage
     from stages.apply.words import read_words
-    from stages.common.progress import say
     from stages.common.runs import newest_run
 
     segmenter = Segmenter.load(run or newest_run(), device_of(device), gamma)
@@ -112,7 +112,7 @@ def predict(
     for line in failures:
         typer.echo(f"left out: {line}", err=True)
     if done:
-        typer.echo(f"results: {output}")
+        show(f"results: {output}")
     if failures:
         others = "; the others are done" if done else ""
         raise UserError(f"{len(failures)} photos could not be read, listed above: replace them{others}")
@@ -135,7 +135,7 @@ def export(
     from stages.common.runs import load_run, newest_run
 
     for name, difference in stage(load_run(run or newest_run()), output, precision).items():
-        typer.echo(f"{output / name}: within {difference:.1e} of the student's largest logit")
+        show(f"{output / name}: within {difference:.1e} of the student's largest logit")
 
 
 def inspect_pseudolabels(
@@ -182,8 +182,8 @@ def inspect_pseudolabels(
         found = table(settings, opened, data_root, rows)
         print_result(lambda: pseudo_label_table(found), [asdict(row) for row in found], json_file)
     if png:
-        typer.echo(f"picture: {sheet(settings, opened, data_root, rows, png)}", err=json_file == STDOUT)
+        (say if json_file == STDOUT else show)(f"picture: {sheet(settings, opened, data_root, rows, png)}")
     if not terminal and not png and not json_file:
         from stages.inspect.gallery import make_gallery
 
-        typer.echo(f"gallery: {make_gallery(settings, opened, data_root, rows, output)}")
+        show(f"gallery: {make_gallery(settings, opened, data_root, rows, output)}")

@@ -9,6 +9,7 @@ import typer
 from configs.errors import UserError
 from configs.load import resolve
 from configs.schema import Config
+from stages.common.progress import show
 from stages.verbs.options import (
     DATA,
     ConfigOption,
@@ -71,4 +72,4 @@ def ablate(
     with resumable():
         files = stage(name, content, seeds, settings_of, command, data_root, output, device_of(device))
     for file in files:
-        typer.echo(f"written: {file}")
+        show(f"written: {file}")
