@@ -1,4 +1,4 @@
-"""One dataset's YAML: its files on disk, what mask values mean, names and prompts of its classes, seen and unseen."""
+"""The YAML of a dataset: files, mask values, class names and prompts, seen and unseen classes."""
 
 import difflib
 import re
@@ -8,13 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 
 
 class Section(BaseModel):
-    """A misspelt key is an error, as is a number that is not finite, and a resolved configuration never changes."""
+    """Unknown keys and numbers that are not finite are errors, and a resolved configuration is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Masks(Section):
-    """Mask files, and their pixel values where those are not the dataset's.
+    """Mask files, and their pixel values if they differ from the dataset's.
 
     Written as a bare pattern, or as {files: PATTERN, values: ...}.
     """
@@ -33,9 +33,9 @@ class Masks(Section):
 class Split(Section):
     """Where one split's files are, relative to the dataset's root.
 
-    In a pattern `{id}` stands for the image id, which may hold folders ("aachen/aachen_000000"), and a final `.*` for
-    any image format. Of several `masks` the first file that exists is read. `ids` are text files with one id a line,
-    one after the other; without them every file that matches `images` is an id.
+    In a pattern, `{id}` stands for the image id, which may contain folders ("aachen/aachen_000000"), and a final `.*`
+    for any image extension. The first of the `masks` that exists is read. `ids` are text files with one id per line;
+    without them, every file that matches `images` is an id.
     """
 
     images: str
@@ -70,9 +70,9 @@ class Split(Section):
 class Dataset(Section):
     """A dataset on disk, and the names and prompts of its classes.
 
-    The i-th of `values` ("0-10, 12-23") is the mask value of the i-th class; by default the lowest values that are not
-    in `ignore_index`, whose pixels have no class. Any other value in a mask is an error. Masks with `values` of their
-    own may give values of `ignore_index` a class.
+    The i-th of `values` ("0-10, 12-23") is the mask value of the i-th class; the default is the lowest values not in
+    `ignore_index`, whose pixels have no class. Any other value in a mask is an error. Masks with their own `values` may
+    assign a class to values in `ignore_index`.
     """
 
     name: str = Field(pattern=r"^\w[\w.-]*$")  # names files
@@ -102,7 +102,7 @@ class Dataset(Section):
         unseen, named = dataset.get("unseen"), dataset.get("unseen_splits", {})
         if isinstance(unseen, str) and isinstance(named, dict):
             if unseen not in named:
-                raise ValueError(f"unseen {unseen!r} is none of unseen_splits ({', '.join(named) or 'there is none'})")
+                raise ValueError(f"unseen {unseen!r} is not in unseen_splits ({', '.join(named) or 'there are none'})")
             dataset["unseen"] = named[unseen]
         return dataset
 
@@ -110,7 +110,7 @@ class Dataset(Section):
     def _classes_are_consistent(self) -> "Dataset":
         if len(set(self.classes)) != len(self.classes):
             twice = next(name for name in self.classes if self.classes.count(name) > 1)
-            raise ValueError(f"classes holds {twice!r} twice")
+            raise ValueError(f"classes lists {twice!r} twice")
         named = {"unseen": self.unseen, "prompts": self.prompts}
         named |= {f"unseen_splits.{key}": names for key, names in self.unseen_splits.items()}
         for key, names in named.items():
@@ -118,17 +118,17 @@ class Dataset(Section):
             if unknown:
                 hint = difflib.get_close_matches(unknown[0], self.classes, n=1)
                 raise ValueError(
-                    f"{key} names no class of the dataset: {', '.join(unknown)}"
+                    f"{key} lists names that are not classes of the dataset: {', '.join(unknown)}"
                     + (f"; did you mean {hint[0]!r}?" if hint else "")
                 )
         if len(set(self.unseen)) == len(self.classes):
             raise ValueError("at least one class must be seen")
         if len(self.classes) > 255:
-            raise ValueError("more than 255 classes do not fit 8-bit masks, where 255 is no class")
+            raise ValueError("8-bit masks can hold at most 255 classes")
         if not self.templates or (isinstance(self.templates, tuple) and any("{}" not in t for t in self.templates)):
-            raise ValueError("templates must be one or more, each with {} for the class name")
+            raise ValueError("give one or more templates, each with {} for the class name")
         if not all(self.prompts.values()):
-            raise ValueError("prompts must give at least one name for each class that they hold")
+            raise ValueError("each class in prompts needs at least one name")
         for masks in (masks for split in self.splits.values() for masks in split.masks):
             self.value_of_class(masks.values)
         both = set(self.value_of_class(None)) & set(self.ignore_index)
@@ -137,12 +137,12 @@ class Dataset(Section):
         return self
 
     def value_of_class(self, values: str | None) -> list[int]:
-        """K pixel values, one of each class, for masks coded by `values` (None: as the dataset says)."""
+        """The pixel values of the K classes, for masks coded by `values` (None: the dataset's)."""
         values = self.values if values is None else values
         not_ignored = [value for value in range(256) if value not in self.ignore_index]
         found = value_list(values) if values is not None else not_ignored[: len(self.classes)]
         if len(found) != len(self.classes):
-            raise ValueError(f"values {values or '0-255'} are {len(found)} values for {len(self.classes)} classes")
+            raise ValueError(f"values {values or '0-255'} has {len(found)} values for {len(self.classes)} classes")
         return found
 
     @property
@@ -155,17 +155,17 @@ class Dataset(Section):
 
     @property
     def synonyms(self) -> list[tuple[str, ...]]:
-        """What each class is called in prompts: its `prompts`, or else its name."""
+        """The names of each class in prompts: its `prompts`, or its name."""
         return [self.prompts.get(name, (name,)) for name in self.classes]
 
 
 def value_list(text: str) -> list[int]:
-    """The values that "0-2, 5" lists, here [0, 1, 2, 5]. ValueError unless they are 8-bit and rise, each once."""
+    """Parse "0-2, 5" to [0, 1, 2, 5]. ValueError unless the values are 8-bit, ascending and unique."""
     parts = [re.fullmatch(r"\s*(\d{1,3})\s*(?:-\s*(\d{1,3})\s*)?", part) for part in text.split(",")]
     if not all(parts):
         raise ValueError(f"values {text!r}: write numbers and ranges such as 0-10, 12")
     ranges = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
     bounds = [bound for first, last in ranges for bound in (first - 1, last)]  # rises, but for ranges that touch
     if any(first > last for first, last in ranges) or bounds != sorted(bounds) or bounds[-1] > 255:
-        raise ValueError(f"values {text!r} must rise from 0 to at most 255, each once")
+        raise ValueError(f"values {text!r} must be ascending, between 0 and 255, without duplicates")
     return [value for first, last in ranges for value in range(first, last + 1)]

@@ -1,7 +1,7 @@
-"""Reads images and masks of one split of any dataset, and says in one line what is wrong with a file.
+"""Reads images and masks of one split of any dataset. Errors are one line that names the file.
 
-Masks on disk hold all classes. Hiding the unseen ones is done here and nowhere else: `training_pair` gives the only
-mask that training gets to see (generalised zero-label: unseen pixels become "ignored").
+Masks on disk contain all classes. Unseen classes are hidden here and nowhere else: `training_pair` returns the only
+mask that training sees (generalised zero-label: unseen pixels become "ignored").
 """
 
 import glob
@@ -30,7 +30,7 @@ register_heif_opener()
 
 
 class BrokenFile(UserError):
-    """An image or mask that is missing, damaged, mis-sized or out of range: `--on-error skip` can leave it out."""
+    """An image or mask that is missing, damaged, mis-sized or out of range; `--on-error skip` skips it."""
 
 
 class SegmentationDataset:
@@ -38,7 +38,7 @@ class SegmentationDataset:
 
     Attributes:
         ids: image ids, in the order of the split lists (or sorted, where ids come from file names).
-        root: the dataset's folder: DATA_ROOT/<root of its YAML>, or DATA_ROOT itself where there is no such folder.
+        root: the dataset's folder: DATA_ROOT/<root of its YAML>, or DATA_ROOT itself if that folder does not exist.
         seen_indices: which of all classes are seen, ascending.
         seen_lookup: (256,) uint8, class index -> index among the seen classes, IGNORE for unseen ones.
     """
@@ -63,7 +63,7 @@ class SegmentationDataset:
 
     @property
     def expected(self) -> int:
-        """How many images the split should have: the YAML's `count`, or what there is."""
+        """Expected number of images: the YAML's `count`, or the actual number if it has none."""
         count = self._files.count or len(self.ids)
         return min(count, self.config.limit or count)
 
@@ -75,7 +75,7 @@ class SegmentationDataset:
         wanted = data_root / self.config.root / folder
         raise UserError(
             f"no folder {wanted} (nor {data_root / folder}): put dataset {self.config.name} there, "
-            "or name its folder by --data-root"
+            "or pass its folder as --data-root"
         )
 
     def _list_ids(self) -> list[str]:
@@ -92,7 +92,7 @@ class SegmentationDataset:
                     ]
                 except (OSError, UnicodeDecodeError) as error:
                     reason = getattr(error, "strerror", "it is no UTF-8 text")
-                    raise UserError(f"cannot read the split list {listing}: {reason}; write one id a line") from error
+                    raise UserError(f"cannot read the split list {listing}: {reason}; write one id per line") from error
             source = f"the split list {self.root / self._files.ids[0]} is empty"
         if not ids:
             raise UserError(f"{source}: check the dataset's files, its YAML and --data-root")
@@ -117,7 +117,7 @@ class SegmentationDataset:
             image_id = path[len(before) :].removesuffix(ending)
             if image_id in found:
                 both = f"{found[image_id]} and {path}"
-                raise UserError(f"{self.root}: {both} have one id: keep one, or write the ending in the pattern")
+                raise UserError(f"{self.root}: {both} have the same id: keep one, or put the extension in the pattern")
             found[image_id] = path
         self._scanned[pattern] = found
         return found
@@ -126,7 +126,7 @@ class SegmentationDataset:
         return len(self.ids)
 
     def _located(self, pattern: str, row: int) -> str:
-        """Text, not a Path: training looks at every file as it starts, and a Path takes longer than a look at one."""
+        """A str, not a Path: training checks every file at the start, and making a Path takes longer than the check."""
         name = pattern.replace("{id}", self.ids[row])
         found = self._scan(pattern).get(self.ids[row], name) if pattern.endswith(".*") else name
         return os.path.join(self.root, found)
@@ -156,7 +156,7 @@ class SegmentationDataset:
             mode = picture.mode
             if not mode.startswith(("I", "F")):
                 return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-        raise BrokenFile(f"image {path} has mode {mode}: convert it to 8 bits a channel")  # Pillow clips them to white
+        raise BrokenFile(f"image {path} has mode {mode}: convert it to 8 bits per channel")  # Pillow clips to white
 
     def mask(self, row: int) -> np.ndarray:
         """(H, W) uint8, class indices of *all* classes, IGNORE where there is none. For evaluation and reports."""
@@ -167,24 +167,24 @@ class SegmentationDataset:
             spread = max((_SPREAD.get(tile[3], 1) for tile in getattr(picture, "tile", ())), default=1)
             values = np.asarray(picture)
         if mode not in ("L", "P"):
-            raise BrokenFile(f"mask {path} has mode {mode}: masks must be 8-bit, one class value a pixel")
+            raise BrokenFile(f"mask {path} has mode {mode}: masks must be 8-bit, with one class value per pixel")
         values = values // spread
         mask = self._class_lookups[masks.values][values]
         wrong = np.unique(values[mask < 0])
         if len(wrong):
             raise BrokenFile(
-                f"mask {path} holds {', '.join(map(str, wrong))}, which is no class and not ignored: correct the file, "
-                f"or `values` and `ignore_index` of dataset {self.config.name}"
+                f"mask {path} holds {', '.join(map(str, wrong))}, which is neither a class nor ignored: correct the "
+                f"file, or `values` and `ignore_index` of dataset {self.config.name}"
             )
         return mask.astype(np.uint8)
 
     def pair(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image and full mask, checked to be of one size."""
+        """Image and full mask, checked to have the same size."""
         image, mask = self.image(row), self.mask(row)
         if image.shape[:2] != mask.shape:
             raise BrokenFile(
                 f"mask {self.mask_path(row)} is {mask.shape[1]} x {mask.shape[0]} but its image is "
-                f"{image.shape[1]} x {image.shape[0]}: both must have one size"
+                f"{image.shape[1]} x {image.shape[0]}: both must have the same size"
             )
         return image, mask
 
@@ -198,7 +198,7 @@ class SegmentationDataset:
         return hashlib.sha256(json.dumps(self.file_sizes()).encode()).hexdigest()
 
     def file_sizes(self) -> list[tuple[str, int, int]]:
-        """(id, bytes of the image, bytes of the mask) of every row: tells two versions of a dataset apart cheaply.
+        """(id, bytes of the image, bytes of the mask) of every row: a cheap way to detect a changed dataset.
 
         Missing files have -1 bytes.
         """
@@ -207,7 +207,7 @@ class SegmentationDataset:
 
 
 def _class_lookup(config: Dataset, values: str | None) -> np.ndarray:
-    """(256,) int16: pixel value -> class index, IGNORE, or -1 for a value that means nothing."""
+    """(256,) int16: pixel value -> class index, IGNORE, or -1 for an unknown value."""
     lookup = np.full(256, -1, np.int16)
     lookup[list(config.ignore_index)] = IGNORE
     lookup[config.value_of_class(values)] = np.arange(len(config.classes))
@@ -224,7 +224,7 @@ def _size(path: str) -> int:
 
 @contextmanager
 def opened(path: Path, kind: str) -> Iterator[Image.Image]:
-    """A picture whose decoding, within the block, ends in BrokenFile if it fails."""
+    """Open an image; errors while decoding it inside the block become BrokenFile."""
     try:
         with Image.open(path) as picture:
             yield picture

@@ -1,4 +1,4 @@
-"""Photos of any kind, as people have them."""
+"""Reading photos of common formats."""
 
 import warnings
 from collections.abc import Iterable
@@ -16,9 +16,9 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def find_photos(paths: Iterable[Path]) -> list[Path]:
-    """The files named, and those in the folders named that look like photos, by their ending; sorted in a folder.
+    """The given files, and the photos in the given folders, recognised by extension and sorted per folder.
 
-    What `predict` writes is none.
+    Files written by `predict` are excluded.
 
     Raises:
         UserError: a path does not exist, or a folder holds no image.
@@ -33,12 +33,12 @@ def find_photos(paths: Iterable[Path]) -> list[Path]:
                 if file.suffix.lower() in endings and file.is_file() and not file.name.endswith(WRITTEN)
             )  # fmt: skip
             if not inside:
-                raise UserError(f"{path} holds no photo that can be read: name a folder of JPEG or PNG files, say")
+                raise UserError(f"{path} contains no readable photo: choose a folder of JPEG or PNG files, say")
             found += inside
         elif path.exists():
             found.append(path)
         else:
-            raise UserError(f"{path}: no such photo, or folder of photos")
+            raise UserError(f"{path}: no such photo or folder of photos")
     return found
 
 
@@ -55,10 +55,10 @@ def read_photo(path: Path) -> np.ndarray:
 
 
 def upright_rgb(picture: Image.Image, name: str) -> np.ndarray:
-    """`read_photo` of a picture that is open; `name` is what errors call it."""
+    """`read_photo` for an open picture; errors call it `name`."""
     upright = ImageOps.exif_transpose(picture)
     if upright.mode in ("I", "F"):
-        raise BrokenFile(f"{name} has 32-bit values (mode {upright.mode}): convert it to 8 bits a channel")
+        raise BrokenFile(f"{name} has 32-bit values (mode {upright.mode}): convert it to 8 bits per channel")
     if upright.mode.startswith("I;16"):
         return np.repeat((np.asarray(upright).astype(np.uint16) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if upright.has_transparency_data:

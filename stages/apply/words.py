@@ -1,4 +1,4 @@
-"""Words that a user wants to segment by, and their features: CLIP is only asked for those that are new to a run."""
+"""The user's words and their text features. CLIP is only loaded for words that are new to a run."""
 
 import os
 import re
@@ -23,18 +23,18 @@ MOST_CLASSES = 255  # as in the masks of a dataset
 
 
 def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Class name -> its names in prompts: "cow|bull|calf" is the class cow by three names.
+    """Class name -> its names in prompts: "cow|bull|calf" is the class cow with three names.
 
     Raises:
-        UserError: none, an empty one, one twice, or more than 255.
+        UserError: no words, an empty one, a duplicate, or more than 255.
     """
     parsed: dict[str, tuple[str, ...]] = {}
     for word in words:
         names = tuple(name.strip() for name in word.split("|"))
         if not all(names):
-            raise UserError(f"--classes: {word!r} has an empty name; write names with commas between, synonyms with |")
+            raise UserError(f"--classes: {word!r} has an empty name; separate names by commas, synonyms by |")
         if names[0] in parsed:
-            raise UserError(f"--classes: {names[0]!r} is there twice")
+            raise UserError(f"--classes: {names[0]!r} is listed twice")
         parsed[names[0]] = names
     if not 1 <= len(parsed) <= MOST_CLASSES:
         raise UserError(f"--classes: {len(parsed)} classes; give 1 to {MOST_CLASSES}")
@@ -42,23 +42,25 @@ def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def read_words(classes: str) -> list[str]:
-    """What --classes says: words between commas or line ends, or the lines of the text file of that name."""
+    """Parse --classes: words separated by commas or line ends, or the lines of a text file."""
     if not os.path.isfile(classes):  # Path.is_file raises where the words are too long for a path
         return re.split("[,\n]", classes)
     try:
         return [line for line in Path(classes).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise UserError(f"--classes {classes} is no text file ({error.reason}): one class a line, in UTF-8") from error
+        raise UserError(
+            f"--classes {classes} is not a UTF-8 text file ({error.reason}): write one class per line"
+        ) from error
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Classes that were asked for.
+    """The requested classes.
 
     Attributes:
         config: the run's, with these classes as its dataset's.
         features: (K, C).
-        seen, unseen: indices of those that the run saw masks of, and of the others.
+        seen, unseen: indices of the classes with masks in training, and of the others.
     """
 
     config: Config
@@ -72,10 +74,10 @@ class Vocabulary:
 
 
 def vocabulary(run: Run, words: Sequence[str]) -> Vocabulary:
-    """Names of the training vocabulary keep the run's features and need no CLIP; others meet its text tower, once.
+    """Training classes keep the run's features and do not need CLIP; its text tower encodes other words once.
 
     Raises:
-        UserError: as `parse_words`; or there is no text tower.
+        UserError: as `parse_words`, or there is no text tower.
     """
     if isinstance(words, str):
         raise UserError(f"classes are a list of words, such as [{words!r}], not one text")

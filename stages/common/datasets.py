@@ -1,4 +1,4 @@
-"""Datasets on disk: what is there, what is wrong with it, file by file."""
+"""Opens datasets on disk and checks them file by file."""
 
 import os
 from collections.abc import Iterator
@@ -15,20 +15,20 @@ from stages.common.progress import progress_bar, say
 
 
 def open_split(config: Dataset, data_root: Path, split: str) -> SegmentationDataset:
-    """The split, with a warning if it has not the number of images that the dataset's YAML expects."""
+    """Open a split; warn if it does not have the number of images that the dataset's YAML expects."""
     dataset = SegmentationDataset(config, data_root, split)
     if len(dataset) != dataset.expected:
-        say(f"warning: {_miscount(dataset)}; `datasets check {config.name}` says what is missing")
+        say(f"warning: {_miscount(dataset)}; run `datasets check {config.name}` to see what is missing")
     return dataset
 
 
 def _miscount(dataset: SegmentationDataset) -> str:
-    return f"{dataset.root}: split {dataset.split} has {len(dataset)} images, {dataset.expected} are expected"
+    return f"{dataset.root}: split {dataset.split} has {len(dataset)} images, expected {dataset.expected}"
 
 
 @dataclass
 class Check:
-    """What `check` found. `pixels` and `images`: (K,) int64, how often each class occurs."""
+    """The result of `check`. `pixels` and `images`: (K,) int64 counts of each class."""
 
     pixels: np.ndarray
     images: np.ndarray
@@ -38,11 +38,11 @@ class Check:
 
 
 def check(config: Dataset, data_root: Path) -> Check:
-    """Reads every image and mask of every split; each fault is one line that names the file.
+    """Read every image and mask of every split; each fault is one line that names the file.
 
-    A fault is a missing split list or folder, an id listed twice, a split of another size than expected, an image of
-    two splits, an image or mask that is missing, damaged or of a wrong mode, a mask of another size than its image, a
-    value that is no class.
+    A fault is a missing split list or folder, a duplicate id, a split of unexpected size, an image in two splits, an
+    image or mask that is missing, damaged or of the wrong mode, a mask and image of different sizes, or a mask value
+    that is neither a class nor ignored.
     """
     found = Check(np.zeros(len(config.classes), np.int64), np.zeros(len(config.classes), np.int64))
     split_of: dict[Path, str] = {}
@@ -75,7 +75,7 @@ def check(config: Dataset, data_root: Path) -> Check:
 
 
 def _read_all(dataset: SegmentationDataset) -> Iterator[np.ndarray | str]:
-    """For every row the pixels of each mask value, (256,), or what is wrong. Decoding runs in threads."""
+    """For every row, the pixel count of each mask value, (256,), or the error. Decoding runs in threads."""
 
     def read(row: int) -> np.ndarray | str:
         try:

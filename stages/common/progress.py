@@ -1,4 +1,4 @@
-"""What the stages print: one line at a time, and progress bars with rate and time left."""
+"""Output of the stages: single lines, and progress bars with rate and remaining time."""
 
 import math
 import os
@@ -49,17 +49,17 @@ output = _Screen(soft_wrap=True)
 
 
 def say(line: str) -> None:
-    """One line of news, to stderr."""
+    """Print one line of news to stderr."""
     console.print(Text(line), soft_wrap=True)
 
 
 def show(line: str) -> None:
-    """One line of results, to stdout, as it is: names may hold what Rich takes for markup."""
+    """Print one line of results to stdout, literally: names may contain what Rich would read as markup."""
     output.print(Text(line))
 
 
 def figure(value: float, style: str = ".1f") -> str:
-    """A number for people; a dash for NaN, which is none."""
+    """A number as text; a dash for NaN."""
     return "-" if math.isnan(value) else format(value, style)
 
 
@@ -101,7 +101,7 @@ class _Lines:
 
 @contextmanager
 def progress_bar(name: str, total: int | None = None, unit: str = "", done: int = 0) -> Iterator[Callable[..., None]]:
-    """A bar on stderr; a line every half a minute, and one at the end, where that is no terminal.
+    """A progress bar on stderr; if that is not a terminal, a line every 30 s and one at the end.
 
     The yielded function advances it: `advance(count, note="...")`.
     """

@@ -1,4 +1,4 @@
-"""Validation in the course of a training: gamma, scores at it, and pictures of the same few images each time."""
+"""Validation during training: chooses gamma, scores at it, and draws pictures of the same few images."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from stages.train.stopping import Stop
 
 
 class Validation:
-    """Scores a student on one split; which of a run's validations are done, and which was the best, its log knows."""
+    """Scores a student on one split. The run's log records which validations are done and which was best."""
 
     def __init__(
         self, config: Config, dataset: SegmentationDataset, gamma_split: SegmentationDataset | None,
@@ -36,7 +36,7 @@ class Validation:
         }
 
     def choose_gamma(self, student: Student) -> float:
-        """The gamma that `evaluate.gamma` asks for; where it is `auto`, on a few training images: a matter of seconds.
+        """The gamma that `evaluate.gamma` asks for; `auto` uses a few training images and takes seconds.
 
         Leaves `student` in eval mode.
 
@@ -46,7 +46,7 @@ class Validation:
         return choose_gamma(self._until_stopped(student), self.config, self.gamma_split)
 
     def __call__(self, student: Student, iteration: int, gamma: float) -> None:
-        """Scores at `gamma`, which the best validation is chosen by, and at 0. Leaves `student` in eval mode.
+        """Scores at `gamma`, which select the best validation, and at 0. Leaves `student` in eval mode.
 
         Raises:
             Stopped: a signal came between two images.
@@ -79,6 +79,6 @@ class Validation:
 
     @property
     def best(self) -> int | None:
-        """The iteration of the highest hIoU (mIoU, where no class is unseen), if any has one; the first of equals."""
+        """The iteration with the highest hIoU (or mIoU, if no class is unseen), if any; the first in case of a tie."""
         known = {at: score for at, score in self._scores.items() if score is not None and not math.isnan(score)}
         return max(known, key=known.__getitem__, default=None)

@@ -1,4 +1,4 @@
-"""Tables that the verbs print to stdout."""
+"""Tables that the commands print to stdout."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def score_table(name: str, config: Config, gamma: float, scores: Scores, alpha: 
 
 
 def score_report(name: str, config: Config, gamma: float, scores: Scores, alpha: float | None) -> dict[str, Any]:
-    """The same as plain JSON values; NaN is null in the end, and so is what needs unseen classes."""
+    """The same as plain JSON values; NaN becomes null, as do scores that need unseen classes."""
     values = dataclasses.asdict(scores)
     if not config.dataset.unseen:
         values |= {"miou_seen": None, "miou_unseen": None, "hiou": None}
@@ -60,7 +60,7 @@ def score_report(name: str, config: Config, gamma: float, scores: Scores, alpha:
 
 
 def pseudo_label_table(rows: Sequence[PseudoLabelRow]) -> None:
-    """One line a view, then the means."""
+    """One line per view, then the means."""
     table = _folded("image", "view", "K-means regions", "fused groups", "coverage", "purity")
     for row in rows:
         counts = str(row.view), str(row.clusters), str(row.groups)
@@ -82,7 +82,7 @@ def dataset_list() -> None:
 
 
 def dataset_layout(config: Dataset, data_root: Path) -> None:
-    """Where its files are looked for, its classes with their mask values and prompts, its named splits."""
+    """The dataset's expected files, its classes with mask values and prompts, its named splits."""
     root = data_root / config.root
     show(f"{config.name}: {len(config.classes)} classes, {len(config.unseen)} of them unseen")
     show(f"folder: {root}" + ("" if root.is_dir() else f" (not there; else {data_root} itself)"))

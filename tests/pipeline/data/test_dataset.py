@@ -120,7 +120,7 @@ def test_images_of_more_bits_are_refused(mode: str, tree: Tree) -> None:
     Image.fromarray(grey).save(tree.mask_path("a"))
     Image.fromarray(stored).save(tree.root / "images" / name)
     found = broken(lambda: tree.read({"images": "images/{id}.*"}).image(0))
-    assert found == f"image {tree.root / 'images' / name} has mode {mode}: convert it to 8 bits a channel"
+    assert found == f"image {tree.root / 'images' / name} has mode {mode}: convert it to 8 bits per channel"
 
 
 @pytest.mark.parametrize("ignore_index", [255, 254, 100, 5])
@@ -178,7 +178,7 @@ def test_what_a_pixel_value_means(
             assert np.unique(dataset.mask(value)).tolist() == [NONE]
         else:
             found = broken(lambda value=value: dataset.mask(value))  # type: ignore[misc]
-            assert found.startswith(f"mask {tree.mask_path(f'{value:03}')} holds {value}, which is no class and not ")
+            assert found.startswith(f"mask {tree.mask_path(f'{value:03}')} holds {value}, which is neither a class ")
 
 
 def test_masks_of_their_own_values_name_ignored_ones(tree: Tree) -> None:
@@ -497,8 +497,8 @@ def test_no_folder(tree: Tree) -> None:
         (tree.data_root / "file").touch()
         message = refusal(lambda root=data_root: SegmentationDataset(config, root, "train"))  # type: ignore[misc]
         assert message == (
-            f"no folder {data_root / 'tiny' / 'images'} (nor {data_root / 'images'}): put dataset tiny there, or name "
-            "its folder by --data-root"
+            f"no folder {data_root / 'tiny' / 'images'} (nor {data_root / 'images'}): put dataset tiny there, or pass "
+            "its folder as --data-root"
         )
 
 
@@ -683,7 +683,7 @@ def test_mask_of_another_mode(mode: str, tree: Tree) -> None:
     tree.add(
         "a", image, Image.fromarray(mask.astype(np.uint16)) if mode == "I;16" else Image.fromarray(mask).convert(mode)
     )
-    expected = f"mask {tree.mask_path('a')} has mode {mode}: masks must be 8-bit, one class value a pixel"
+    expected = f"mask {tree.mask_path('a')} has mode {mode}: masks must be 8-bit, with one class value per pixel"
     assert broken(lambda: tree.read().training_pair(0)) == expected
 
 
@@ -696,8 +696,8 @@ def test_mask_with_a_class_too_many(place: tuple[int, int], value: int, ignore_i
     tree.add("a", image, mask)
     dataset = tree.read(ignore_index=ignore_index)
     expected = (
-        f"mask {tree.mask_path('a')} holds {value}, which is no class and not ignored: correct the file, or `values` "
-        f"and `ignore_index` of dataset tiny"
+        f"mask {tree.mask_path('a')} holds {value}, which is neither a class nor ignored: correct the file, or "
+        f"`values` and `ignore_index` of dataset tiny"
     )
     for read in (dataset.mask, dataset.pair, dataset.training_pair):
         assert broken(lambda read=read: read(0)) == expected  # type: ignore[misc]
@@ -706,14 +706,16 @@ def test_mask_with_a_class_too_many(place: tuple[int, int], value: int, ignore_i
 def test_every_wrong_value_is_named(tree: Tree) -> None:
     mask = np.array([[0, 9, 1], [77, 4, 9]], np.uint8)
     tree.add("a", np.zeros((2, 3, 3), np.uint8), mask)
-    assert " holds 9, 77, which is no class" in broken(lambda: tree.read().mask(0))
+    assert " holds 9, 77, which is neither a class" in broken(lambda: tree.read().mask(0))
 
 
 @pytest.mark.parametrize("size", [(7, 9), (9, 8), (1, 1)])
 def test_mask_of_another_size(size: tuple[int, int], tree: Tree) -> None:
     image, _ = draw_pair(np.random.default_rng(0), 9, 7)
     tree.add("a", image, np.zeros(size, np.uint8))
-    expected = f"mask {tree.mask_path('a')} is {size[1]} x {size[0]} but its image is 7 x 9: both must have one size"
+    expected = (
+        f"mask {tree.mask_path('a')} is {size[1]} x {size[0]} but its image is 7 x 9: both must have the same size"
+    )
     dataset = tree.read()
     assert broken(lambda: dataset.pair(0)) == broken(lambda: dataset.training_pair(0)) == expected
 
@@ -747,9 +749,9 @@ def test_masks_must_say_where(masks: Any) -> None:
     [
         ({"values": "0-3"}, "4 values for 5 classes"),
         ({"values": "0-5"}, "6 values for 5 classes"),
-        ({"values": "4-0"}, "must rise from 0 to at most 255"),
-        ({"values": "0-2, 2-3"}, "must rise from 0 to at most 255"),
-        ({"values": "252-256"}, "must rise from 0 to at most 255"),
+        ({"values": "4-0"}, "must be ascending, between 0 and 255"),
+        ({"values": "0-2, 2-3"}, "must be ascending, between 0 and 255"),
+        ({"values": "252-256"}, "must be ascending, between 0 and 255"),
         ({"values": "a-e"}, "write numbers and ranges"),
         ({"values": "-1-3"}, "write numbers and ranges"),
         ({"values": "1-5", "ignore_index": 3}, "3 is in values and in ignore_index"),
