@@ -223,13 +223,14 @@ def _open_lenders(location: str, manifest: Manifest) -> dict[str, Cache]:
             lender = opened.get(borrowed.cache) or open_cache(place)
         except UserError as error:
             raise UserError(
-                f"{location} shares {name} with {place} ({error}): if that cache was moved, run cache repair {location} "
-                "--lender NEW_PLACE"
+                f"{location} shares {name} with {place} ({error}): if that cache was moved, run cache repair "
+                f"{location} --lender NEW_PLACE"
             ) from error
         same = lender.manifest.fingerprint == borrowed.fingerprint and lender.manifest.views >= manifest.views
         if not same or lender.manifest.shard_images != manifest.shard_images or name not in lender.names:
             raise UserError(
-                f"{location} shares {name} with {place}, which has changed: restore the old one, or run precompute again"
+                f"{location} shares {name} with {place}, which has changed: restore the old one, or run "
+                "precompute again"
             )
         opened[borrowed.cache] = lender
     return {name: opened[borrowed.cache] for name, borrowed in manifest.borrowed.items()}

@@ -5,6 +5,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from string import Template
 from typing import Any, Literal
@@ -79,7 +80,8 @@ def _write(run: Run, folder: Path, precision: Literal["fp32", "fp16"]) -> dict[s
         )
         with warnings.catch_warnings():  # of tensors that share memory; what is saved is compared below
             warnings.filterwarnings("ignore", message="No complete tensor")
-            torch.export.save(program, folder / PROGRAM)
+            torch.export.save(program, content := BytesIO())  # of a file it ends the process where the disk is full
+        (folder / PROGRAM).write_bytes(content.getvalue())
         made = torch.onnx.export(
             program, dynamo=True, input_names=["image", "text_features"], output_names=["logits"], verbose=False
         )
@@ -102,9 +104,7 @@ def _write(run: Run, folder: Path, precision: Literal["fp32", "fp16"]) -> dict[s
             )
     gamma = run_gamma(run)
     shutil.copy(run.path / CONFIG, folder / CONFIG)
-    save_student(
-        folder, run.student, run.text_features, run.iteration, gamma, run.alpha
-    )  # of an old run, its gamma too
+    save_student(folder, run.student, run.text_features, run.iteration, gamma, run.alpha)  # an old run lacks gamma
     np.save(folder / FEATURES, run.text_features.cpu().numpy())
     description = _describe(run, 0.0 if math.isnan(gamma) else gamma, model, precision, fixed)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")

@@ -83,7 +83,7 @@ def is_begun(path: Path) -> bool:
     if not (path / CONFIG).is_file():
         return False
     if (path / STATE).is_file():
-        run = path.absolute().parents[1]
+        run = path.absolute().parent.parent
         last = f"train --run {run} goes on at its last one; " if is_begun(run) else ""
         raise UserError(
             f"--run {path} is a checkpoint: {last}to go on at this one, copy it to NEW/{CHECKPOINTS}/{path.name} and "

@@ -194,7 +194,8 @@ def verdict(sign: Sign, results: Sequence[Result]) -> tuple[str, str, int]:
 
     With the same seed, rows share the image order and, where modules are the same, the initial weights, so their effect
     cancels in the difference. Beyond the seed spread: every seed of the better row scores above every seed of the
-    other. Undecided: some seeds support the claim and some contradict it. Seeds without a score in one row do not count.
+    other. Undecided: some seeds support the claim and some contradict it. Seeds without a score in one row are not
+    counted.
     """
     rows = [
         {one.seed: value for one in results if one.row == row and not np.isnan(value := getattr(one, sign.score))}

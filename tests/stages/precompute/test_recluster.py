@@ -295,7 +295,7 @@ def test_a_lender_that_was_moved_is_pointed_at(here: World, stored: str) -> None
         assert open_cache(path).manifest.borrowed == old
     whole = contents(path)
     Path("caches/source").rename("elsewhere")
-    cure = f"if that was moved, run cache repair {path} --lender and its new place"
+    cure = f"if that cache was moved, run cache repair {path} --lender NEW_PLACE"
     for command in (("cache", "verify", str(path)), ("train", *arguments_of(path))):
         assert cure in refusal(*command)
     assert "source was moved, name its new place by --lender" in refusal("cache", "repair", str(path))
