@@ -109,8 +109,8 @@ def evaluate_predictor(predict: Predictor, dataset: SegmentationDataset, gammas:
 def run_gamma(run: Run, data_root: Path = DATA) -> float:
     """The gamma of a run: the number in its settings, or the one that training chose for these weights.
 
-    If the run has none, it is chosen now, provided its images can be read below `data_root`; otherwise it is NaN, with a
-    warning.
+    If the run has none, it is chosen now, provided its images can be read below `data_root`; otherwise it is NaN, with
+    a warning.
     """
     asked = run.config.evaluate.gamma
     if isinstance(asked, str) and run.gamma is not None:

@@ -18,7 +18,7 @@ from stages.common.caches import check_cache
 from stages.common.datasets import open_split
 from stages.common.progress import progress_bar, say
 from stages.common.runs import begin_run, one_trainer, run_folder, save_config, save_student
-from stages.train.batches import Batches
+from stages.train.batches import Batches, CannotLoad
 from stages.train.checkpoints import Checkpoints
 from stages.train.learner import Learner, make_learner, out_of_proportion
 from stages.train.log import RunLog, import_wandb, is_validated
@@ -151,6 +151,11 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
                         raise Stopped
                     if due():
                         validate()
+            except CannotLoad as error:
+                if learner.iteration > first and learner.iteration not in checkpoints.iterations():
+                    save()
+                more = f" (saved after iteration {learner.iteration}: to continue, run train --run {path})"
+                raise UserError(f"{error}{more if checkpoints.iterations() else ''}") from error
             except Stopped:
                 say(f"stopped and saved after iteration {learner.iteration}: to continue, run train --run {path}")
                 raise SystemExit(stop.exit_code) from None
