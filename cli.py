@@ -11,13 +11,15 @@ from contextlib import suppress
 from io import TextIOWrapper
 from typing import Annotated, Literal
 
+# Before PYTHONPATH, where a cache.py of the user's own would hide the folder cache; workers inherit the order.
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
     import typer
 except ModuleNotFoundError as missing:
     print(f"error: {missing}: activate the environment where clip-zss is installed, or install it", file=sys.stderr)
     sys.exit(2)
 
-from configs.errors import UserError
+from configs.errors import UserError, reason
 from configs.load import named_dataset, resolve
 from stages.verbs import bench, caches, datasets, machine, results, studies
 from stages.verbs.options import (
@@ -189,6 +191,12 @@ def _last_words(error: Exception) -> tuple[str, int]:
         return f"{error}: free some space, or choose another disk", 2
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
         return str(error), 2
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        return f"memory is too small ({reason(error)}): lower train.batch_size, views.size or the number asked for", 2
+    if isinstance(error, OverflowError):
+        return f"a number is too large ({reason(error)}): correct the options, --set and the settings' files", 2
+    if isinstance(error, ImportError):
+        return f"{error}: install that package, or rename a file of your own that hides it", 2
     return f"{error} ({type(error).__name__}, a fault of clip-zss: for the traceback, run clip-zss --debug ...)", 1
 
 

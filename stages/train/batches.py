@@ -4,6 +4,7 @@ CLS tokens and pseudo labels of the whole dataset are in memory as they are stor
 the loss needs them, are read with the view by the loader's workers. (The pictures of a validation read the cache too.)
 """
 
+import math
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from cache.layout import REGION_TOKENS
 from cache.reader import Cache
@@ -26,7 +27,6 @@ from pipeline.data.training import TrainingViews
 from pipeline.data.views import normalise
 from pipeline.learning.ranks import world_size
 from stages.train.ranks import micro_batch, own_draws
-
 
 SHARED = Path("/dev/shm")  # where Linux has the memory in which workers hand over their batches
 AHEAD = 2  # batches that a worker prepares
@@ -116,10 +116,10 @@ class Batches:
         cuda = device.startswith("cuda")
         # One pass over it is the whole run: workers live as long as that, and fetch two batches each ahead.
         size, draws, count_workers = micro_batch(schedule), own_draws(schedule, first), loader_workers(schedule.workers)
-        if count_workers and draws:
-            batch = sum(getattr(part, "nbytes", 0) for part in default_collate([samples[draws[0]]]).values()) * size
-            if lack := lack_of_shared_memory(batch, count_workers * world_size()):
-                raise UserError(lack)
+        tokens = math.prod(cache.manifest.arrays[REGION_TOKENS].tail) if of_view else 0
+        batch = size * (config.views.size**2 * (7 if live else 4) + tokens)  # RGB and a mask, and RGB for the teacher
+        if lack := lack_of_shared_memory(batch, count_workers * world_size()):
+            raise UserError(lack)
         loader = DataLoader(
             samples, size, sampler=draws, num_workers=count_workers, prefetch_factor=AHEAD if count_workers else None,
             pin_memory=cuda, worker_init_fn=worker_init, multiprocessing_context="spawn" if count_workers else None,
@@ -163,12 +163,12 @@ def loader_workers(asked: int) -> int:
 
 def lack_of_shared_memory(batch: int, count: int) -> str | None:
     """Why `count` workers on this machine cannot hand over batches of so many bytes; None if they can."""
-    need, free = batch * (AHEAD * count + 1), shutil.disk_usage(SHARED).free if SHARED.is_dir() else None
-    if free is None or need <= free:
+    need = batch * (AHEAD * count + 1) if count else 0
+    if not SHARED.is_dir() or need <= (free := shutil.disk_usage(SHARED).free):
         return None
     return (
-        f"{SHARED} has {free / 2**20:,.0f} MiB free, and the batches of {count} train.workers need {need / 2**20:,.0f}: "
-        "give a container more (docker run --shm-size 8g), or lower train.workers; 0 needs none"
+        f"{SHARED} has {free / 2**20:,.0f} MiB free, and the batches of {count} train.workers need "
+        f"{need / 2**20:,.0f}: give a container more (docker run --shm-size 8g), or lower train.workers; 0 needs none"
     )
 
 

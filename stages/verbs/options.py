@@ -53,7 +53,7 @@ OnErrorOption = Annotated[
     Literal["stop", "skip"] | None,
     typer.Option("--on-error", help="What to do if an image cannot be read; default: stop."),
 ]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of this stage.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of this stage.")]
 RunlocalOption = Annotated[
     bool, typer.Option("--runlocal", help="Try it on a CPU in two minutes: a few small images, few iterations.")
 ]

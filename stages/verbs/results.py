@@ -1,5 +1,7 @@
 """The commands that use results: evaluate, predict, export, inspect-pseudolabels."""
 
+import math
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -107,12 +109,15 @@ def predict(
     from stages.apply.words import read_words
     from stages.common.runs import newest_run
 
+    if gamma is not None and not math.isfinite(gamma):
+        raise UserError(f"--gamma {gamma}: give a finite number")
     segmenter = Segmenter.load(run or newest_run(), device_of(device), gamma)
     say(f"run: {segmenter.run}")
     words = None if classes is None else read_words(classes)
     done, failures = stage(segmenter, photos, words, output, rle, compare, attention)
     for line in failures:
-        typer.echo(f"skipped: {line}", err=True)
+        with suppress(OSError):  # of a stderr that is full or closed
+            typer.echo(f"skipped: {line}", err=True)
     if done:
         show(f"results: {output}")
     if failures:
@@ -152,7 +157,7 @@ def inspect_pseudolabels(
     ] = [],  # noqa: B006
     count: Annotated[
         int | None,
-        typer.Option("--count", min=1, help="Number of random images; default: 200, or 8 with --terminal or --png."),
+        typer.Option("--count", min=1, max=10**7, help="Random images; default: 200, or 8 with --terminal or --png."),
     ] = None,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder for the gallery.")] = Path(
         "pseudo-labels"

@@ -48,7 +48,7 @@ def ablate(
     table: Annotated[
         str, typer.Argument(metavar="TABLE|FILE.yaml", help="A table in configs/ablations, or your own file.")
     ],
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of training seeds, counted from 0.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=10_000, help="Training seeds, counted from 0.")] = 3,
     dataset: DatasetOption = None,
     config: ConfigOption = None,
     data_root: DataRootOption = DATA,
