@@ -72,7 +72,7 @@ def test_a_huge_number_in_any_option(world: World, trained: Path, command: tuple
     assert "fault" not in line and len(line) < 500
 
 
-@pytest.mark.parametrize("name", ["cache", "configs", "pipeline", "stages"])
+@pytest.mark.parametrize("name", ["cache", "stages"])
 def test_a_module_of_ones_own_with_a_name_of_ours(world: World, tmp_path: Path, name: str) -> None:
     """As the installed command is started: the folder of PYTHONPATH comes before where clip-zss is installed."""
     (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong one')\n")
