@@ -3,18 +3,23 @@
 Heavy libraries are imported inside the commands: --help stays fast, and training never loads the teacher's library.
 """
 
+import errno
 import os
 import sys
 import traceback
+from contextlib import suppress
+from io import TextIOWrapper
 from typing import Annotated, Literal
 
+# Before PYTHONPATH, where a cache.py of the user's own would hide the folder cache; workers inherit the order.
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
     import typer
 except ModuleNotFoundError as missing:
     print(f"error: {missing}: activate the environment where clip-zss is installed, or install it", file=sys.stderr)
     sys.exit(2)
 
-from configs.errors import UserError
+from configs.errors import UserError, reason
 from configs.load import named_dataset, resolve
 from stages.verbs import bench, caches, datasets, machine, results, studies
 from stages.verbs.options import (
@@ -128,12 +133,12 @@ def train(
     Example: clip-zss train --run runs/scenes-001
     """
     from stages.common.caches import choose_cache
-    from stages.common.runs import CONFIG, is_run, read_settings
+    from stages.common.runs import CONFIG, is_begun, read_settings
     from stages.train.provenance import last_cache
     from stages.train.stage import train as stage
 
     assignments = with_flags(set_, {"train.seed": seed})
-    if run and is_run(run):
+    if run and is_begun(run):
         opened = choose_cache(cache or last_cache(run), named_dataset(dataset, config))
         settings = resolve(dataset, config, assignments, read_settings(run), runlocal, str(run / CONFIG))
     else:
@@ -154,15 +159,25 @@ def main() -> None:
     """Run the app. Errors are one line on stderr, unless --debug is given."""
     global _debug
     _debug = False
+    _take_any_text()
     try:
         code = app(standalone_mode=False)
     except Exception as error:
-        if _debug:
-            traceback.print_exc()
         text, code = _last_words(error)
-        if text:
-            typer.echo(f"error: {' '.join(text.split())}", err=True)
+        with suppress(OSError):
+            if _debug:
+                traceback.print_exc()
+            if text:
+                typer.echo(f"error: {' '.join(text.split())}", err=True)
     sys.exit(code)
+
+
+def _take_any_text() -> None:
+    """No letter stops a program whose terminal has ASCII alone, nor does a stream that was closed before it began."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _last_words(error: Exception) -> tuple[str, int]:
@@ -171,9 +186,17 @@ def _last_words(error: Exception) -> tuple[str, int]:
         context = getattr(error, "ctx", None)
         said = error.format_message().rstrip(".")
         return f"{said} (see {context.command_path} --help)" if said and context else said, 2
-    # An OSError without a file name is not one that the user could fix.
+    # An OSError without a file name is not one that the user could fix, unless it is about the disk or the output.
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE):
+        return f"{error}: free some space, or choose another disk", 2
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
         return str(error), 2
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        return f"memory is too small ({reason(error)}): lower train.batch_size, views.size or the number asked for", 2
+    if isinstance(error, OverflowError):
+        return f"a number is too large ({reason(error)}): correct the options, --set and the settings' files", 2
+    if isinstance(error, ImportError):
+        return f"{error}: install that package, or rename a file of your own that hides it", 2
     return f"{error} ({type(error).__name__}, a fault of clip-zss: for the traceback, run clip-zss --debug ...)", 1
 
 

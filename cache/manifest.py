@@ -61,7 +61,7 @@ def short(text: str | None) -> str:
 class Borrowed(BaseModel, frozen=True, extra="forbid"):
     """Another cache that holds an array of this one; it has the same images and shard size."""
 
-    cache: str  # an absolute path, or a URL
+    cache: str  # a path from this cache on, or an absolute one, or a URL
     fingerprint: str
 
 

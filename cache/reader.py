@@ -18,7 +18,7 @@ from cache.layout import ARRAYS, COPIES, IMAGE_IDS, MANIFEST, SHARDS, ArraySpec,
 from cache.manifest import Manifest
 from cache.record import ShardRecord, load_records
 from cache.sealed import FileDigest
-from cache.store import open_store
+from cache.store import open_store, place_of
 from configs.errors import UserError
 
 _RESTORE = "run cache repair, or precompute with the same settings again: both restore this file"
@@ -218,15 +218,19 @@ def _open_lenders(location: str, manifest: Manifest) -> dict[str, Cache]:
     """The caches that `manifest` borrows arrays from, by array; each is opened once."""
     opened: dict[str, Cache] = {}
     for name, borrowed in manifest.borrowed.items():
+        place = place_of(borrowed.cache, location)
         try:
-            lender = opened.get(borrowed.cache) or open_cache(borrowed.cache)
+            lender = opened.get(borrowed.cache) or open_cache(place)
         except UserError as error:
-            raise UserError(f"{location} shares {name} with another cache: {error}") from error
+            raise UserError(
+                f"{location} shares {name} with {place} ({error}): if that cache was moved, run cache repair "
+                f"{location} --lender NEW_PLACE"
+            ) from error
         same = lender.manifest.fingerprint == borrowed.fingerprint and lender.manifest.views >= manifest.views
         if not same or lender.manifest.shard_images != manifest.shard_images or name not in lender.names:
             raise UserError(
-                f"{location} shares {name} with {borrowed.cache}, which has changed: restore the old one, or "
-                "run precompute again"
+                f"{location} shares {name} with {place}, which has changed: restore the old one, or run "
+                "precompute again"
             )
         opened[borrowed.cache] = lender
     return {name: opened[borrowed.cache] for name, borrowed in manifest.borrowed.items()}

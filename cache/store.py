@@ -1,5 +1,6 @@
 """Opens the location of a cache: a local folder, or any fsspec URL (s3://, gs://, memory://)."""
 
+import os
 from pathlib import Path
 
 from cache.base import Store
@@ -18,3 +19,16 @@ def open_store(location: str | Path) -> Store:
 def absolute(location: str | Path) -> str:
     """The location as another process, with another working directory, can open it."""
     return str(location) if "://" in str(location) else str(Path(location).absolute())
+
+
+def name_for(location: str | Path, folder: str | Path) -> str:
+    """The location as a file in `folder` is to name it: relative where both lie below one folder, which may move."""
+    place, home = absolute(location), absolute(folder)
+    if "://" in place + home or os.path.commonpath([place, home]) == Path(place).anchor:
+        return place
+    return Path(os.path.relpath(place, home)).as_posix()
+
+
+def place_of(name: str, folder: str | Path) -> str:
+    """The location that a file in `folder` names."""
+    return name if "://" in name or os.path.isabs(name) else os.path.normpath(os.path.join(folder, name))

@@ -10,7 +10,7 @@ from cache.copies import file_pairs, restore, trusted_manifest
 from cache.dense import Pca
 from cache.encoding import ShardCodec, decode_pca, encode_small_files, is_of_pca, is_of_whole_array
 from cache.layout import ARRAYS, COPIES, MANIFEST, SHARDS, copy_key, record_key, shard_key
-from cache.manifest import Manifest, check_same_contents, check_settings
+from cache.manifest import Borrowed, Manifest, check_same_contents, check_settings
 from cache.record import ArrayRecord, ShardRecord, load_record, load_records
 from cache.sealed import FileDigest
 from cache.store import open_store
@@ -103,6 +103,20 @@ def _extend(store: Store, stored: Manifest, views: int, small: Mapping[str, byte
     store.write(MANIFEST, grown.to_bytes())
     restore(store, grown)
     return grown
+
+
+def relink(location: str | Path, borrowed: Mapping[str, Borrowed]) -> None:
+    """Where the cache that is there borrows from these very caches, it finds them at these places from now on."""
+    store = open_store(location)
+    try:
+        stored = trusted_manifest(store)
+    except UserError:
+        return  # there is none yet
+    old, new = ({name: lent.fingerprint for name, lent in all_.items()} for all_ in (stored.borrowed, borrowed))
+    if old == new and stored.borrowed != borrowed:
+        data = stored.model_copy(update={"borrowed": dict(borrowed)}).to_bytes()
+        for key in (MANIFEST, copy_key(MANIFEST)):
+            store.write(key, data)
 
 
 def stored_pca(location: str | Path) -> Pca | None:

@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 
 
 class Section(BaseModel):
-    """Unknown keys are errors, and a resolved configuration is immutable."""
+    """Unknown keys and numbers that are not finite are errors, and a resolved configuration is immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Masks(Section):

@@ -1,6 +1,9 @@
 """The exception for mistakes that the user can fix, and one-line reasons for other exceptions."""
 
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -10,3 +13,13 @@ class UserError(Exception):
 def reason(error: Exception) -> str:
     """A library's error message on one line, cut at a word to at most 200 characters."""
     return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system says while the block writes `path` becomes a UserError; of a full disk it names no file."""
+    try:
+        yield
+    except OSError as error:
+        cure = "free some space, or mend its permissions or the disk"
+        raise UserError(f"cannot write {path} ({error.strerror or reason(error)}): {cure}") from error

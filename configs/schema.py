@@ -6,19 +6,17 @@ the settings of stage two and evaluation.
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from configs.dataset import Dataset, Section
+
+MOST_SAMPLES = 10**8  # that a training draws: their order is kept in memory
+Count = Annotated[int, Field(gt=0, le=10**7)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Side = Annotated[int, Field(gt=0, le=2**13)]  # pixels or channels: more fit no memory
+Ratio = Annotated[float, Field(ge=0.05, le=20)]
 
 
 class Teacher(Section):
@@ -51,11 +49,11 @@ class Views(Section):
     square.
     """
 
-    count: PositiveInt = 4
-    size: PositiveInt = Field(512, description="side of the square view in pixels, a multiple of the teacher's stride")
+    count: Count = 4
+    size: Side = Field(512, description="side of the square view in pixels, a multiple of the teacher's stride")
     crop: Literal["random", "whole"] = "random"
-    ratio: tuple[PositiveFloat, PositiveFloat] = Field((0.5, 2.0), description="short side / `size`: [min, max]")
-    seed: NonNegativeInt = 0
+    ratio: tuple[Ratio, Ratio] = Field((0.5, 2.0), description="short side / `size`: [min, max]")
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _views_differ(self) -> "Views":
@@ -69,23 +67,23 @@ class Views(Section):
 class PseudoLabels(Section):
     """Section 3.3: seeds, K-means, mask fusion. `lambda` is the fusion threshold on cosine similarity."""
 
-    windows: tuple[PositiveInt, ...] = Field((7, 3), min_length=1)
+    windows: tuple[Side, ...] = Field((7, 3), min_length=1)
     seed_tokens: Literal["unannotated", "all"] = Field(
         "unannotated", description="which tokens in a window are averaged to a seed"
     )
     kmeans: Literal["joint", "per-scale"] = Field(
         "joint", description="one K-means from the seeds of all windows, or one for each window size"
     )
-    iterations: PositiveInt = 10
+    iterations: Count = 10
     threshold: float = Field(0.8, alias="lambda", ge=-1, le=1)
 
 
 class Storage(Section):
     """How stage one is stored: images per Zarr shard, and whether and for how many views dense tokens are kept."""
 
-    shard_images: PositiveInt = 256
+    shard_images: Count = 256
     dense_tokens: str = Field("none", description="none, float16, int8, or pca-K: K principal components as float16")
-    dense_views: PositiveInt | None = Field(None, description="keep them for this many first views; unset: all")
+    dense_views: Count | None = Field(None, description="keep them for this many first views; unset: all")
 
     @field_validator("dense_tokens")
     @classmethod
@@ -108,7 +106,7 @@ class StageOne(Section):
 class Precompute(Section):
     """How stage one runs. These settings change stored values by rounding at most, except on_error's skipped images."""
 
-    batch_size: PositiveInt = Field(16, description="views per teacher pass")
+    batch_size: Count = Field(16, description="views per teacher pass")
     channels_last: bool = Field(False, description="teacher memory format; for convolutional towers on a GPU")
     compile: bool = Field(False, description="compile the teacher's blocks with torch.compile")
     on_error: Literal["stop", "skip"] = Field("stop", description="skip: skip images that cannot be read")
@@ -124,7 +122,7 @@ class Student(Section):
 
     model: str = "timm:convnext_tiny"
     weights: str = "timm"
-    channels: PositiveInt | None = Field(None, description="channels in the head; unset: the family's")
+    channels: Side | None = Field(None, description="channels in the head; unset: the family's")
     drop_path: float | None = Field(None, ge=0, lt=1, description="unset: the family's")
     batch_norm: Literal["local", "sync"] = Field("local", description="sync: over all processes")
     auxiliary: bool = Field(False, description="Swin only: an FCN head on the third level, trained with weight 0.4")
@@ -149,13 +147,13 @@ class Loss(Section):
         description="selective: the mean of fewer and fewer features, those most similar to S (arXiv 2506.22032)",
     )
     unit_query: bool = Field(False, description="Eq. 1 with S at unit length")
-    bank: NonNegativeInt = Field(24, description="iterations of CLS tokens kept as negatives")
+    bank: int = Field(24, ge=0, le=10**7, description="iterations of CLS tokens kept as negatives")
     tau: float = Field(0.07, gt=0)
     synthesizer: Literal["decoder", "mlp", "features"] = "decoder"
     alpha: float = Field(1.0, gt=0, allow_inf_nan=False, description="initial value; it is learnt")
     beta: float = 2.0
     unit_features: bool = Field(False, description="Eq. 7 with R at unit length, in training; use alpha near 1 / tau")
-    label_stride: PositiveInt = Field(1, description="compare labels at every n-th pixel; 1 is label size")
+    label_stride: Side = Field(1, description="compare labels at every n-th pixel; 1 is label size")
 
     @model_validator(mode="after")
     def _something_is_learnt(self) -> "Loss":
@@ -167,28 +165,37 @@ class Loss(Section):
 class Train(Section):
     """The schedule: AdamW, linear warm-up, poly decay to 0 with power 1."""
 
-    iterations: PositiveInt = 20_000
-    batch_size: PositiveInt = 16
-    accumulate: PositiveInt = Field(1, description="micro-batches per step, of batch_size / accumulate images each")
+    iterations: Count = 20_000
+    batch_size: Count = 16
+    accumulate: Count = Field(1, description="micro-batches per step, of batch_size / accumulate images each")
     lr: float = Field(6e-5, gt=0)
     head_lr_factor: float | None = Field(None, gt=0, description="unset: the student's default: 10, or 1 for Swin")
     weight_decay: NonNegativeFloat = 0.01
-    warmup: NonNegativeInt = 1500
+    warmup: int | None = Field(None, ge=0, le=10**7, description="iterations; unset: 7.5 % of all, 1500 of 20,000")
     teacher: Literal["cached", "online", "fresh"] = Field(
         "cached", description="online: run the teacher on every batch, on the cached views; fresh: on new ones"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast of the student; losses are fp32")
     compile: bool = Field(False, description="compile the student with torch.compile")
-    workers: NonNegativeInt = Field(4, description="processes that read images; 0: the training process")
-    validate_every: PositiveInt = Field(2000, description="iterations; also saves a checkpoint")
+    workers: int = Field(4, ge=0, le=10**7, description="processes that read images; 0: the training process")
+    validate_every: Count = Field(2000, description="iterations; also saves a checkpoint")
     validate_on: str = Field("val", description="split to validate on")
-    checkpoint_every: PositiveInt = Field(
-        1000, description="iterations; a killed run continues from the last checkpoint"
-    )
-    keep_checkpoints: PositiveInt = Field(2, description="the last ones; the best is kept too")
+    checkpoint_every: Count = Field(1000, description="iterations; a killed run continues from the last checkpoint")
+    keep_checkpoints: Count = Field(2, description="the last ones; the best is kept too")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights, which are then evaluated")
     wandb: str | None = Field(None, description="project to report to, if the package wandb is installed; unset: none")
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _samples_fit_memory(self) -> "Train":
+        if self.iterations * self.batch_size > MOST_SAMPLES:
+            raise ValueError(f"train.iterations x train.batch_size is above {MOST_SAMPLES:,}: lower one of them")
+        return self
+
+    @property
+    def warm_up(self) -> int:
+        """Iterations of it: `warmup`, or its share."""
+        return round(0.075 * self.iterations) if self.warmup is None else self.warmup
 
 
 class Evaluate(Section):
@@ -201,7 +208,7 @@ class Evaluate(Section):
 
     split: str = "val"
     mode: Literal["whole", "slide"] = "whole"
-    stride: PositiveInt = 426
+    stride: Side = 426
     gamma: float | Literal["auto", "holdout"] = "auto"
 
 
@@ -216,9 +223,19 @@ class Config(StageOne):
 
     @model_validator(mode="after")
     def _batch_norm_has_a_batch(self) -> "Config":
-        if self.student.model.startswith("swin") and self.train.batch_size == 1:
-            raise ValueError(f"train.batch_size 1 is too few for the batch norm of {self.student.model}: use 2 or more")
+        self.check_images_at_once(self.train.batch_size // self.train.accumulate)
         return self
+
+    def check_images_at_once(self, count: int) -> None:
+        """ValueError if so many images in a pass leave batch norm one value to take a mean of: one image's 1 x 1 map.
+
+        Swin's head has such a map at every size, all others where the whole image is a token of stride 32.
+        """
+        if count == 1 and (self.student.model.startswith("swin") or self.views.size <= 32):
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} with train.accumulate {self.train.accumulate} gives the "
+                f"batch norm of {self.student.model} one image at a time: two or more are needed"
+            )
 
     @model_validator(mode="after")
     def _windows_overlap(self) -> "Config":

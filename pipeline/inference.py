@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from configs.errors import UserError
 from pipeline.data.views import normalise
 
 # Normalised pixels (1, 3, h, w) -> logits R . T (1, K, ceil(h / stride), ceil(w / stride)).
@@ -92,10 +93,15 @@ def class_logits(
     """Inference of section 3.4 on (H, W, 3) uint8, window by window.
 
     R . T is linear, so that upsampling it equals upsampling R.
+
+    Raises:
+        UserError: a logit is NaN or infinite: no class could be told.
     """
     found = []
     for top, bottom, left, right in boxes:
         logits = classify(normalise(image[None, top:bottom, left:right], mean, std))
+        if not logits.isfinite().all():
+            raise UserError("the model gives logits that are not finite: train again by a lower train.lr, or in fp32")
         found.append(Window((top, bottom, left, right), logits[0]))
     return ClassLogits((image.shape[0], image.shape[1]), stride, tuple(found))
 

@@ -1,5 +1,6 @@
 """Generalized zero-shot metrics: one prediction over all classes, IoU averaged separately over seen and unseen."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,11 @@ def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, classes: int) ->
 
 @dataclass(frozen=True)
 class Scores:
-    """Percentages. `iou` is per class, NaN for a class in neither truth nor prediction; means skip NaN."""
+    """Percentages; NaN means no value.
+
+    `iou` is per class, NaN for a class in neither truth nor prediction; means skip these. A mean is NaN if no pixel is
+    of one of its classes, and hIoU is NaN if either of its means is.
+    """
 
     pixel_accuracy: float
     miou: float
@@ -30,11 +35,6 @@ class Scores:
     miou_unseen: float
     hiou: float
     iou: list[float]
-
-
-def _mean(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else 0.0
 
 
 def harmonic_mean(seen: float, unseen: float) -> float:
@@ -47,10 +47,14 @@ def scores(confusion: np.ndarray, seen: list[int], unseen: list[int]) -> Scores:
     correct = confusion.diagonal().astype(float)
     union = confusion.sum(axis=0) + confusion.sum(axis=1) - correct
     iou = 100 * np.divide(correct, union, out=np.full(len(union), np.nan), where=union > 0)
-    miou_seen, miou_unseen = _mean(iou[seen]), _mean(iou[unseen])
-    accuracy = 100 * correct.sum() / max(confusion.sum(), 1)
-    hiou = harmonic_mean(miou_seen, miou_unseen)
-    return Scores(float(accuracy), _mean(iou), miou_seen, miou_unseen, hiou, iou.tolist())
+
+    def mean(classes: list[int]) -> float:
+        known = iou[classes][~np.isnan(iou[classes])]
+        return float(known.mean()) if confusion[classes].any() else float("nan")
+
+    miou_seen, miou_unseen, miou = mean(seen), mean(unseen), mean(list(range(len(iou))))
+    accuracy = 100 * correct.sum() / confusion.sum() if confusion.any() else np.nan
+    return Scores(float(accuracy), miou, miou_seen, miou_unseen, harmonic_mean(miou_seen, miou_unseen), iou.tolist())
 
 
 def _resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -86,7 +90,7 @@ def best_of(logits: ClassLogits, classes: list[int], size: tuple[int, int]) -> t
 def calibrated_argmax(
     logits: ClassLogits, size: tuple[int, int], seen: list[int], unseen: list[int], gammas: list[float]
 ) -> list[np.ndarray]:
-    """Predictions (H, W) at `size`, one for each gamma; ties go to the smallest class index.
+    """Predictions (H, W) at `size`, one for each gamma, of which NaN is none; ties go to the smallest class index.
 
     `seen` and `unseen` hold class indices in ascending order.
 
@@ -99,7 +103,7 @@ def calibrated_argmax(
     best_unseen, name_unseen = best_of(logits, unseen, size)
     predictions = []
     for gamma in gammas:
-        lowered = best_seen - gamma
+        lowered = best_seen if math.isnan(gamma) else best_seen - gamma
         seen_wins = (lowered > best_unseen) | ((lowered == best_unseen) & (name_seen < name_unseen))
         predictions.append(torch.where(seen_wins, name_seen, name_unseen).cpu().numpy())
     return predictions

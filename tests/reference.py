@@ -414,7 +414,7 @@ def confusion(truth: Array, prediction: Array, num_classes: int, ignore: int = N
 
 
 def scores(matrix: Array, seen: Sequence[int], unseen: Sequence[int]) -> dict[str, Any]:
-    """Eq. 9. (K, K) -> pAcc, mIoU, mIoU_seen, mIoU_unseen, hIoU as fractions, IoU (K,); nan for a mean over nothing."""
+    """Eq. 9. (K, K) -> pAcc, mIoU, mIoU_seen, mIoU_unseen, hIoU as fractions, IoU (K,); nan where no pixel is."""
     iou = []
     for k in range(len(matrix)):
         union = matrix[k, :].sum() + matrix[:, k].sum() - matrix[k, k]
@@ -422,7 +422,7 @@ def scores(matrix: Array, seen: Sequence[int], unseen: Sequence[int]) -> dict[st
     means = []
     for classes in (seen, unseen, range(len(matrix))):
         known = [iou[k] for k in classes if not math.isnan(iou[k])]
-        means.append(sum(known) / len(known) if known else math.nan)
+        means.append(sum(known) / len(known) if matrix[list(classes)].sum() else math.nan)
     s, u, every = means
     harmonic = 0.0 if s + u == 0 else 2 * s * u / (s + u)
     accuracy = float(np.trace(matrix) / matrix.sum()) if matrix.sum() else math.nan

@@ -72,7 +72,7 @@ class FrozenClip:
             S (B, C) and D (B, H / stride, W / stride, C), both unnormalised fp32, computed at `teacher.precision`.
 
         Raises:
-            UserError: the tower does not take images of this size.
+            UserError: the tower does not take images of this size, or gives values that are not finite.
         """
         grid = self.grid(pixels.shape[-2]), self.grid(pixels.shape[-1])
         self._tower.fit(grid)
@@ -81,7 +81,16 @@ class FrozenClip:
             with capture(self._tower.tap, self._tower.method) as calls:
                 cls_token = self.model.encode_image(pixels, normalize=False)
             dense_tokens = self._tower.dense(calls[0], grid)
+        self._check(cls_token.half(), "CLS tokens")  # caches have float16
+        self._check(dense_tokens, "dense tokens")
         return cls_token.float(), dense_tokens.float().unflatten(1, grid)
+
+    def _check(self, values: Tensor, what: str) -> None:
+        if not values.isfinite().all():
+            raise UserError(
+                f"teacher {self._name} gives {what} that are not finite: set teacher.precision=fp32, or choose other "
+                "teacher.pretrained"
+            )
 
     @torch.inference_mode()
     def text_features(self, names: Sequence[Sequence[str]], templates: str | Sequence[str]) -> Tensor:
@@ -92,11 +101,13 @@ class FrozenClip:
             templates: `single`, `zegclip`, `imagenet`, or texts that hold {}.
 
         Raises:
-            UserError: the model's tokenizer cannot be had.
+            UserError: the model's tokenizer cannot be had, or values are not finite.
         """
         tokenizer = self._tokenizer()
 
         def encode(texts: list[str]) -> Tensor:
             return self.model.encode_text(tokenizer(texts).to(self._device))
 
-        return classifier(encode, names, templates)
+        features = classifier(encode, names, templates)
+        self._check(features, "text features")
+        return features

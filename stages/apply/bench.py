@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from configs.errors import writing
 from configs.schema import Student as StudentConfig
 from pipeline.clip_in_the_loop import ClipInTheLoop, DenseClip
 from pipeline.inference import ClassLogits, Window
@@ -101,8 +102,9 @@ def write_table(rows: Sequence[Row], file: Path, command: str, device: str) -> N
         "|" + "---|" * len(HEADER),
         *("| " + " | ".join(row.cells()) + " |" for row in rows),
     ]
-    file.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with file.with_suffix(".csv").open("w", newline="") as stream:
+    with writing(file):
+        file.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with writing(file.with_suffix(".csv")), file.with_suffix(".csv").open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(HEADER)
         writer.writerows(row.cells() for row in rows)

@@ -1,5 +1,6 @@
 """Evaluation: one prediction over all classes, scored on seen and unseen ones. Only the student runs."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,8 +127,8 @@ def evaluate_predictor(predict: Predictor, dataset: SegmentationDataset, gammas:
 def run_gamma(run: Run, data_root: Path = DATA) -> float:
     """The gamma of a run: the number in its settings, or the one that training chose for these weights.
 
-    If the run has none, it is chosen now, provided its images can be read below `data_root`; otherwise it is 0, with a
-    warning.
+    If the run has none, it is chosen now, provided its images can be read below `data_root`; otherwise it is NaN, with
+    a warning.
     """
     asked = run.config.evaluate.gamma
     if isinstance(asked, str) and run.gamma is not None:
@@ -147,7 +148,7 @@ def gamma_of(predict: Predictor, config: Config, data_root: Path, run: Run | Non
     """The gamma that `config` asks for; if it and `run` both have `auto`, the run's. `predict` is the run's student.
 
     Raises:
-        UserError: as `open_gamma_split`; but with `auto` and no training images, gamma is 0, with a warning.
+        UserError: as `open_gamma_split`; but with `auto` and no training images, gamma is NaN, with a warning.
     """
     auto = config.evaluate.gamma == "auto"
     if auto and config.dataset.unseen and run and run.gamma is not None and run.config.evaluate.gamma == "auto":
@@ -164,8 +165,8 @@ def gamma_of(predict: Predictor, config: Config, data_root: Path, run: Run | Non
 
 
 def _without_gamma(name: str, error: UserError) -> float:
-    say(f"warning: gamma is 0: {name} has none, and it cannot be chosen on images ({error})")
-    return 0.0
+    say(f"warning: no gamma: {name} has none, and it cannot be chosen on images ({error})")
+    return math.nan
 
 
 def evaluate(predict: Predictor, config: Config, data_root: Path, run: Run | None = None) -> tuple[float, Scores]:

@@ -1,9 +1,11 @@
 """Exports a run to a folder: ONNX and torch.export programs, weights, class features, and a model card."""
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from string import Template
 from typing import Any, Literal
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, writing
 from pipeline.student.portable import Portable
 from stages.apply.evaluate import run_gamma
 from stages.common.progress import progress_bar
@@ -53,7 +55,8 @@ def export(run: Run, output: Path, precision: Literal["fp32", "fp16"] = "fp32") 
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        found = _write(run, aside, precision)
+        with writing(output):
+            found = _write(run, aside, precision)
         if output.exists():  # it may be the working folder
             for file in aside.iterdir():
                 file.rename(output / file.name)
@@ -77,7 +80,8 @@ def _write(run: Run, folder: Path, precision: Literal["fp32", "fp16"]) -> dict[s
         )
         with warnings.catch_warnings():  # of tensors that share memory; what is saved is compared below
             warnings.filterwarnings("ignore", message="No complete tensor")
-            torch.export.save(program, folder / PROGRAM)
+            torch.export.save(program, content := BytesIO())  # of a file it ends the process where the disk is full
+        (folder / PROGRAM).write_bytes(content.getvalue())
         made = torch.onnx.export(
             program, dynamo=True, input_names=["image", "text_features"], output_names=["logits"], verbose=False
         )
@@ -100,9 +104,9 @@ def _write(run: Run, folder: Path, precision: Literal["fp32", "fp16"]) -> dict[s
             )
     gamma = run_gamma(run)
     shutil.copy(run.path / CONFIG, folder / CONFIG)
-    save_student(folder, run.student, run.text_features, run.iteration, gamma)  # of an old run, its gamma too
+    save_student(folder, run.student, run.text_features, run.iteration, gamma, run.alpha)  # an old run lacks gamma
     np.save(folder / FEATURES, run.text_features.cpu().numpy())
-    description = _describe(run, gamma, model, precision, fixed)
+    description = _describe(run, 0.0 if math.isnan(gamma) else gamma, model, precision, fixed)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     (folder / CARD).write_text(_card(run, description, found), encoding="utf-8")
     return found

@@ -1,5 +1,6 @@
 """Chooses gamma on images: training images, without unseen classes, or a split that has masks of them."""
 
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +31,7 @@ def open_gamma_split(config: Config, data_root: Path) -> SegmentationDataset | N
     """The split to choose gamma on; None if `evaluate.gamma` is a number or no class is unseen.
 
     Raises:
-        UserError: the dataset has no such split, or `holdout` has no unseen pixel.
+        UserError: the dataset has no such split, or `holdout` lacks pixels of unseen, or of seen, classes.
     """
     dataset, asked = config.dataset, config.evaluate.gamma
     if not dataset.unseen or asked not in ("auto", "holdout"):
@@ -40,16 +41,23 @@ def open_gamma_split(config: Config, data_root: Path) -> SegmentationDataset | N
     if "holdout" not in dataset.splits:
         raise UserError(f"evaluate.gamma=holdout: dataset {dataset.name} has no split `holdout`: use auto")
     split = open_split(dataset, data_root, "holdout")
-    if not any(np.isin(split.mask(row), dataset.unseen_indices).any() for row in range(len(split))):
-        raise UserError(
-            f"evaluate.gamma=holdout: no mask of split `holdout` of dataset {dataset.name} has a pixel of an unseen "
-            "class: use other images, auto or a number"
-        )
-    return split
+    lacking = {"an unseen": dataset.unseen_indices, "a seen": dataset.seen_indices}
+    for row in range(len(split)):
+        mask = split.mask(row)
+        lacking = {kind: classes for kind, classes in lacking.items() if not np.isin(mask, classes).any()}
+        if not lacking:
+            return split
+    raise UserError(
+        f"evaluate.gamma=holdout: no mask of split `holdout` of dataset {dataset.name} has a pixel of "
+        f"{' or '.join(lacking)} class: use other images, auto or a number"
+    )
 
 
 def choose_gamma(predict: "Predictor", config: Config, split: SegmentationDataset | None) -> float:
-    """The gamma that `evaluate.gamma` asks for; `split` is that of `open_gamma_split`."""
+    """The gamma that `evaluate.gamma` asks for; NaN where there is none, which a line says.
+
+    `split` is that of `open_gamma_split`.
+    """
     asked = config.evaluate.gamma
     if split is None:
         return 0.0 if isinstance(asked, str) else float(asked)
@@ -59,8 +67,8 @@ def choose_gamma(predict: "Predictor", config: Config, split: SegmentationDatase
 def gamma_of_training(predict: "Predictor", split: SegmentationDataset) -> float:
     """The gamma of `keeping_gamma` on up to `IMAGES` training images: cheap, a few seconds even on a CPU.
 
-    Masks are read as in training, without unseen classes. Unreadable images are skipped. Gamma is 0, with a warning, if
-    no pixel is unannotated, or if no annotated pixel is classified correctly among the seen classes.
+    Masks are read as in training, without unseen classes. Unreadable images are skipped. Gamma is NaN, with a warning,
+    if no pixel is unannotated, or if no annotated pixel is classified correctly among the seen classes.
     """
     found = [_pixels(predict(image), mask, split.config) for image, mask in gamma_pairs(split)]
     margins, predicted, truth = np.concatenate(found or [np.empty((3, 0))], axis=1)
@@ -70,8 +78,8 @@ def gamma_of_training(predict: "Predictor", split: SegmentationDataset) -> float
         gamma = keeping_gamma(margins[annotated], predicted[annotated].astype(int), truth[annotated].astype(int))
     if gamma is None:
         lack = "unannotated pixels" if len(truth) and annotated.all() else "annotated pixels classified correctly"
-        say(f"warning: gamma is 0: the training images looked at in {split.root} have no {lack} to choose it from")
-        return 0.0
+        say(f"warning: no gamma: the training images looked at in {split.root} have no {lack} to choose it from")
+        return math.nan
     return gamma
 
 
@@ -92,7 +100,10 @@ def _pixels(logits: ClassLogits, mask: np.ndarray, config: Dataset) -> np.ndarra
 
 
 def gamma_of_holdout(predict: "Predictor", split: SegmentationDataset) -> float:
-    """The gamma with the best hIoU on a split with masks of unseen classes, never on the reported split."""
+    """The gamma with the best hIoU on a split with masks of unseen classes, never on the reported split.
+
+    NaN, with a warning, if hIoU is 0 at every gamma: then none of them is better than another.
+    """
     seen, unseen = split.config.seen_indices, split.config.unseen_indices
     rows = range(0, len(split), max(1, len(split) // 20))
     margins = np.concatenate([seen_margins(predict(split.image(row)), seen, unseen) for row in rows])
@@ -103,4 +114,8 @@ def gamma_of_holdout(predict: "Predictor", split: SegmentationDataset) -> float:
             image, mask = split.pair(row)
             stacking.update(predict(image), mask)
             advance()
-    return gammas[int(np.argmax([scores.hiou for scores in stacking.scores()]))]
+    found = [scores.hiou for scores in stacking.scores()]
+    if not max(found):
+        say(f"warning: no gamma: on split `{split.split}` of {split.root} hIoU is 0 whatever it is")
+        return math.nan
+    return gammas[int(np.argmax(found))]

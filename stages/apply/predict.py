@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco
 from torch import nn
 
-from configs.errors import UserError
+from configs.errors import UserError, writing
 from configs.schema import Config
 from pipeline.data.dataset import BrokenFile
 from pipeline.data.photos import WRITTEN, find_photos, read_photo, upright_rgb
@@ -145,17 +145,18 @@ def predict(
             _save_mask(mask, output / f"{file.name}.mask.png")
             small = _small(photo)
             shown = overlay(small, _small(mask))
-            stacked([Image.fromarray(shown), _legend([mask], words)]).save(output / f"{file.name}.overlay.png")
+            _save(stacked([Image.fromarray(shown), _legend([mask], words)]), output / f"{file.name}.overlay.png")
             if rle:
-                (output / f"{file.name}.rle.json").write_text(json.dumps(coco_rle(mask, words.names)) + "\n")
+                with writing(output / f"{file.name}.rle.json"):
+                    (output / f"{file.name}.rle.json").write_text(json.dumps(coco_rle(mask, words.names)) + "\n")
             if by_teacher:
                 other = segment(by_teacher, photo, words, 0.0)
                 row = [small, overlay(small, _small(other)), shown]
                 sheet = contact_sheet([row], ("photo", "teacher, dense", "student"), [file.name], 512)
-                stacked([sheet, _legend([other, mask], words)]).save(output / f"{file.name}.compare.png")
+                _save(stacked([sheet, _legend([other, mask], words)]), output / f"{file.name}.compare.png")
             if teacher and show_attention:
                 weights = cls_attention(segmenter.run, teacher, photo)
-                Image.fromarray(lit(small, weights)).save(output / f"{file.name}.attention.png")
+                _save(Image.fromarray(lit(small, weights)), output / f"{file.name}.attention.png")
             advance()
     return len(files) - len(failures), failures
 
@@ -199,7 +200,12 @@ def _save_mask(mask: np.ndarray, path: Path) -> None:
     """Write the mask with the overlay's colours as its palette."""
     picture = Image.fromarray(mask)
     picture.putpalette(palette().tobytes())
-    picture.save(path)
+    _save(picture, path)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    with writing(path):
+        picture.save(path)
 
 
 def _small(picture: np.ndarray) -> np.ndarray:

@@ -1,8 +1,11 @@
 """Output of the stages: single lines, and progress bars with rate and remaining time."""
 
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,15 +20,47 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from configs.errors import UserError
+
 LINE_EVERY = 30  # seconds
 
-console = Console(stderr=True)
-output = Console(soft_wrap=True)
+
+class _Screen(Console):
+    """Who reads it may go away (`head`): that ends the printing, not the work. So does what keeps news from stderr."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            self.on_broken_pipe()
+            if not self.stderr:
+                raise UserError(
+                    f"cannot write the results to stdout ({error.strerror}): send them elsewhere"
+                ) from error
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with suppress(OSError, ValueError):  # or what is left in the stream's buffer would be tried again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+console = _Screen(stderr=True)
+output = _Screen(soft_wrap=True)
 
 
 def say(line: str) -> None:
-    """Print one line to stderr; results go to stdout through `output`."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    """Print one line of news to stderr."""
+    console.print(Text(line), soft_wrap=True)
+
+
+def show(line: str) -> None:
+    """Print one line of results to stdout, literally: names may contain what Rich would read as markup."""
+    output.print(Text(line))
+
+
+def figure(value: float, style: str = ".1f") -> str:
+    """A number as text; a dash for NaN."""
+    return "-" if math.isnan(value) else format(value, style)
 
 
 class _Rate(ProgressColumn):

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from torch import Tensor
 from cache.folder import flush
 from cache.local_lock import Held, lock_file
 from cache.manifest import different_settings
-from configs.errors import UserError
+from configs.errors import UserError, writing
 from configs.load import as_settings, resolve
 from configs.schema import Config
 from pipeline.student.student import Student
 
 RUNS, DATA = Path("runs"), Path("data")  # DATA: where datasets are, unless --data-root says so
 CONFIG, WEIGHTS = "config.yaml", "student.safetensors"
+CHECKPOINTS, STATE = "checkpoints", "state.json"  # a run's folder of them; what a checkpoint has and a run has not
 _TEXT, _FACTS = "text_features", "run"
 # Settings that change how a run is carried out, and nothing of what it learns: a continued run may have others.
 FREE = ("train.workers", "train.checkpoint_every", "train.keep_checkpoints")
@@ -34,7 +35,9 @@ class Run:
 
     Attributes:
         text_features: (K, C) of all classes of its dataset.
-        gamma: chosen for these weights in training; None for those that no validation met, and in older runs.
+        gamma: chosen for these weights in training; None for those that no validation met, and in older runs; NaN where
+            there was nothing to choose it by.
+        alpha: of the losses' logits at the end, alpha R . T; those that are predicted by are R . T. None in older runs.
     """
 
     path: Path
@@ -43,6 +46,7 @@ class Run:
     text_features: Tensor
     iteration: int
     gamma: float | None = None
+    alpha: float | None = None
 
     def __str__(self) -> str:
         return f"{self.path} (iteration {self.iteration:,} of {self.config.train.iterations:,})"
@@ -58,28 +62,47 @@ def new_run(path: Path | None, dataset: str) -> Path:
         taken = [
             int(p.name.rpartition("-")[2]) for p in RUNS.glob(f"{dataset}-*") if p.name.rpartition("-")[2].isdigit()
         ]
-        path = RUNS / f"{dataset}-{max(taken, default=0) + 1:03d}"
+        number = max(taken, default=0) + 1
+        while True:
+            path = RUNS / f"{dataset}-{number:03d}"
+            with suppress(FileExistsError):  # another training took it a moment ago
+                path.mkdir(parents=True)
+                return path
+            number += 1
     if path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
         raise UserError(f"--run {path} is not empty: choose another folder, or delete it")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def is_run(path: Path) -> bool:
-    """Whether a training was started there."""
-    return (path / CONFIG).is_file()
+def is_begun(path: Path) -> bool:
+    """Whether a training was begun there, and can go on.
+
+    Raises:
+        UserError: it holds weights, but no checkpoint to go on from: a training would write over them.
+    """
+    if not (path / CONFIG).is_file():
+        return False
+    if (path / STATE).is_file():
+        run = path.absolute().parent.parent
+        last = f"train --run {run} goes on at its last one; " if is_begun(run) else ""
+        raise UserError(
+            f"--run {path} is a checkpoint: {last}to go on at this one, copy it to NEW/{CHECKPOINTS}/{path.name} and "
+            f"its {CONFIG} to NEW, then train --run NEW"
+        )
+    if list(path.glob("*.safetensors")) and not list(path.glob(f"{CHECKPOINTS}/[0-9]*")):
+        raise UserError(f"--run {path} holds weights, but no checkpoint to go on from: train anew in another folder")
+    return True
 
 
-def open_run(path: Path | None, config: Config) -> Path:
+def run_folder(path: Path | None, config: Config) -> Path:
     """The folder to train in: a new one, or that of a run with these settings, but for FREE, which then goes on.
 
     Raises:
         UserError: the run has other settings, or the folder holds something else.
     """
-    if path is None or not is_run(path):
-        path = new_run(path, config.dataset.name)
-        save_config(path, config)
-        return path
+    if path is None or not is_begun(path):
+        return new_run(path, config.dataset.name)
     differences = different_settings(read_settings(path), as_settings(config), ours="run", free=FREE)
     if differences:
         raise UserError(
@@ -87,6 +110,14 @@ def open_run(path: Path | None, config: Config) -> Path:
             "folder"
         )
     return path
+
+
+def begin_run(path: Path, config: Config) -> None:
+    """Within `one_trainer`: the folder is this training's. UserError: another one began there a moment ago."""
+    if is_begun(path):
+        run_folder(path, config)
+    else:
+        save_config(path, config)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -133,21 +164,29 @@ def save_config(path: Path, config: Config) -> None:
     replace_file(path / CONFIG, lambda aside: aside.write_text(yaml.safe_dump(as_settings(config), sort_keys=False)))
 
 
-def save_student(path: Path, student: Student, text_features: Tensor, iteration: int, gamma: float | None) -> None:
-    """Weights and class features in one file, put in place whole; gamma and iteration are its metadata."""
+def save_student(
+    path: Path, student: Student, text_features: Tensor, iteration: int, gamma: float | None, alpha: float | None = None
+) -> None:
+    """Weights and class features in one file, put in place whole; iteration, gamma and alpha are its metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
     tensors[_TEXT] = text_features.cpu().contiguous()
-    facts = json.dumps({"iteration": iteration, "gamma": gamma})  # one entry: several would be in any order
-    content = save(tensors, {_FACTS: facts})  # save_file's is for its owner's eyes alone
+    facts = {"iteration": iteration, "gamma": gamma, "alpha": alpha}
+    # One entry: several would be in any order. A file of save_file's is for its owner's eyes alone.
+    content = save(tensors, {_FACTS: json.dumps(facts)})
     replace_file(path / WEIGHTS, lambda aside: aside.write_bytes(content))
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Puts in place whole what `write` writes to the path that it is given; a kill leaves the old file or the new."""
     aside = path.with_name(f".{path.name}.partial")
-    write(aside)
-    flush(aside)
-    os.replace(aside, path)
+    with writing(path):
+        try:
+            write(aside)
+            flush(aside)
+            os.replace(aside, path)
+        except OSError:
+            aside.unlink(missing_ok=True)  # on a full disk, every byte counts
+            raise
 
 
 def load_run(path: Path, device: str = "cpu") -> Run:
@@ -168,6 +207,10 @@ def load_run(path: Path, device: str = "cpu") -> Run:
             facts = _facts(file.metadata())
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 tensors[name] = file.get_tensor(name)
+        if wrong := not_finite(tensors):
+            raise UserError(
+                f"{path / WEIGHTS} holds values that are not finite ({wrong}): train anew, by a lower train.lr"
+            )
         text_features = tensors.pop(_TEXT)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(
@@ -184,9 +227,15 @@ def load_run(path: Path, device: str = "cpu") -> Run:
     return Run(path, config, student.to(device).eval(), text_features.to(device), *facts)
 
 
-def _facts(metadata: dict[str, str]) -> tuple[int, float | None]:
-    """Iteration and gamma of the weights. ValueError, TypeError or KeyError: they are not ours."""
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first that holds NaN or infinity, if one does."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+
+
+def _facts(metadata: dict[str, str]) -> tuple[int, float | None, float | None]:
+    """Iteration, gamma and alpha of the weights. ValueError, TypeError or KeyError: they are not ours."""
     if _FACTS not in metadata:
-        return int(metadata["iteration"]), None  # of an older run
+        return int(metadata["iteration"]), None, None  # of an older run
     facts = json.loads(metadata[_FACTS])
-    return int(facts["iteration"]), None if facts["gamma"] is None else float(facts["gamma"])
+    gamma, alpha = (None if facts.get(name) is None else float(facts[name]) for name in ("gamma", "alpha"))
+    return int(facts["iteration"]), gamma, alpha

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from cache.sealed import sha256
 from cache.store import open_store
+from configs.errors import UserError
 from configs.schema import Config
 from stages.common.caches import CACHES
-from stages.common.progress import progress_bar
+from stages.common.progress import progress_bar, say
 
 
 class TextTower(Protocol):
@@ -28,7 +29,7 @@ def class_features(config: Config, teacher: Callable[[], TextTower], width: int 
 
     Args:
         teacher: called only if the features must be computed. They are kept in caches/text/, under the fingerprint of
-            the teacher's weights, the prompts and the templates.
+            the teacher's weights, the prompts and the templates; where that cannot be written, not at all.
         width: C if known, to reject a file for another teacher.
     """
     from pipeline.teacher.text import prompt_templates, read_text_features
@@ -44,5 +45,9 @@ def class_features(config: Config, teacher: Callable[[], TextTower], width: int 
     if not path.is_file():
         with progress_bar(f"class features of {dataset.name}"):
             features = teacher().text_features(dataset.synonyms, dataset.templates).cpu().numpy()
-        open_store(path.parent).write(path.name, save({"text_features": features}))
+        try:
+            open_store(path.parent).write(path.name, save({"text_features": features}))
+        except UserError as error:  # they are kept for convenience alone
+            say(f"warning: class features are not kept for the next time ({str(error).partition(': ')[0]})")
+            return np.asarray(features, np.float32)
     return read_text_features(path, len(dataset.classes), width)

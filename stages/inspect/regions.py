@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from cache.reader import Cache
-from configs.errors import UserError
+from configs.errors import UserError, writing
 from configs.schema import Config
 from pipeline.data.dataset import IGNORE, SegmentationDataset
 from pipeline.data.views import majority_tokens, replay
@@ -81,7 +81,8 @@ def sheet(config: Config, cache: Cache, data_root: Path, rows: list[int], path: 
         for index, name in enumerate(config.dataset.classes) if index in present
     }  # fmt: skip
     parts = [contact_sheet(lines, TITLES, [dataset.ids[row] for row in rows])]
-    stacked([*parts, legend(names)] if names else parts).save(path)
+    with writing(path):
+        stacked([*parts, legend(names)] if names else parts).save(path)
     return path
 
 

@@ -9,10 +9,10 @@ import zarr
 
 from cache.dense import DENSE_TOKENS
 from cache.layout import REGION_TOKENS, array_specs
-from cache.manifest import Borrowed, Manifest, different_settings
+from cache.manifest import Borrowed, Manifest, different_settings, fingerprint
 from cache.reader import Cache, open_cache
-from cache.store import absolute, open_store
-from cache.writer import create_cache, list_skipped, pending, write_shard
+from cache.store import name_for, open_store, place_of
+from cache.writer import create_cache, list_skipped, pending, relink, write_shard
 from configs.errors import UserError
 from configs.schema import Config, PseudoLabels
 from pipeline.openmp import faiss
@@ -47,9 +47,9 @@ def recluster(config: Config, source: Cache, target: str | None = None) -> str:
     views = min(config.views.count, source.manifest.array_views(DENSE_TOKENS))
     if views < config.views.count:
         say(f"{source.location} has dense tokens for {views} views: labels are computed for these only")
-    manifest = _describe(config, source, views)
-    path = target or str(CACHES / f"{config.dataset.name}-{manifest.fingerprint[:12]}")
+    path, manifest = _describe(config, source, views, target)
     with open_store(path).lock() as check_lock:
+        relink(path, manifest.borrowed)
         manifest = create_cache(path, manifest, source.image_ids, source.text_features)
         shards = pending(path, manifest)
         if not shards:
@@ -72,7 +72,7 @@ def _owner(cache: Cache) -> Cache:
             "storage.dense_tokens=float16, or choose another --cache"
         )
     lender = cache.manifest.borrowed.get(DENSE_TOKENS)
-    return cache if lender is None else open_cache(lender.cache)
+    return cache if lender is None else open_cache(place_of(lender.cache, cache.location))
 
 
 def _check(config: Config, source: Cache) -> None:
@@ -89,8 +89,11 @@ def _check(config: Config, source: Cache) -> None:
         )
 
 
-def _describe(config: Config, source: Cache, views: int) -> Manifest:
-    """The fingerprint differs from that of a normal cache, as stored tokens are not bit-identical to the teacher's."""
+def _describe(config: Config, source: Cache, views: int, target: str | None) -> tuple[str, Manifest]:
+    """The new cache's location and manifest.
+
+    The fingerprint differs from that of a normal cache, as stored tokens are not bit-identical to the teacher's.
+    """
     lender = source.manifest
     (width,), (grid, _) = (lender.arrays[name].tail for name in ("cls_tokens", "pseudo_labels"))
     specs = array_specs(width, grid, most_groups(config.pseudo_labels, grid), lender.shard_images, "none")
@@ -98,9 +101,10 @@ def _describe(config: Config, source: Cache, views: int) -> Manifest:
         **split_settings(config.stage_one)[0],
         "files": {**lender.settings["files"], "dense_tokens": lender.fingerprint},
     }
-    lent = Borrowed(cache=absolute(source.location), fingerprint=lender.fingerprint)
+    path = target or str(CACHES / f"{config.dataset.name}-{fingerprint(settings)[:12]}")
+    lent = Borrowed(cache=name_for(source.location, path), fingerprint=lender.fingerprint)
     packages = (faiss, np, zarr)
-    return Manifest.describe(
+    return path, Manifest.describe(
         settings=settings,
         versions={**lender.versions, **{package.__name__: package.__version__ for package in packages}},
         image_ids=source.image_ids,

@@ -1,9 +1,12 @@
 """Dask: starts workers on this machine or joins a running cluster, and distributes shards."""
 
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 import dask
@@ -53,9 +56,34 @@ def workers(scheduler: str | None, device: str, most: int) -> Iterator[Client]:
             say(f"dashboard: {client.dashboard_link}")
             yield client
         return
-    with _local_cluster(max(1, min(most, local_workers(device)))) as cluster, Client(cluster) as client:
+    with ExitStack() as stack:
+        with _no_ctrl_c():
+            cluster = stack.enter_context(_local_cluster(max(1, min(most, local_workers(device)))))
+        client = stack.enter_context(Client(cluster))
         say(f"dashboard: {client.dashboard_link}")
         yield client
+
+
+@contextmanager
+def _no_ctrl_c() -> Iterator[None]:
+    """Ctrl-C waits for the block's end; processes that start in it never see one: their parent stops them.
+
+    A worker that is interrupted while it imports, before it has Dask's hooks, would print a traceback.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[int] = []
+    resource_tracker.ensure_running()  # where multiprocessing starts it later, it takes the mask away
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread and all that begins in it
+    handler = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))  # older threads have no mask
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if noted:
+        raise KeyboardInterrupt
 
 
 def _local_cluster(count: int) -> LocalCluster:

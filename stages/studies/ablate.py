@@ -13,12 +13,12 @@ import numpy as np
 from cache.reader import Cache, open_cache
 from cache.sealed import sha256
 from configs.ablation import Ablation, Sign, known_ablations
-from configs.errors import UserError
+from configs.errors import UserError, writing
 from configs.load import as_settings
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
 from stages.apply.evaluate import evaluate, student_predictor
-from stages.common.progress import say
+from stages.common.progress import figure, say
 from stages.common.runs import RUNS, load_run, one_trainer, replace_file
 from stages.inspect.regions import summary, table
 from stages.precompute.stage import precompute
@@ -96,7 +96,8 @@ def ablate(
         found[row, seed] = _result(row, seed, config, data_root, device, known)
         write_csv(files[0], [found[key] for key in chosen if key in found])
     results = [found[key] for key in chosen]
-    files[1].write_text(markdown(command, ablation, results), encoding="utf-8")
+    text = markdown(command, ablation, results)
+    replace_file(files[1], lambda aside: aside.write_text(text, encoding="utf-8"))
     _plot(files[2], ablation, results)
     return files
 
@@ -169,7 +170,7 @@ def _purity(cache: Cache, config: Config, data_root: Path) -> float:
 
 def write_csv(path: Path, results: Sequence[Result]) -> None:
     def write(aside: Path) -> None:
-        with aside.open("w", newline="") as file:
+        with aside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
             writer.writeheader()
             writer.writerows(asdict(result) for result in results)
@@ -179,7 +180,7 @@ def write_csv(path: Path, results: Sequence[Result]) -> None:
 
 def read_csv(path: Path) -> list[Result]:
     """Read a file written by `write_csv`."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return [_typed(line) for line in csv.DictReader(file)]
 
 
@@ -193,10 +194,11 @@ def verdict(sign: Sign, results: Sequence[Result]) -> tuple[str, str, int]:
 
     With the same seed, rows share the image order and, where modules are the same, the initial weights, so their effect
     cancels in the difference. Beyond the seed spread: every seed of the better row scores above every seed of the
-    other. Undecided: some seeds support the claim and some contradict it. Seeds missing in one row do not count.
+    other. Undecided: some seeds support the claim and some contradict it. Seeds without a score in one row are not
+    counted.
     """
     rows = [
-        {result.seed: getattr(result, sign.score) for result in results if result.row == row}
+        {one.seed: value for one in results if one.row == row and not np.isnan(value := getattr(one, sign.score))}
         for row in (sign.better, sign.worse)
     ]
     seeds = sorted(rows[0].keys() & rows[1].keys())
@@ -219,7 +221,7 @@ def spread(values: np.ndarray, style: str = ".1f") -> str:
     """Mean and range of the seeds."""
     if not len(values):
         return ""
-    mean, least, most = (format(value, style) for value in (values.mean(), values.min(), values.max()))
+    mean, least, most = (figure(float(value), style) for value in (values.mean(), values.min(), values.max()))
     return mean if len(values) == 1 or np.isnan(values).any() else f"{mean} ({least} to {most})"
 
 
@@ -280,4 +282,5 @@ def _plot(path: Path, ablation: Ablation, results: Sequence[Result]) -> None:
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()
     figure.suptitle(textwrap.fill(ablation.title, 90))
-    figure.savefig(path, metadata={"Software": None})
+    with writing(path):
+        figure.savefig(path, metadata={"Software": None})

@@ -11,14 +11,15 @@ import numpy as np
 from rich.table import Table
 
 from cache.reader import open_cache
+from configs.errors import writing
 from configs.load import resolve
 from configs.schema import Config
 from pipeline.data.dataset import IGNORE, SegmentationDataset
 from pipeline.metrics import Scores, calibrated_argmax
 from pipeline.pictures import contact_sheet, legend, overlay, stacked
 from stages.apply.evaluate import Predictor, evaluate, student_predictor, teacher_predictor
-from stages.common.progress import output, say
-from stages.common.runs import load_run
+from stages.common.progress import figure, output, say, show
+from stages.common.runs import load_run, replace_file
 from stages.inspect.regions import choose_rows, sheet, summary, table
 from stages.precompute.stage import precompute
 from stages.train.provenance import begun_with
@@ -46,7 +47,7 @@ class Result:
     def cells(self) -> list[str]:
         s = self.scores
         values = (s.pixel_accuracy, s.miou_seen, s.miou_unseen, s.hiou)
-        return [self.what, self.seed, f"{self.gamma:.3g}", *(f"{value:.1f}" for value in values)]
+        return [self.what, self.seed, figure(self.gamma, ".3g"), *map(figure, values)]
 
 
 def demo(folder: Path, seeds: Sequence[int], assignments: Sequence[str], device: str) -> None:
@@ -93,7 +94,8 @@ def demo(folder: Path, seeds: Sequence[int], assignments: Sequence[str], device:
     if done_before:
         took += f", and before that {done_before} of {len(chosen)} trainings, or parts of them"
     report = folder / "scenes.md"
-    report.write_text(_markdown(config, results, pseudo, seeds, assignments, took), encoding="utf-8")
+    text = _markdown(config, results, pseudo, seeds, assignments, took)
+    replace_file(report, lambda aside: aside.write_text(text, encoding="utf-8"))
     shown = Table(*HEADER)
     for result in results:
         shown.add_row(*result.cells())
@@ -104,7 +106,7 @@ def demo(folder: Path, seeds: Sequence[int], assignments: Sequence[str], device:
         f"table: {report}",
         *(f"picture: {p}" for p in pictures),
     ):
-        output.print(line, highlight=False, markup=False)
+        show(line)
 
 
 def _predictions(config: Config, predictors: tuple[tuple[Predictor, float], ...], path: Path) -> Path:
@@ -123,7 +125,8 @@ def _predictions(config: Config, predictors: tuple[tuple[Predictor, float], ...]
     titles = ("image", "true mask", "unseen classes only", "student, no CLIP", "teacher's dense")
     ids = [dataset.ids[row] for row in list(rows)[:PICTURES]]
     names = [f"{name}*" if name in config.dataset.unseen else name for name in config.dataset.classes]
-    stacked([contact_sheet(lines, titles, ids), legend(dict(enumerate(names)))]).save(path)
+    with writing(path):
+        stacked([contact_sheet(lines, titles, ids), legend(dict(enumerate(names)))]).save(path)
     return path
 
 
@@ -171,5 +174,5 @@ def _markdown(
     ]
     for result in results:
         values = [result.scores.iou[config.dataset.classes.index(name)] for name in config.dataset.unseen]
-        lines.append(f"| {result.what} | {result.seed} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
+        lines.append(f"| {result.what} | {result.seed} | " + " | ".join(map(figure, values)) + " |")
     return "\n".join(lines) + "\n"

@@ -4,10 +4,15 @@ CLS tokens and pseudo labels of the whole dataset are in memory as they are stor
 the loss needs them, are read with the view by the loader's workers. (The pictures of a validation read the cache too.)
 """
 
+import math
 import os
+import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,12 +20,20 @@ from torch.utils.data import DataLoader
 
 from cache.layout import REGION_TOKENS
 from cache.reader import Cache
-from configs.errors import UserError
+from configs.errors import UserError, reason
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
 from pipeline.data.training import TrainingViews
 from pipeline.data.views import normalise
+from pipeline.learning.ranks import world_size
 from stages.train.ranks import micro_batch, own_draws
+
+SHARED = Path("/dev/shm")  # where Linux has the memory in which workers hand over their batches
+AHEAD = 2  # batches that a worker prepares
+
+
+class CannotLoad(UserError):
+    """There is no next batch; the steps before it are whole."""
 
 
 class Batch(NamedTuple):
@@ -82,7 +95,7 @@ class Batches:
         """`mean` and `std` are the student's; `worker_init` runs at the start of every loader worker.
 
         Raises:
-            UserError: the cache has no image that could be read, or lacks an array.
+            UserError: the cache has no image that could be read or lacks an array, or shared memory is too small.
         """
         if not len(cache.kept_rows):
             raise UserError(f"cache {cache.location} has no readable images: fix the image files and precompute again")
@@ -102,10 +115,14 @@ class Batches:
         )  # fmt: skip
         cuda = device.startswith("cuda")
         # One pass over it is the whole run: workers live as long as that, and fetch two batches each ahead.
+        size, draws, count_workers = micro_batch(schedule), own_draws(schedule, first), loader_workers(schedule.workers)
+        tokens = math.prod(cache.manifest.arrays[REGION_TOKENS].tail) if of_view else 0
+        batch = size * (config.views.size**2 * (7 if live else 4) + tokens)  # RGB and a mask, and RGB for the teacher
+        if lack := lack_of_shared_memory(batch, count_workers * world_size()):
+            raise UserError(lack)
         loader = DataLoader(
-            samples, micro_batch(schedule), sampler=own_draws(schedule, first),
-            num_workers=min(schedule.workers, os.cpu_count() or 1), pin_memory=cuda, worker_init_fn=worker_init,
-            multiprocessing_context="spawn" if schedule.workers else None,
+            samples, size, sampler=draws, num_workers=count_workers, prefetch_factor=AHEAD if count_workers else None,
+            pin_memory=cuda, worker_init_fn=worker_init, multiprocessing_context="spawn" if count_workers else None,
             generator=torch.Generator(),  # its own: where a run starts must not show in what the student draws
         )  # fmt: skip
         self._loaded, self._accumulate = _readable(iter(loader)), schedule.accumulate
@@ -140,9 +157,43 @@ class Batches:
         self._loaded.close()
 
 
-def _readable(loaded: Iterator[dict[str, Tensor]]) -> Generator[dict[str, Tensor], None, None]:
-    """The loader's batches. Workers wrap errors in a traceback, of which only the last line is for the user."""
+def loader_workers(asked: int) -> int:
+    return min(asked, os.cpu_count() or 1)
+
+
+def lack_of_shared_memory(batch: int, count: int) -> str | None:
+    """Why `count` workers on this machine cannot hand over batches of so many bytes; None if they can."""
+    need = batch * (AHEAD * count + 1) if count else 0
+    if not SHARED.is_dir() or need <= (free := shutil.disk_usage(SHARED).free):
+        return None
+    return (
+        f"{SHARED} has {free / 2**20:,.0f} MiB free, and the batches of {count} train.workers need "
+        f"{need / 2**20:,.0f}: give a container more (docker run --shm-size 8g), or lower train.workers; 0 needs none"
+    )
+
+
+def _readable(loaded: Any) -> Generator[dict[str, Tensor], None, None]:
+    """The loader's batches. CannotLoad: a worker raised an error, of which the last line is its own, or was ended."""
+    if hasattr(loaded, "_workers") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error in the middle of a step
     try:
         yield from loaded
     except UserError as error:
-        raise type(error)(str(error).strip().rpartition(f"{type(error).__name__}: ")[2]) from error
+        raise CannotLoad(str(error).strip().rpartition(f"{type(error).__name__}: ")[2]) from error
+    except (RuntimeError, OSError, MemoryError) as error:
+        if not hasattr(loaded, "_workers"):
+            raise
+        ends = {-(worker.exitcode or 0) for worker in loaded._workers}
+        names = sorted(signal.Signals(end).name for end in ends if end in set(signal.Signals))
+        why = f"was ended by {', '.join(names)}" if names else f"failed ({_last_line(error)})"
+        raise CannotLoad(
+            f"a loader worker {why}; memory may be short: give a container more shared memory (docker run --shm-size "
+            "8g), lower train.workers, or set train.workers=0 to load images in the training process"
+        ) from error
+    finally:
+        for worker in getattr(loaded, "_workers", ()):  # they outlive a SIGTERM, see outlive_signals
+            worker.kill()
+
+
+def _last_line(error: Exception) -> str:
+    return reason(RuntimeError(str(error).strip().rpartition("\n")[2]))

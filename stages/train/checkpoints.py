@@ -21,9 +21,9 @@ from torch import Tensor
 from cache.folder import flush
 from configs.errors import UserError
 from stages.common.progress import say
+from stages.common.runs import CHECKPOINTS, STATE, not_finite
 
-FOLDER = "checkpoints"
-TENSORS, STATE, SUMS = "training.safetensors", "state.json", "SHA256SUMS"
+TENSORS, SUMS = "training.safetensors", "SHA256SUMS"
 _TENSOR = "tensor: "  # stands before a tensor's name in state.json
 
 
@@ -32,7 +32,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, keep: int) -> None:
         """`keep`: how many of the last checkpoints to keep; the best one is always kept."""
-        self.folder, self.keep = run / FOLDER, keep
+        self.folder, self.keep = run / CHECKPOINTS, keep
 
     def path(self, iteration: int) -> Path:
         return self.folder / f"{iteration:06d}"
@@ -50,16 +50,21 @@ class Checkpoints:
             write_run: writes the files that make a folder a run.
 
         Raises:
-            UserError: writing fails.
+            UserError: writing fails, or a value is not finite.
         """
-        path = self.path(iteration)
+        path, tensors = self.path(iteration), dict[str, Tensor]()
+        content = json.dumps(_take_tensors(state, "", tensors))
+        if wrong := not_finite(tensors):
+            raise UserError(
+                f"after iteration {iteration} {wrong} is not finite, and not saved: train in another --run, by a lower "
+                "train.lr"
+            )
         try:
             aside = self.folder / ".partial"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             write_run(aside)
-            tensors: dict[str, Tensor] = {}
-            (aside / STATE).write_text(json.dumps(_take_tensors(state, "", tensors)))
+            (aside / STATE).write_text(content)
             save_file(tensors, aside / TENSORS)
             names = sorted(file.name for file in aside.iterdir())
             (aside / SUMS).write_text("".join(f"{_sha256(aside / name)}  {name}\n" for name in names))
@@ -91,13 +96,17 @@ class Checkpoints:
         reasons = []
         for iteration in reversed(self.iterations()):
             path = self.path(iteration)
-            reason = damage(path)
+            reason, tensors = damage(path), dict[str, Tensor]()
+            if reason is None:
+                tensors = load_file(path / TENSORS)
+                wrong = not_finite(tensors)  # older versions saved such
+                reason = f"{wrong} is not finite" if wrong else None
             if reason is None:
                 for later in self.iterations():
                     if later > iteration:
                         _delete(self.path(later))
                 content = json.loads((path / STATE).read_text())
-                state: dict[str, Any] = _put_tensors(content, load_file(path / TENSORS))
+                state: dict[str, Any] = _put_tensors(content, tensors)
                 return state
             say(f"warning: checkpoint {path} is damaged ({reason}): continuing from the previous one")
             reasons.append(reason)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from configs.errors import UserError
-from configs.schema import Config
+from configs.schema import Config, Train
 from pipeline.learning.criterion import Criterion
 from pipeline.learning.ranks import average_gradients, averaged, gathered, rank
 from pipeline.student.student import Student
@@ -95,7 +95,7 @@ class Learner:
         wrong = ", ".join(name for name, value in losses.items() if not np.isfinite(value))
         raise UserError(
             f"iteration {self.iteration + 1}: loss {wrong} is not finite ({losses}) on images "
-            f"{[ids[row] for row in rows.tolist()]}: lower train.lr"
+            f"{[ids[row] for row in rows.tolist()]}: lower train.lr, in another --run"
         )
 
     def state(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def make_learner(config: Config, student: Student, criterion: Criterion, device:
         ]
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warm_up_and_poly(step, schedule.warmup, schedule.iterations)
+        optimizer, lambda step: warm_up_and_poly(step, schedule.warm_up, schedule.iterations)
     )
     ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema)) if schedule.ema else None
     return Learner(
@@ -146,6 +146,23 @@ def make_learner(config: Config, student: Student, criterion: Criterion, device:
 def warm_up_and_poly(step: int, warmup: int, iterations: int) -> float:
     """Learning-rate factor: linear from ~0 over `warmup` iterations, times poly decay of power 1 to 0."""
     return min(1.0, (step + 1) / (warmup + 1)) * (1 - step / iterations)
+
+
+def out_of_proportion(schedule: Train) -> list[str]:
+    """A line for each setting of the schedule that so few iterations cannot do."""
+    lines, best = [], min(schedule.warm_up, (schedule.iterations - 1) // 2)  # the step of the highest rate
+    peak = warm_up_and_poly(best, schedule.warm_up, schedule.iterations)
+    if peak < 0.5:
+        lines.append(
+            f"train.warmup {schedule.warm_up:,} is out of proportion to train.iterations {schedule.iterations:,}: the "
+            f"learning rate gets to {peak:.0%} of train.lr at most; leave it unset for 7.5 % of the iterations"
+        )
+    if schedule.ema and 1 / (1 - schedule.ema) > schedule.iterations / 2:
+        lines.append(
+            f"train.ema {schedule.ema} averages over {1 / (1 - schedule.ema):,.0f} iterations, of "
+            f"{schedule.iterations:,} in all: the first, random weights stay in the average; lower it"
+        )
+    return lines
 
 
 def _seed(*numbers: int) -> int:

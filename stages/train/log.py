@@ -1,7 +1,9 @@
 """Logs of a training run: log.jsonl and scores.jsonl, TensorBoard, and optionally Weights & Biases."""
 
 import json
+import math
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,11 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from configs.errors import UserError
+from configs.errors import UserError, writing
 from configs.load import as_settings
 from configs.schema import Config
 
-LOSSES, SCORES = "log.jsonl", "scores.jsonl"
+LOSSES, SCORES, BOARD = "log.jsonl", "scores.jsonl", "events.out.tfevents"
 
 
 class RunLog:
@@ -30,41 +32,56 @@ class RunLog:
         for name in (LOSSES, SCORES):
             cut(path / name, start)
         self._losses = (path / LOSSES).open("a", buffering=1)
+        threading.excepthook = _raised_again
         self._board = SummaryWriter(str(path), purge_step=start + 1 if start else None)
 
     def losses(self, iteration: int, losses: dict[str, float], lr: float) -> None:
         """Log one step's losses; `lr` is that of the encoder."""
-        self._losses.write(json.dumps({"iteration": iteration, **losses, "lr": lr}) + "\n")
+        with writing(self.path / LOSSES):
+            self._losses.write(json.dumps({"iteration": iteration, **losses, "lr": lr}) + "\n")
         self._scalars({**{f"loss/{name}": value for name, value in losses.items()}, "lr": lr}, iteration)
 
     def scores(self, iteration: int, split: str, shown: dict[str, float]) -> None:
-        """Log one validation's scores; it counts as done once this returns."""
+        """Log one validation's scores; it counts as done once this returns. NaN becomes null."""
         self._scalars({f"{split}/{name}": value for name, value in shown.items()}, iteration)
-        with (self.path / SCORES).open("a") as file:
-            file.write(json.dumps({"iteration": iteration, "split": split, **shown}) + "\n")
+        with writing(self.path / SCORES), (self.path / SCORES).open("a") as file:
+            known = {name: None if math.isnan(value) else value for name, value in shown.items()}
+            file.write(json.dumps({"iteration": iteration, "split": split, **known}) + "\n")
             _flush(file)
 
     def picture(self, iteration: int, name: str, picture: Image.Image) -> None:
-        self._board.add_image(name, np.asarray(picture), iteration, dataformats="HWC")
+        with writing(self.path / BOARD):
+            self._board.add_image(name, np.asarray(picture), iteration, dataformats="HWC")
         if self._wandb:
             self._wandb.log({"iteration": iteration, name: import_wandb().Image(picture)})
 
     def flush(self) -> None:
         """Return when the losses are on disk."""
-        _flush(self._losses)
-        self._board.flush()
+        with writing(self.path / LOSSES):
+            _flush(self._losses)
+        with writing(self.path / BOARD):
+            self._board.flush()
 
     def close(self) -> None:
-        self._losses.close()
-        self._board.close()
+        with writing(self.path / LOSSES):
+            self._losses.close()
+        with writing(self.path / BOARD):
+            self._board.close()
         if self._wandb:
             self._wandb.finish()
 
     def _scalars(self, values: dict[str, float], iteration: int) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(name, value, iteration)
+        with writing(self.path / BOARD):
+            for name, value in values.items():
+                self._board.add_scalar(name, value, iteration)
         if self._wandb:
             self._wandb.log({"iteration": iteration, **values})
+
+
+def _raised_again(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands what the disk says on to the next write: it needs no traceback of its own."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:

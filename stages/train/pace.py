@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+from configs.errors import writing
 from stages.train.batches import Batches
 from stages.train.log import cut
 
@@ -15,8 +16,9 @@ class Pace:
 
     def __init__(self, run: Path, batches: Batches, start: int) -> None:
         """Continues the file of a run after iteration `start`."""
-        cut(run / TIMING, start)
-        self._batches, self._file = batches, (run / TIMING).open("a", buffering=1)
+        self._batches, self._path = batches, run / TIMING
+        cut(self._path, start)
+        self._file = self._path.open("a", buffering=1)
         self._seconds = self._waited = 0.0
 
     def step(self, iteration: int) -> None:
@@ -24,7 +26,8 @@ class Pace:
         seconds, waited = time.perf_counter() - self._batches.asked, self._batches.waited
         self._seconds, self._waited = self._seconds + seconds, self._waited + waited
         line = {"iteration": iteration, "seconds": round(seconds, 6), "waited": round(waited, 6)}
-        self._file.write(json.dumps(line) + "\n")
+        with writing(self._path):
+            self._file.write(json.dumps(line) + "\n")
 
     def note(self) -> str:
         """The fraction of time since the last note spent waiting, for the progress line."""
@@ -33,4 +36,5 @@ class Pace:
         return f"{share:.1%} waiting for images"
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self._path):
+            self._file.close()

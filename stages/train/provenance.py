@@ -15,6 +15,7 @@ import torch
 
 from cache.manifest import different_settings
 from cache.reader import Cache
+from cache.store import name_for, place_of
 from configs.errors import UserError
 from configs.load import as_settings
 from configs.schema import Config
@@ -35,7 +36,7 @@ def record_start(run: Path, iteration: int, cache: str, fingerprint: str, device
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "after_iteration": iteration,
         "command": sys.argv,
-        "cache": cache,
+        "cache": name_for(cache, run) if Path(cache).is_absolute() else cache,
         "cache_fingerprint": fingerprint,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -66,7 +67,12 @@ def last_start(run: Path) -> dict[str, Any] | None:
 def last_cache(run: Path) -> str | None:
     """The location of the cache that the run was last started with, or None if it is not recorded."""
     last = last_start(run)
-    return str(last["cache"]) if last else None
+    if last is None or "://" in last["cache"]:
+        return str(last["cache"]) if last else None
+    # Named from the run, the working folder or one above the run: both may have been moved with a folder they lie in.
+    name = str(last["cache"])
+    places = [place_of(name, run), name, *(place_of(name, folder) for folder in run.absolute().parents)]
+    return next((place for place in places if Path(place).is_dir()), places[0 if name.startswith("..") else 1])
 
 
 def begun_with(config: Config, cache: Cache) -> Path | None:
@@ -84,7 +90,7 @@ def check_same_cache(run: Path, cache: Cache) -> None:
     last = last_start(run)
     if last and last["cache_fingerprint"] != cache.manifest.fingerprint:
         raise UserError(
-            f"--run {run} was started with cache {last['cache']}, and {cache.location} has other content: pass "
+            f"--run {run} was started with cache {last_cache(run)}, and {cache.location} has other content: pass "
             "the first as --cache, or choose another --run"
         )
 

@@ -11,15 +11,16 @@ from cache.reader import Cache
 from configs.errors import UserError, reason
 from configs.schema import Config
 from pipeline.learning.criterion import Criterion
+from pipeline.learning.ranks import world_size
 from pipeline.student.student import Student
 from stages.apply.gamma import open_gamma_split
 from stages.common.caches import check_cache
 from stages.common.datasets import open_split
 from stages.common.progress import progress_bar, say
-from stages.common.runs import one_trainer, open_run, save_config, save_student
-from stages.train.batches import Batches
+from stages.common.runs import begin_run, one_trainer, run_folder, save_config, save_student
+from stages.train.batches import Batches, CannotLoad
 from stages.train.checkpoints import Checkpoints
-from stages.train.learner import Learner, make_learner
+from stages.train.learner import Learner, make_learner, out_of_proportion
 from stages.train.log import RunLog, import_wandb, is_validated
 from stages.train.pace import Pace
 from stages.train.pictures import attentions, few
@@ -51,6 +52,13 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
     schedule = config.train
     if schedule.wandb:
         import_wandb()  # or the run would be made first, with a setting that cannot be
+    try:
+        share = 1 if config.student.batch_norm == "sync" else world_size()
+        config.check_images_at_once(schedule.batch_size // schedule.accumulate // share)
+    except ValueError as error:
+        raise UserError(f"{error} ({world_size()} processes share a batch)") from error
+    for line in out_of_proportion(schedule):
+        say(f"warning: {line}")
     dataset = open_split(config.dataset, data_root, "train")
     check_cache(cache, config, dataset)
     torch.manual_seed(schedule.seed)
@@ -60,16 +68,19 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
     learner = make_learner(config, student, criterion, device)
     validation_split = open_split(config.dataset, data_root, schedule.validate_on)
     gamma_split = open_gamma_split(config, data_root)
-    path = Path(everyone_has(str(open_run(run, config)) if is_main() else ""))
+    path = Path(everyone_has(str(run_folder(run, config)) if is_main() else ""))
 
     def show_attention(student: Student) -> Image.Image:
         return attentions(student, dataset, cache, few(cache.kept_rows), config.views.size)
 
     def write_run(folder: Path) -> None:
         save_config(folder, config)
-        save_student(folder, learner.best_student, text_features, learner.iteration, learner.gamma)
+        alpha = float(criterion.alpha.detach())
+        save_student(folder, learner.best_student, text_features, learner.iteration, learner.gamma, alpha)
 
     with one_trainer(path) if is_main() else nullcontext():
+        if is_main():
+            begin_run(path, config)
         checkpoints = Checkpoints(path, schedule.keep_checkpoints)
         if is_main() and (resumed := _resume(learner, checkpoints)):
             check_same_cache(path, cache)
@@ -140,6 +151,11 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
                         raise Stopped
                     if due():
                         validate()
+            except CannotLoad as error:
+                if learner.iteration > first and learner.iteration not in checkpoints.iterations():
+                    save()
+                more = f" (saved after iteration {learner.iteration}: to continue, run train --run {path})"
+                raise UserError(f"{error}{more if checkpoints.iterations() else ''}") from error
             except Stopped:
                 say(f"stopped and saved after iteration {learner.iteration}: to continue, run train --run {path}")
                 raise SystemExit(stop.exit_code) from None
@@ -160,8 +176,8 @@ class _Writer:
         self.pace.step(iteration)
 
     def close(self) -> None:
-        self.log.close()
-        self.pace.close()
+        with closing(self.pace):
+            self.log.close()
 
 
 def _resume(learner: Learner, checkpoints: Checkpoints) -> bool:

@@ -1,5 +1,6 @@
 """Validation during training: chooses gamma, scores at it, and draws pictures of the same few images."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +13,7 @@ from pipeline.inference import ClassLogits
 from pipeline.student.student import Student
 from stages.apply.evaluate import Predictor, evaluate_predictor, set_spread, student_predictor
 from stages.apply.gamma import choose_gamma
-from stages.common.progress import say
+from stages.common.progress import figure, say
 from stages.train.log import RunLog, read_scores
 from stages.train.pictures import few, predictions
 from stages.train.stopping import Stop
@@ -30,7 +31,9 @@ class Validation:
         self.gamma_split, self.show_attention = gamma_split, show_attention
         generalised = bool(config.dataset.unseen)
         self.names = ("miou", "miou_seen", "miou_unseen", "hiou") if generalised else ("miou",)
-        self._scores = {line["iteration"]: line[self.names[-1]] for line in read_scores(log.path)}
+        self._scores: dict[int, float | None] = {
+            line["iteration"]: line[self.names[-1]] for line in read_scores(log.path)
+        }
 
     def choose_gamma(self, student: Student) -> float:
         """The gamma that `evaluate.gamma` asks for; `auto` uses a few training images and takes seconds.
@@ -59,8 +62,8 @@ class Validation:
         own = {"gamma": gamma, f"{main}_at_0": getattr(plain, main)} if self.config.dataset.unseen else {}
         self.log.scores(iteration, self.dataset.split, {**shown, **own})
         self._scores[iteration] = shown[main]
-        values = ", ".join(f"{name} {value:.1f}" for name, value in shown.items())
-        at = f", gamma {gamma:.3g}" if own else ""
+        values = ", ".join(f"{name} {figure(value)}" for name, value in shown.items())
+        at = f", gamma {figure(gamma, '.3g')}" if own else ""
         say(f"iteration {iteration}, {self.dataset.split}{at}: {values}")
 
     def _predictor(self, student: Student) -> Predictor:
@@ -78,5 +81,6 @@ class Validation:
 
     @property
     def best(self) -> int | None:
-        """The iteration with the highest hIoU (or mIoU, if no class is unseen); the first in case of a tie."""
-        return max(self._scores, key=self._scores.__getitem__, default=None)
+        """The iteration with the highest hIoU (or mIoU, if no class is unseen), if any; the first in case of a tie."""
+        known = {at: score for at, score in self._scores.items() if score is not None and not math.isnan(score)}
+        return max(known, key=known.__getitem__, default=None)

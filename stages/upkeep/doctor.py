@@ -18,7 +18,7 @@ from cache.reader import open_cache
 from cache.verify import verify
 from configs.errors import UserError
 from configs.load import resolve
-from configs.schema import Config
+from configs.schema import Config, Train, Views
 from pipeline.data.scenes import render_scene, scene_rng
 from pipeline.openmp import faiss
 from stages.apply.predict import Segmenter
@@ -26,6 +26,7 @@ from stages.common.devices import choose_device, keep_freed_memory, obstacle
 from stages.common.progress import console
 from stages.precompute.plan import size
 from stages.precompute.stage import precompute
+from stages.train.batches import lack_of_shared_memory, loader_workers
 from stages.train.provenance import versions
 from stages.train.stage import train
 
@@ -48,6 +49,10 @@ def doctor(asked: str) -> Iterator[Finding]:
     yield Finding("faiss", f"{faiss.get_compile_options().strip()}; {faiss.get_num_gpus()} GPUs")
     for folder in (Path("."), Path(tempfile.gettempdir())):
         yield Finding("disk", f"{size(shutil.disk_usage(folder).free)} free in {folder.absolute()}")
+    views, schedule = Views(), Train()
+    count = loader_workers(schedule.workers)
+    lack = lack_of_shared_memory(4 * views.size**2 * schedule.batch_size, count)  # RGB and a mask
+    yield Finding("shared memory", lack or f"enough for train.workers={count}", fault=bool(lack))
     try:
         device = choose_device(asked)
     except UserError as error:

@@ -12,8 +12,8 @@ from cache.manifest import flat_settings
 from cache.verify import info
 from configs.errors import UserError
 from stages.common.caches import CACHES
-from stages.common.runs import CONFIG, RUNS, read_settings
-from stages.train.checkpoints import FOLDER, Checkpoints
+from stages.common.runs import CHECKPOINTS, CONFIG, RUNS, read_settings
+from stages.train.checkpoints import Checkpoints
 from stages.train.log import SCORES, read_scores
 
 
@@ -93,16 +93,16 @@ def _run(path: Path, settings: Mapping[str, Any]) -> RunEntry:
         iteration=max(Checkpoints(path, keep=1).iterations(), default=0),
     )  # fmt: skip
     scores = read_scores(path)
-    if scores:
-        entry.score_name = "hiou" if "hiou" in scores[0] else "miou"
-        best = max(scores, key=lambda line: line[entry.score_name])
+    entry.score_name = "hiou" if not scores or "hiou" in scores[0] else "miou"
+    if known := [line for line in scores if line[entry.score_name] is not None]:
+        best = max(known, key=lambda line: line[entry.score_name])
         entry.score, entry.score_split = best[entry.score_name], best["split"]
     return entry
 
 
 def _run_folders() -> Iterator[Path]:
     for folder, below, names in os.walk(RUNS):
-        below[:] = sorted(name for name in below if name != FOLDER)  # a checkpoint is a run by itself
+        below[:] = sorted(name for name in below if name != CHECKPOINTS)  # a checkpoint is a run by itself
         if CONFIG in names:
             yield Path(folder)
 

@@ -20,8 +20,8 @@ def bench_inference(
         "swin-b",
     ],
     classes: Annotated[str, typer.Option("--classes", help="Numbers of classes, separated by commas.")] = "20,171,847",
-    size: Annotated[int, typer.Option("--size", min=32, help="Image size in pixels; a multiple of 16.")] = 512,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds, after one warm-up round.")] = 5,
+    size: Annotated[int, typer.Option("--size", min=32, max=8192, help="Image size; a multiple of 16.")] = 512,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, max=10**6, help="Timed rounds, after a warm-up.")] = 5,
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"], typer.Option("--precision", help="Precision of every model.")
     ] = "fp32",

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from configs.errors import UserError
+from stages.common.progress import show
 from stages.verbs.options import (
     DATA,
     DataRootOption,
@@ -37,8 +38,11 @@ def cache_info(location: LocationArgument, json_file: JsonOption = None) -> None
 def cache_verify(location: LocationArgument, json_file: JsonOption = None) -> None:
     """Reread every byte and list each file that is missing, changed, or not listed in any record (stray).
 
-    The exit code is 2 if anything is damaged. Example: clip-zss cache verify caches/scenes-1a2b3c4d5e6f
+    The exit code is 2 if anything is damaged, or if training could not use the cache.
+
+    Example: clip-zss cache verify caches/scenes-1a2b3c4d5e6f
     """
+    from cache.reader import open_cache
     from cache.verify import verify
     from stages.verbs.report import damage_list
 
@@ -47,10 +51,19 @@ def cache_verify(location: LocationArgument, json_file: JsonOption = None) -> No
     damaged = sum(damage.kind != "stray" for damage in found)
     if damaged:
         raise UserError(f"{location}: {damaged} files are damaged, listed above: run `cache repair {location}`")
+    open_cache(location)  # says what else keeps training from it
 
 
 @app.command("repair")
-def cache_repair(location: LocationArgument, data_root: DataRootOption = DATA, device: DeviceOption = "auto") -> None:
+def cache_repair(
+    location: LocationArgument,
+    data_root: DataRootOption = DATA,
+    device: DeviceOption = "auto",
+    lender: Annotated[
+        str | None,
+        typer.Option("--lender", metavar="DIR|URL", help="New location of the cache that this one shares tokens with."),
+    ] = None,
+) -> None:
     """Restore small files from their copies, and recompute only the damaged or missing shards.
 
     Example: clip-zss cache repair caches/scenes-1a2b3c4d5e6f --data-root ~/data
@@ -59,7 +72,7 @@ def cache_repair(location: LocationArgument, data_root: DataRootOption = DATA, d
     from stages.verbs.report import damage_list
 
     with resumable():
-        damage_list(repair(location, data_root, device_of(device)))
+        damage_list(repair(location, data_root, device_of(device), lender))
 
 
 @app.command("gc")
@@ -72,5 +85,5 @@ def cache_gc(location: LocationArgument) -> None:
 
     deleted, freed = gc(location)
     for path in deleted:
-        typer.echo(f"deleted: {path}")
-    typer.echo(f"{len(deleted)} files, {freed:,} bytes freed")
+        show(f"deleted: {path}")
+    show(f"{len(deleted)} files, {freed:,} bytes freed")

@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import typer
 
+from stages.common.progress import show
 from stages.verbs.options import STDOUT, DeviceOption, JsonOption, print_result
 
 
@@ -35,7 +36,7 @@ def doctor(device: DeviceOption = "auto", json_file: JsonOption = None) -> None:
     for item in stage(device):
         found.append(item)
         if json_file != STDOUT:
-            typer.echo(f"{'FAULT' if item.fault else 'ok':5} {item.part}: {item.text}")
+            show(f"{'FAULT' if item.fault else 'ok':5} {item.part}: {item.text}")
     print_result(lambda: None, [asdict(item) for item in found], json_file)
     if any(item.fault for item in found):
         raise typer.Exit(1)

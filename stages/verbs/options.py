@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from configs.errors import UserError
+from configs.errors import UserError, writing
 from configs.load import named_dataset, resolve
 from configs.schema import Config
+from stages.common.progress import show
 
 
 def check_json(json_file: Path | None) -> Path | None:
@@ -52,7 +53,7 @@ OnErrorOption = Annotated[
     Literal["stop", "skip"] | None,
     typer.Option("--on-error", help="What to do if an image cannot be read; default: stop."),
 ]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of this stage.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of this stage.")]
 RunlocalOption = Annotated[
     bool, typer.Option("--runlocal", help="Try it on a CPU in two minutes: a few small images, few iterations.")
 ]
@@ -71,20 +72,24 @@ STDOUT = Path("-")
 
 
 def print_result(table: Callable[[], None], data: Any, json_file: Path | None) -> None:
-    """Print a result as a table, by calling `table`, and write it as JSON if requested; NaN becomes null."""
-    if json_file != STDOUT:
-        table()
+    """Write a result as JSON if requested, with NaN as null, then print it as a table by calling `table`.
+
+    The file comes first: printing may fail.
+    """
     if json_file:
         plain = json.loads(json.dumps(data), parse_constant=lambda _: None)
         text = json.dumps(plain, indent=2)
         if json_file == STDOUT:
-            typer.echo(text)
-        elif json_file.is_symlink() or (json_file.exists() and not json_file.is_file()):  # such as /dev/stdout
-            json_file.write_text(text + "\n")
+            show(text)
+            return
+        if json_file.is_symlink() or (json_file.exists() and not json_file.is_file()):  # such as /dev/stdout
+            with writing(json_file):
+                json_file.write_text(text + "\n")
         else:
             from stages.common.runs import replace_file
 
             replace_file(json_file, lambda aside: aside.write_text(text + "\n"))
+    table()
 
 
 @contextmanager

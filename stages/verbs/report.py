@@ -1,7 +1,6 @@
 """Tables that the commands print to stdout."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from configs.schema import Config
 from pipeline.metrics import Scores
 from stages.common.caches import CACHES
 from stages.common.datasets import Check
-from stages.common.progress import output
+from stages.common.progress import figure, output, show
 from stages.common.runs import RUNS
 from stages.inspect.regions import PseudoLabelRow, summary
 from stages.precompute.plan import duration, size, timed_runs
@@ -30,49 +29,45 @@ if TYPE_CHECKING:
 SCORE_NAMES = {"hiou": "hIoU", "miou": "mIoU"}
 
 
-def _print(line: str) -> None:
-    """One line, printed literally: names may contain what Rich would read as markup."""
-    output.print(line, highlight=False, markup=False)
+def score_table(name: str, config: Config, gamma: float, scores: Scores, alpha: float | None) -> None:
+    """Overall scores, then IoU of every class with the unseen ones marked.
 
-
-def score_table(name: str, config: Config, gamma: float, scores: Scores) -> None:
-    """Overall scores, then IoU of every class with the unseen ones marked."""
-    _print(f"{name} on {config.dataset.name}/{config.evaluate.split}, gamma {gamma:.4g}")
+    `alpha`: of the run, where it is known; gamma is of logits without it.
+    """
+    of_training = "" if alpha is None else f" (alpha {alpha:.4g}: {figure(alpha * gamma, '.4g')} of training's logits)"
+    on = f"{config.dataset.name}/{config.evaluate.split}"
+    show(f"{name} on {on}, gamma {figure(gamma, '.4g')}{of_training}")
     values = {"pAcc": scores.pixel_accuracy, "mIoU": scores.miou}
     if config.dataset.unseen:
         values |= {"mIoU seen": scores.miou_seen, "mIoU unseen": scores.miou_unseen, "hIoU": scores.hiou}
     overall = _folded(*values)
-    overall.add_row(*(f"{value:.1f}" for value in values.values()))
+    overall.add_row(*map(figure, values.values()))
     output.print(overall)
     classes = _folded("class", "", "IoU")
     for label, iou in zip(config.dataset.classes, scores.iou, strict=True):
-        classes.add_row(
-            escape(label), "unseen" if label in config.dataset.unseen else "", "-" if math.isnan(iou) else f"{iou:.1f}"
-        )
+        classes.add_row(escape(label), "unseen" if label in config.dataset.unseen else "", figure(iou))
     output.print(classes)
 
 
-def score_report(name: str, config: Config, gamma: float, scores: Scores) -> dict[str, Any]:
-    """The same as plain JSON values; null for classes that do not occur, and for scores that need unseen classes."""
+def score_report(name: str, config: Config, gamma: float, scores: Scores, alpha: float | None) -> dict[str, Any]:
+    """The same as plain JSON values; NaN becomes null, as do scores that need unseen classes."""
     values = dataclasses.asdict(scores)
     if not config.dataset.unseen:
         values |= {"miou_seen": None, "miou_unseen": None, "hiou": None}
-    iou = (None if math.isnan(value) else value for value in scores.iou)
-    values["iou"] = dict(zip(config.dataset.classes, iou, strict=True))
-    return {"of": name, "dataset": config.dataset.name, "split": config.evaluate.split, "gamma": gamma, **values}
+    values["iou"] = dict(zip(config.dataset.classes, scores.iou, strict=True))
+    about = {"of": name, "dataset": config.dataset.name, "split": config.evaluate.split}
+    return {**about, "gamma": gamma, "alpha": alpha, **values}
 
 
 def pseudo_label_table(rows: Sequence[PseudoLabelRow]) -> None:
     """One line per view, then the means."""
     table = _folded("image", "view", "K-means regions", "fused groups", "coverage", "purity")
     for row in rows:
-        purity = "-" if math.isnan(row.purity) else f"{row.purity:.2f}"
-        table.add_row(
-            escape(row.image_id), str(row.view), str(row.clusters), str(row.groups), f"{row.coverage:.2f}", purity
-        )
+        counts = str(row.view), str(row.clusters), str(row.groups)
+        table.add_row(escape(row.image_id), *counts, f"{row.coverage:.2f}", figure(row.purity, ".2f"))
     means = summary(list(rows))
     table.add_section()
-    table.add_row("mean", "", *(f"{means[key]:.2f}" for key in ("clusters", "groups", "coverage", "purity")))
+    table.add_row("mean", "", *(figure(means[key], ".2f") for key in ("clusters", "groups", "coverage", "purity")))
     output.print(table)
 
 
@@ -89,26 +84,26 @@ def dataset_list() -> None:
 def dataset_layout(config: Dataset, data_root: Path) -> None:
     """The dataset's expected files, its classes with mask values and prompts, its named splits."""
     root = data_root / config.root
-    _print(f"{config.name}: {len(config.classes)} classes, {len(config.unseen)} of them unseen")
-    _print(f"folder: {root}" + ("" if root.is_dir() else f" (not there; else {data_root} itself)"))
+    show(f"{config.name}: {len(config.classes)} classes, {len(config.unseen)} of them unseen")
+    show(f"folder: {root}" + ("" if root.is_dir() else f" (not there; else {data_root} itself)"))
     for split, files in config.splits.items():
-        _print(f"{split}: {files.count or 'any number of'} images")
-        _print(f"  images  {files.images}")
+        show(f"{split}: {files.count or 'any number of'} images")
+        show(f"  images  {files.images}")
         for masks in files.masks:
-            _print(f"  masks   {masks.files}" + (f" (values {masks.values})" if masks.values else ""))
+            show(f"  masks   {masks.files}" + (f" (values {masks.values})" if masks.values else ""))
         for listing in files.ids:
-            _print(f"  ids     {listing}")
+            show(f"  ids     {listing}")
     values, ignored = config.value_of_class(None), ", ".join(map(str, config.ignore_index))
     classes = _folded("value", "class", "", "in prompts")
     for value, name, synonyms in zip(values, config.classes, config.synonyms, strict=True):
         unseen = "unseen" if name in config.unseen else ""
         classes.add_row(str(value), escape(name), unseen, escape(", ".join(synonyms)))
     output.print(classes)
-    _print(f"ignored values: {ignored}")
+    show(f"ignored values: {ignored}")
     templates = config.templates if isinstance(config.templates, str) else ", ".join(config.templates)
-    _print(f"prompt templates: {templates}")
+    show(f"prompt templates: {templates}")
     for split, names in config.unseen_splits.items():
-        _print(f"--set dataset.unseen={split}: {', '.join(names)}")
+        show(f"--set dataset.unseen={split}: {', '.join(names)}")
 
 
 def check_report(config: Dataset, found: Check) -> dict[str, Any]:
@@ -130,9 +125,9 @@ def check_table(config: Dataset, found: Check) -> None:
         table.add_row(escape(name), unseen, f"{images:,}", f"{pixels:,}", f"{100 * pixels / total:.2f} %")
     if found.readable:
         output.print(table)
-    _print(f"{found.readable:,} images, {found.unlabelled:,} pixels without a class")
+    show(f"{found.readable:,} images, {found.unlabelled:,} pixels without a class")
     for fault in found.faults:
-        _print(f"fault: {fault}")
+        show(f"fault: {fault}")
 
 
 def bench_table(rows: Sequence["Row"]) -> None:
@@ -148,14 +143,14 @@ def bench_table(rows: Sequence["Row"]) -> None:
 def cache_table(found: Info) -> None:
     """Progress, sizes, and the settings that a cache was made from."""
     manifest = found.manifest
-    _print(f"{found.location}: {manifest.settings['dataset']['name']}, format {manifest.format}")
-    _print(f"fingerprint: {manifest.fingerprint}")
-    _print(
+    show(f"{found.location}: {manifest.settings['dataset']['name']}, format {manifest.format}")
+    show(f"fingerprint: {manifest.fingerprint}")
+    show(
         f"{manifest.images:,} images with {manifest.views} views: {found.shards_done:,} of {manifest.shards:,} shards "
         f"done, {found.views_done:,} views, {found.skipped:,} images left out"
     )
     for name, borrowed in sorted(manifest.borrowed.items()):
-        _print(f"{name}: in {borrowed.cache}")
+        show(f"{name}: in {borrowed.cache}")
     sizes = _folded("array", "shape", "type", "bytes", "bytes a view")
     for name, spec in manifest.arrays.items():
         shape = (manifest.images, manifest.array_views(name), *spec.tail)
@@ -166,21 +161,21 @@ def cache_table(found: Info) -> None:
     output.print(sizes)
     for run in timed_runs(open_store(found.location)):
         busy = ", ".join(f"{part} {seconds:,.1f} s" for part, seconds in run.busy_seconds.items())
-        _print(
+        show(
             f"made: {run.views:,} views in {duration(run.seconds)} by {run.workers} workers; busy: {busy}; "
             f"bottleneck: {run.bottleneck}"
         )
     for section, values in manifest.settings.items():
         if section not in ("dataset", "files"):
-            _print(f"{section}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
+            show(f"{section}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
 
 
 def damage_list(found: Sequence[Damage]) -> None:
     """One line for each file."""
     for damage in found:
-        _print(f"{damage.kind}: {damage.path}")
+        show(f"{damage.kind}: {damage.path}")
     if not found:
-        _print("every byte is as it was written")
+        show("every byte is as it was written")
 
 
 def cache_report(found: Info) -> dict[str, Any]:
@@ -192,7 +187,7 @@ def cache_report(found: Info) -> dict[str, Any]:
 def overview_table(caches: Sequence[CacheEntry], runs: Sequence[RunEntry]) -> None:
     """A table of each dataset's caches, then of its runs, with the settings that not all of them share."""
     if not caches and not runs:
-        _print(f"nothing yet below {CACHES}/ and {RUNS}/: precompute makes a cache, train a run")
+        show(f"nothing yet below {CACHES}/ and {RUNS}/: precompute makes a cache, train a run")
     for dataset in sorted({entry.dataset for entry in caches}):
         table = _folded(f"cache of {escape(dataset)}", "views", "size", "differs in")
         for cache in (entry for entry in caches if entry.dataset == dataset):

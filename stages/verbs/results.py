@@ -1,5 +1,7 @@
 """The commands that use results: evaluate, predict, export, inspect-pseudolabels."""
 
+import math
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +10,7 @@ import typer
 
 from configs.errors import UserError
 from configs.load import as_settings, resolve
+from stages.common.progress import say, show
 from stages.verbs.options import (
     DATA,
     STDOUT,
@@ -66,9 +69,8 @@ def evaluate(
             student_predictor(opened.student, features, settings),
         )
     gamma, scores = stage(predict, settings, data_root, opened)
-    print_result(
-        lambda: score_table(name, settings, gamma, scores), score_report(name, settings, gamma, scores), json_file
-    )
+    found = (name, settings, gamma, scores, opened.alpha if opened else None)
+    print_result(lambda: score_table(*found), score_report(*found), json_file)
 
 
 def predict(
@@ -105,17 +107,19 @@ def predict(
     from stages.apply.predict import Segmenter
     from stages.apply.predict import predict as stage
     from stages.apply.words import read_words
-    from stages.common.progress import say
     from stages.common.runs import newest_run
 
+    if gamma is not None and not math.isfinite(gamma):
+        raise UserError(f"--gamma {gamma}: give a finite number")
     segmenter = Segmenter.load(run or newest_run(), device_of(device), gamma)
     say(f"run: {segmenter.run}")
     words = None if classes is None else read_words(classes)
     done, failures = stage(segmenter, photos, words, output, rle, compare, attention)
     for line in failures:
-        typer.echo(f"skipped: {line}", err=True)
+        with suppress(OSError):  # of a stderr that is full or closed
+            typer.echo(f"skipped: {line}", err=True)
     if done:
-        typer.echo(f"results: {output}")
+        show(f"results: {output}")
     if failures:
         others = "; the others are done" if done else ""
         raise UserError(f"{len(failures)} photos could not be read, listed above: replace them{others}")
@@ -139,7 +143,7 @@ def export(
     from stages.common.runs import load_run, newest_run
 
     for name, difference in stage(load_run(run or newest_run()), output, precision).items():
-        typer.echo(f"{output / name}: within {difference:.1e} of the student's largest logit")
+        show(f"{output / name}: within {difference:.1e} of the student's largest logit")
 
 
 def inspect_pseudolabels(
@@ -153,7 +157,7 @@ def inspect_pseudolabels(
     ] = [],  # noqa: B006
     count: Annotated[
         int | None,
-        typer.Option("--count", min=1, help="Number of random images; default: 200, or 8 with --terminal or --png."),
+        typer.Option("--count", min=1, max=10**7, help="Random images; default: 200, or 8 with --terminal or --png."),
     ] = None,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder for the gallery.")] = Path(
         "pseudo-labels"
@@ -189,8 +193,8 @@ def inspect_pseudolabels(
         found = table(settings, opened, data_root, rows)
         print_result(lambda: pseudo_label_table(found), [asdict(row) for row in found], json_file)
     if png:
-        typer.echo(f"picture: {sheet(settings, opened, data_root, rows, png)}", err=json_file == STDOUT)
+        (say if json_file == STDOUT else show)(f"picture: {sheet(settings, opened, data_root, rows, png)}")
     if not terminal and not png and not json_file:
         from stages.inspect.gallery import make_gallery
 
-        typer.echo(f"gallery: {make_gallery(settings, opened, data_root, rows, output)}")
+        show(f"gallery: {make_gallery(settings, opened, data_root, rows, output)}")

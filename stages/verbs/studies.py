@@ -9,6 +9,7 @@ import typer
 from configs.errors import UserError
 from configs.load import resolve
 from configs.schema import Config
+from stages.common.progress import show
 from stages.verbs.options import (
     DATA,
     ConfigOption,
@@ -47,7 +48,7 @@ def ablate(
     table: Annotated[
         str, typer.Argument(metavar="TABLE|FILE.yaml", help="A table in configs/ablations, or your own file.")
     ],
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of training seeds, counted from 0.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=10_000, help="Training seeds, counted from 0.")] = 3,
     dataset: DatasetOption = None,
     config: ConfigOption = None,
     data_root: DataRootOption = DATA,
@@ -73,4 +74,4 @@ def ablate(
     with resumable():
         files = stage(name, content, seeds, settings_of, command, data_root, output, device_of(device))
     for file in files:
-        typer.echo(f"written: {file}")
+        show(f"written: {file}")

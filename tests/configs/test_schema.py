@@ -23,7 +23,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "global": True, "nel": True, "ce": True, "bce": True,
     },
     "train": {
-        "iterations": 20_000, "batch_size": 16, "lr": 6e-5, "weight_decay": 0.01, "warmup": 1500,
+        "iterations": 20_000, "batch_size": 16, "lr": 6e-5, "weight_decay": 0.01,
     },
 }  # fmt: skip
 
@@ -32,6 +32,7 @@ def test_defaults_are_the_papers() -> None:
     settings = as_settings(Config.model_validate({"dataset": DATASET}))
     for section, values in PAPER.items():
         assert {key: settings[section][key] for key in values} == values
+    assert Config.model_validate({"dataset": DATASET}).train.warm_up == 1500
 
 
 def test_settings_come_back_as_they_went() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from configs.errors import UserError
+from configs.errors import UserError, writing
 from configs.schema import Config
 from pipeline.data.dataset import IGNORE
 from stages.inspect.gallery.collect import Regions, View
@@ -62,8 +62,9 @@ def _write(config: Config, location: str, views: Iterable[View], folder: Path) -
     for number, view in enumerate(views):
         picture = Image.fromarray(view.picture)
         picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-        picture.save(folder / VIEWS / f"{number}.jpg", quality=JPEG_QUALITY)
-        (folder / VIEWS / f"{number}.js").write_text(_call("view", number, _data(view)))
+        with writing(folder / VIEWS / f"{number}.jpg"):
+            picture.save(folder / VIEWS / f"{number}.jpg", quality=JPEG_QUALITY)
+        _put(folder / VIEWS / f"{number}.js", _call("view", number, _data(view)))
         table.append(_line(view, hidden))
         if view.regions is not None:
             fusable += 1
@@ -83,9 +84,14 @@ def _write(config: Config, location: str, views: Iterable[View], folder: Path) -
         "differing": differing,
     }
     for name in PARTS:
-        (folder / name).write_text(_part(name), encoding="utf-8")
-    (folder / INDEX).write_text(_call("start", index))
-    (folder / PAGE).write_text(_part("page.html"), encoding="utf-8")
+        _put(folder / name, _part(name))
+    _put(folder / INDEX, _call("start", index))
+    _put(folder / PAGE, _part("page.html"))
+
+
+def _put(path: Path, text: str) -> None:
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
 
 
 def _what_is_missing(config: Config, views: int, fusable: int) -> str:

@@ -18,6 +18,7 @@ from configs.load import resolve
 from configs.schema import Config
 from pipeline.data.dataset import IGNORE, SegmentationDataset
 from pipeline.data.views import normalise
+from pipeline.inference import ClassLogits, Window
 from pipeline.metrics import best_of
 from stages.apply.evaluate import Predictor, evaluate, evaluate_predictor, run_gamma, set_spread, student_predictor
 from stages.apply.gamma import choose_gamma, gamma_of_training, open_gamma_split
@@ -148,9 +149,9 @@ def test_nothing_to_choose_by_is_said(
 ) -> None:  # fmt: skip
     run = load_run(trained)
     change_masks(copied, "train-*.png", mask)
-    assert gamma_of_training(predictor(run), SegmentationDataset(run.config.dataset, copied.data, "train")) == 0
+    assert np.isnan(gamma_of_training(predictor(run), SegmentationDataset(run.config.dataset, copied.data, "train")))
     said = capsys.readouterr().err
-    assert said.count("gamma is 0") == 1 and lack in said
+    assert said.count("no gamma:") == 1 and lack in said
 
 
 def test_images_that_cannot_be_read_are_left_out(copied: World, trained: Path) -> None:
@@ -162,7 +163,7 @@ def test_images_that_cannot_be_read_are_left_out(copied: World, trained: Path) -
     assert found == gamma_of_training(predictor(run), broken)
     for name in broken.ids:
         (copied.data / "tiny" / "images" / f"{name}.png").unlink()
-    assert gamma_of_training(predictor(run), broken) == 0
+    assert np.isnan(gamma_of_training(predictor(run), broken))
 
 
 def test_one_image_is_enough(world: World, trained: Path) -> None:
@@ -195,19 +196,36 @@ def labelled_gamma(predict: Predictor, config: Config, data_root: Path) -> float
         logits = predict(dataset.image(row))
         margins.append((best_of(logits, seen, logits.size)[0] - best_of(logits, unseen, logits.size)[0]).flatten())
     gammas = sorted({0.0, *np.quantile(torch.cat(margins).numpy(), np.linspace(0, 1, 60)).tolist()})
-    found = evaluate_predictor(predict, dataset, gammas)
-    return gammas[int(np.argmax([scores.hiou for scores in found]))]
+    found = [scores.hiou for scores in evaluate_predictor(predict, dataset, gammas)]
+    return gammas[int(np.argmax(found))] if max(found) else float("nan")
+
+
+def knowing(config: Config, data_root: Path) -> Predictor:
+    """Logits of which that of the true class is a little higher."""
+    truth = {}
+    for name in ("holdout", "val"):
+        split = SegmentationDataset(config.dataset, data_root, name)
+        truth |= {split.image(row).tobytes(): split.mask(row) for row in range(len(split))}
+
+    def predict(image: np.ndarray) -> ClassLogits:
+        mask = truth[image.tobytes()]
+        logits = torch.randn(20, *mask.shape, generator=torch.Generator().manual_seed(int(mask.sum())))
+        logits[torch.from_numpy(np.isin(mask, config.dataset.seen_indices)).expand(20, -1, -1)] += 0.1
+        logits.scatter_add_(0, torch.from_numpy(mask.astype(np.int64))[None], torch.ones(1, *mask.shape))
+        logits[config.dataset.seen_indices] += 0.5
+        return ClassLogits(mask.shape, 1, (Window((0, mask.shape[0], 0, mask.shape[1]), logits),))  # type: ignore[arg-type]
+
+    return predict
 
 
 def test_holdout_is_what_auto_was(world: World, trained: Path) -> None:
     run = load_run(trained)
     config = with_gamma(run, "holdout")
-    gamma, found = evaluate(predictor(run), config, world.data, run)
-    assert gamma == labelled_gamma(predictor(run), config, world.data) != run.gamma
-    (plain,) = evaluate_predictor(predictor(run), SegmentationDataset(config.dataset, world.data, "val"), [gamma])
+    predict = knowing(config, world.data)
+    gamma, found = evaluate(predict, config, world.data, run)
+    assert gamma == labelled_gamma(predict, config, world.data) > 0.1
+    (plain,) = evaluate_predictor(predict, SegmentationDataset(config.dataset, world.data, "val"), [gamma])
     assert (found.hiou, found.miou, found.pixel_accuracy) == (plain.hiou, plain.miou, plain.pixel_accuracy)
-    shown = world.run("evaluate", "--run", trained, "--set", "evaluate.gamma=holdout", "--json", "-").stdout
-    assert json.loads(shown)["gamma"] == gamma
 
 
 def test_holdout_without_an_unseen_pixel_or_a_split_is_one_line(
@@ -279,7 +297,8 @@ def test_a_number_and_holdout_are_kept_too(world: World, tmp_path: Path) -> None
                   "--set", f"evaluate.gamma={asked}")  # fmt: skip
         loaded = load_run(run)
         wanted = asked if asked == 0.25 else labelled_gamma(predictor(loaded), loaded.config, world.data)
-        assert loaded.gamma == run_gamma(loaded, Path("nowhere")) == scores(run)[0]["gamma"] == wanted
+        np.testing.assert_equal([loaded.gamma, run_gamma(loaded, Path("nowhere"))], [wanted, wanted])
+        assert scores(run)[0]["gamma"] == (None if np.isnan(wanted) else wanted)  # type: ignore[arg-type, comparison-overlap]
 
 
 def test_a_continued_run_keeps_it(world: World, validated: tuple[Path, str], tmp_path: Path) -> None:
@@ -307,22 +326,22 @@ def test_an_older_run_chooses_it_at_need(
     found = json.loads(world.run("evaluate", "--run", older, "--json", "-").stdout)
     assert found["gamma"] == wanted
     assert run_gamma(load_run(older), world.data) == wanted and not capsys.readouterr().err
-    assert run_gamma(load_run(older), world.folder / "nowhere") == 0
+    assert np.isnan(run_gamma(load_run(older), world.folder / "nowhere"))
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "gamma is 0" in said[0] and str(older) in said[0] and "nowhere" in said[0]
+    assert len(said) == 1 and "no gamma:" in said[0] and str(older) in said[0] and "nowhere" in said[0]
 
 
 def test_evaluation_without_training_images_goes_on(copied: World, older: Path) -> None:
     (copied.data / "tiny" / "splits" / "train.txt").unlink()
     done = copied.run("evaluate", "--run", older, "--json", "-")
-    assert json.loads(done.stdout)["gamma"] == 0 and done.stderr.count("gamma is 0") == 1
+    assert json.loads(done.stdout)["gamma"] is None and done.stderr.count("no gamma:") == 1
 
 
 def test_nothing_is_rendered_for_it(trained: Path, tmp_path: Path) -> None:
     """A run on the demo's scenes, which are rendered where they are missing."""
     run = load_run(trained)
     run = Run(run.path, resolve("scenes"), run.student, run.text_features, 0)
-    assert run_gamma(run, tmp_path) == 0 and not list(tmp_path.iterdir())
+    assert np.isnan(run_gamma(run, tmp_path)) and not list(tmp_path.iterdir())
 
 
 def test_predict_uses_it(world: World, trained: Path) -> None:
@@ -342,9 +361,9 @@ def test_predict_uses_it(world: World, trained: Path) -> None:
 def test_it_survives_the_file(trained: Path, tmp_path: Path) -> None:
     run = load_run(trained)
     shutil.copy(trained / "config.yaml", tmp_path)
-    for gamma in (0.1 + 0.2, -1e-9, 0.0, None):
-        save_student(tmp_path, run.student, run.text_features, 7, gamma)
+    for gamma, alpha in ((0.1 + 0.2, 1.5), (-1e-9, 0.1), (0.0, None), (None, 1.0), (np.nan, 2.0)):
+        save_student(tmp_path, run.student, run.text_features, 7, gamma, alpha)
         found = load_run(tmp_path)
-        assert (found.gamma, found.iteration) == (gamma, 7)
+        np.testing.assert_equal([found.gamma, found.alpha, found.iteration], [gamma, alpha, 7])
     for name, tensor in load_file(trained / "student.safetensors").items():
         assert torch.equal(tensor, load_file(tmp_path / "student.safetensors")[name])

@@ -19,7 +19,7 @@ from cache.manifest import Manifest
 from cache.reader import Cache, open_cache
 from cache.store import open_store
 from cache.verify import verify
-from cache.writer import create_cache, write_shard
+from cache.writer import create_cache, relink, write_shard
 from cli import app
 from configs.errors import UserError
 from configs.load import resolve
@@ -29,6 +29,7 @@ from pipeline.pseudo_labels.regions import region_tokens
 from stages.common.caches import split_settings
 from stages.common.datasets import open_split
 from stages.precompute.stage import cache_settings
+from stages.train.provenance import last_cache
 from tests.conftest import ROOT, World, write_world
 
 IMAGES, VIEWS, GRID, WIDTH = 10, 2, 8, 16
@@ -163,7 +164,7 @@ def test_by_default_the_newest_cache_and_of_labels_alone_the_one_they_were_made_
     assert made.borrowed == open_cache(first).manifest.borrowed
     assert set(made.borrowed) == {"cls_tokens", "dense_tokens", "views"}
     for lent in made.borrowed.values():
-        assert Path(lent.cache) == here.folder / "caches" / "source"
+        assert lent.cache == "../source"
     whole = contents(first)
     run("precompute", "--only", "pseudo-labels", "--lambda", "0.9", "--cache", "caches/source")
     assert contents(first) == whole
@@ -260,6 +261,57 @@ def test_a_source_that_is_another_cache_now(here: World) -> None:
     write_source(here, here.folder / "caches" / "source", "pseudo_labels.lambda=0.5")
     message = refusal("cache", "repair", str(path))
     assert "was made with other settings (files.dense_tokens: cache" in message
+
+
+def arguments_of(path: Path) -> tuple[str, ...]:
+    return ("--cache", str(path), *(f"--set={text}" for text in SETTINGS), "--set=pseudo_labels.lambda=0.9",
+            "--set=train.iterations=2", "--set=loss.local=true")  # fmt: skip
+
+
+def test_a_project_that_is_moved_is_used_as_it_is(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = only("--lambda", "0.9")
+    config = ("--config", str(here.config))
+    run("train", *config, *arguments_of(path.absolute()), "--run", "runs/one")
+    moved = here.folder.with_name(f"{here.folder.name}-moved")
+    moved.mkdir()
+    for name in ("caches", "runs", "data"):
+        (here.folder / name).rename(moved / name)
+    monkeypatch.chdir(moved)
+    run("cache", "verify", str(path))
+    run("cache", "repair", str(path))
+    run("precompute", "--only", "pseudo-labels", "--lambda", "0.9", "--cache", str(path))
+    said = run("train", "--run", "runs/one")
+    assert "is finished: nothing to do" in said or not said
+    monkeypatch.chdir("/")
+    assert last_cache(moved / "runs" / "one") == str(moved / path)
+
+
+@pytest.mark.parametrize("stored", ["relative", "absolute"])
+def test_a_lender_that_was_moved_is_pointed_at(here: World, stored: str) -> None:
+    path = only("--lambda", "0.9")
+    if stored == "absolute":  # as in caches made before
+        manifest = open_cache(path).manifest
+        old = {name: lent.model_copy(update={"cache": str(Path("caches/source").absolute())})
+               for name, lent in manifest.borrowed.items()}  # fmt: skip
+        relink(path, old)
+        assert open_cache(path).manifest.borrowed == old
+    whole = contents(path)
+    Path("caches/source").rename("elsewhere")
+    cure = f"if that cache was moved, run cache repair {path} --lender NEW_PLACE"
+    for command in (("cache", "verify", str(path)), ("train", *arguments_of(path))):
+        assert cure in refusal(*command)
+    assert "source was moved, name its new place by --lender" in refusal("cache", "repair", str(path))
+    assert contents(path) == whole
+    run("cache", "repair", str(path), "--lender", "elsewhere")
+    run("cache", "verify", str(path))
+    assert {lent.cache for lent in open_cache(path).manifest.borrowed.values()} == {"../../elsewhere"}
+    assert "nothing to do" in run("precompute", "--only", "pseudo-labels", "--lambda", "0.9", "--cache", "elsewhere")
+
+
+def test_verify_says_what_cannot_be_used(here: World) -> None:
+    path = only("--lambda", "0.9")
+    (path / "shards" / "00001.json").unlink()
+    assert f"{path} is incomplete, 2 of 3 shards are done" in refusal("cache", "verify", str(path))
 
 
 def test_training_on_it(here: World) -> None:
