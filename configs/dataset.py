@@ -2,15 +2,59 @@
 
 import difflib
 import re
+import unicodedata
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PositiveInt, model_validator
 
 
 class Section(BaseModel):
     """A misspelt key is an error, and a resolved configuration never changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def check_name(name: str, of: str) -> None:
+    """ValueError unless it can be a class's, from the YAML to `predict --classes`."""
+    fault = (
+        "is empty: drop it" if not name.strip()
+        else "begins or ends with a space: drop that" if name != name.strip()
+        else "holds |, which stands between synonyms: list them in `prompts`" if "|" in name
+        else "holds a character that cannot be printed" if {*map(unicodedata.category, name)} & {"Cc", "Cs", "Zl", "Zp"}
+        else ""
+    )  # fmt: skip
+    if fault:
+        raise ValueError(f"{of}: the name {name!r} {fault}")
+
+
+def pixel_value(value: Any) -> int | str:
+    """A grey value or palette index from 0 to 255, or a colour as "#rrggbb", which may be written [r, g, b]."""
+    if isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int and 0 <= v < 256 for v in value):
+        return "#" + bytes(value).hex()
+    if isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value):
+        return value.lower()
+    if type(value) is int and 0 <= value < 256:
+        return value
+    raise ValueError("write a number from 0 to 255, or a colour such as [128, 0, 64]")
+
+
+def pixel_values(values: Any) -> Any:
+    """Text such as "0-10, 12", or colours; it may be written as one number or a list of numbers too."""
+    if isinstance(values, list | tuple):
+        found = [pixel_value(value) for value in values]
+        colours = tuple(value for value in found if isinstance(value, str))
+        if colours and len({*colours}) < len(found):
+            raise ValueError("values must be all numbers or all colours, each once")
+        return colours or pixel_values(", ".join(map(str, found)))
+    text = str(values) if type(values) is int else values
+    if not isinstance(text, str):
+        raise ValueError("write numbers and ranges such as 0-10, 12, or a list of colours such as [[128, 0, 64]]")
+    value_list(text)
+    return text
+
+
+PixelValue = Annotated[int | str, PlainValidator(pixel_value)]
+Values = Annotated[str | tuple[str, ...], BeforeValidator(pixel_values)]
 
 
 class Masks(Section):
@@ -20,14 +64,7 @@ class Masks(Section):
     """
 
     files: str
-    values: str | None = None
-
-    @field_validator("values")
-    @classmethod
-    def _is_a_list_of_ranges(cls, values: str | None) -> str | None:
-        if values is not None:
-            value_list(values)
-        return values
+    values: Values | None = None
 
 
 class Split(Section):
@@ -70,9 +107,9 @@ class Split(Section):
 class Dataset(Section):
     """A dataset on disk, and the names and prompts of its classes.
 
-    The i-th of `values` ("0-10, 12-23") is the mask value of the i-th class; by default the lowest values that are not
-    in `ignore_index`, whose pixels have no class. Any other value in a mask is an error. Masks with `values` of their
-    own may give values of `ignore_index` a class.
+    The i-th of `values` ("0-10, 12-23", or a list of colours) is the mask value of the i-th class; by default the
+    lowest values that are not in `ignore_index`, whose pixels have no class. Any other value in a mask is an error.
+    Masks with `values` of their own may give values of `ignore_index` a class.
     """
 
     name: str = Field(pattern=r"^\w[\w.-]*$")  # names files
@@ -81,8 +118,8 @@ class Dataset(Section):
     splits: dict[str, Split]
     limit: PositiveInt | None = Field(None, description="only the first images of each split")
     classes: tuple[str, ...] = Field(description="names, or a text file of them, one a line, beside the YAML")
-    values: str | None = None
-    ignore_index: tuple[Annotated[int, Field(ge=0, le=255)], ...] = (255,)
+    values: Values | None = None
+    ignore_index: tuple[PixelValue, ...] = (255,)
     unseen: tuple[str, ...] = Field((), description="classes, or the name of one of `unseen_splits`")
     unseen_splits: dict[str, tuple[str, ...]] = {}
     prompts: dict[str, tuple[str, ...]] = Field({}, description="names of a class in prompts, averaged")
@@ -95,7 +132,7 @@ class Dataset(Section):
         if not isinstance(dataset, dict):
             return dataset
         dataset = {"root": dataset.get("name", "")} | dataset
-        if isinstance(dataset.get("ignore_index"), int):
+        if isinstance(dataset.get("ignore_index"), int | str):
             dataset["ignore_index"] = [dataset["ignore_index"]]
         if isinstance(dataset.get("prompts"), dict):
             dataset["prompts"] = {k: [v] if isinstance(v, str) else v for k, v in dataset["prompts"].items()}
@@ -108,6 +145,11 @@ class Dataset(Section):
 
     @model_validator(mode="after")
     def _classes_are_consistent(self) -> "Dataset":
+        for name in self.classes:
+            check_name(name, "classes")
+        for key, synonyms in self.prompts.items():
+            for name in synonyms:
+                check_name(name, f"prompts.{key}")
         if len(set(self.classes)) != len(self.classes):
             twice = next(name for name in self.classes if self.classes.count(name) > 1)
             raise ValueError(f"classes holds {twice!r} twice")
@@ -131,18 +173,22 @@ class Dataset(Section):
             raise ValueError("prompts must give at least one name for each class that they hold")
         for masks in (masks for split in self.splits.values() for masks in split.masks):
             self.value_of_class(masks.values)
-        both = set(self.value_of_class(None)) & set(self.ignore_index)
+        both = [value for value in self.value_of_class(None) if value in self.ignore_index]
         if both:
-            raise ValueError(f"{min(both)} is in values and in ignore_index: drop it from one of them")
+            raise ValueError(f"{both[0]} is in values and in ignore_index: drop it from one of them")
         return self
 
-    def value_of_class(self, values: str | None) -> list[int]:
+    def value_of_class(self, values: Values | None) -> list[int] | list[str]:
         """K pixel values, one of each class, for masks coded by `values` (None: as the dataset says)."""
         values = self.values if values is None else values
         not_ignored = [value for value in range(256) if value not in self.ignore_index]
-        found = value_list(values) if values is not None else not_ignored[: len(self.classes)]
+        if isinstance(values, tuple):
+            found: list[int] | list[str] = list(values)
+        else:
+            found = value_list(values) if values is not None else not_ignored[: len(self.classes)]
         if len(found) != len(self.classes):
-            raise ValueError(f"values {values or '0-255'} are {len(found)} values for {len(self.classes)} classes")
+            shown = ", ".join(values) if isinstance(values, tuple) else values or "0-255"
+            raise ValueError(f"values {shown} are {len(found)} values for {len(self.classes)} classes")
         return found
 
     @property

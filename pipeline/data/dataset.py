@@ -4,33 +4,23 @@ Masks on disk hold all classes. Hiding the unseen ones is done here and nowhere 
 mask that training gets to see (generalised zero-label: unseen pixels become "ignored").
 """
 
-import glob
 import hashlib
 import json
 import os
-import struct
+import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
-from pillow_heif import register_heif_opener
 
 from configs.dataset import Dataset, Masks
 from configs.errors import UserError
+from pipeline.data.files import BrokenFile, files_in, is_picture, opened, rgb
+from pipeline.data.masks import IGNORE as IGNORE  # where others look for it
+from pipeline.data.masks import MaskReader, Palette, orientation, palette_of
 from pipeline.data.pascal_context import write_context_masks
 from pipeline.data.scenes import write_scenes
-
-IGNORE = 255
-_SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads grey values of 2 and 4 bits over 0..255
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif")
-register_heif_opener()
-
-
-class BrokenFile(UserError):
-    """An image or mask that is missing, damaged, mis-sized or out of range: `--on-error skip` can leave it out."""
 
 
 class SegmentationDataset:
@@ -39,6 +29,8 @@ class SegmentationDataset:
     Attributes:
         ids: image ids, in the order of the split lists (or sorted, where ids come from file names).
         root: the dataset's folder: DATA_ROOT/<root of its YAML>, or DATA_ROOT itself where there is no such folder.
+        passed_over: where ids come from file names, the files beside them that are none: links to files that are there
+            already, and for a pattern with a final `.*` whatever has no image's ending.
         seen_indices: which of all classes are seen, ascending.
         seen_lookup: (256,) uint8, class index -> index among the seen classes, IGNORE for unseen ones.
     """
@@ -54,9 +46,11 @@ class SegmentationDataset:
         self.root = self._find_root(data_root)
         if config.generator == "pascal-context":
             write_context_masks(self.root)
-        self._scanned: dict[str, dict[str, str]] = {}
+        self._scanned: dict[str, dict[str, list[str]]] = {}
+        self.passed_over: list[str] = []
         self.ids = self._list_ids()[: config.limit]
-        self._class_lookups = {masks.values: _class_lookup(config, masks.values) for masks in self._files.masks}
+        self._readers = {masks: MaskReader(config, masks) for masks in self._files.masks}
+        self._first_palettes: dict[Masks, Palette | None] = {}
         self.seen_lookup = np.full(256, IGNORE, np.uint8)
         self.seen_indices = config.seen_indices
         self.seen_lookup[self.seen_indices] = np.arange(len(self.seen_indices))
@@ -102,23 +96,25 @@ class SegmentationDataset:
             raise UserError(f"split {self.split} of {self.root} lists {names} more than once: keep one of each")
         return ids
 
-    def _scan(self, pattern: str) -> dict[str, str]:
-        """Image id -> file below the root, of every file that matches the pattern."""
+    def _scan(self, pattern: str) -> dict[str, list[str]]:
+        """Image id -> its files, of every file that matches the pattern; several only for a final `.*`."""
         if pattern in self._scanned:
             return self._scanned[pattern]
-        before, after = pattern.split("{id}")
-        matching = glob.escape(before) + ("**/*" if before.endswith("/") or not before else "*")
-        matching += after if after == ".*" else glob.escape(after)
-        found: dict[str, str] = {}
-        for path in glob.iglob(matching, root_dir=self.root, recursive=True):  # follows links, leaves out hidden files
-            ending = Path(path).suffix if after == ".*" else after
-            if after == ".*" and ending.lower() not in _IMAGE_SUFFIXES:
-                continue
+        before, after = (os.path.join(self.root, pattern)).split("{id}")
+        found: dict[str, list[str]] = {}
+        again: list[str] = []
+        below = before.endswith("/")
+        for path in files_in(os.path.dirname(before), below, ending=after, again=again):
+            ending = os.path.splitext(path)[1] if after == ".*" else after
             image_id = path[len(before) :].removesuffix(ending)
-            if image_id in found:
-                both = f"{found[image_id]} and {path}"
-                raise UserError(f"{self.root}: {both} have one id: keep one, or write the ending in the pattern")
-            found[image_id] = path
+            if not path.startswith(before) or not path.endswith(ending) or not image_id:
+                continue
+            if after == ".*" and not is_picture(path):
+                again.append(path)
+            else:
+                found.setdefault(image_id, []).append(path)
+        if pattern == self._files.images and not self._files.ids:
+            self.passed_over = sorted(again)
         self._scanned[pattern] = found
         return found
 
@@ -127,9 +123,22 @@ class SegmentationDataset:
 
     def _located(self, pattern: str, row: int) -> str:
         """Text, not a Path: training looks at every file as it starts, and a Path takes longer than a look at one."""
-        name = pattern.replace("{id}", self.ids[row])
-        found = self._scan(pattern).get(self.ids[row], name) if pattern.endswith(".*") else name
-        return os.path.join(self.root, found)
+        found = self._scan(pattern).get(self.ids[row]) if pattern.endswith(".*") else None
+        return found[0] if found else os.path.join(self.root, pattern.replace("{id}", self.ids[row]))
+
+    def _the_file(self, kind: str, pattern: str, row: int) -> Path:
+        """BrokenFile, which says what to do, if there is none or there are several."""
+        path, image_id = self._located(pattern, row), self.ids[row]
+        if pattern.endswith(".*") and len(files := self._scan(pattern).get(image_id, [])) > 1:
+            raise BrokenFile(f"{' and '.join(files)} have one id: keep one, or write the ending in the pattern")
+        if not os.path.lexists(path):
+            cure = "add it, or list only ids that have one (`ids`)"
+            words = map(Path, re.split(r"[\s,;]+", image_id.replace("\\", "/")))  # a list of file names, say
+            guesses = (str(guess) for word in words for guess in (word, word.with_suffix(""), word.name, word.stem))
+            if meant := next((guess for guess in guesses if guess in self._scan(pattern)), None):
+                cure = f"the split list says {image_id!r} where {meant!r} is an id ({{id}} in {pattern})"
+            raise BrokenFile(f"missing {kind} {path}: {cure}")
+        return Path(path)
 
     def image_path(self, row: int) -> Path:
         return Path(self._located(self._files.images, row))
@@ -150,33 +159,47 @@ class SegmentationDataset:
         return first
 
     def image(self, row: int) -> np.ndarray:
-        """(H, W, 3) uint8 RGB, upright."""
-        path = self.image_path(row)
+        """(H, W, 3) uint8 RGB, as `pipeline.data.files.rgb` has it."""
+        path = self._the_file("image", self._files.images, row)
         with opened(path, "image") as picture:
-            mode = picture.mode
-            if not mode.startswith(("I", "F")):
-                return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-        raise BrokenFile(f"image {path} has mode {mode}: convert it to 8 bits a channel")  # Pillow clips them to white
+            return rgb(picture, f"image {path}")
 
     def mask(self, row: int) -> np.ndarray:
         """(H, W) uint8, class indices of *all* classes, IGNORE where there is none. For evaluation and reports."""
-        name, _, masks = self._mask_file(row)
-        path = Path(name)
-        with opened(path, "mask") as picture:
-            mode = picture.mode
-            spread = max((_SPREAD.get(tile[3], 1) for tile in getattr(picture, "tile", ())), default=1)
-            values = np.asarray(picture)
-        if mode not in ("L", "P"):
-            raise BrokenFile(f"mask {path} has mode {mode}: masks must be 8-bit, one class value a pixel")
-        values = values // spread
-        mask = self._class_lookups[masks.values][values]
-        wrong = np.unique(values[mask < 0])
-        if len(wrong):
-            raise BrokenFile(
-                f"mask {path} holds {', '.join(map(str, wrong))}, which is no class and not ignored: correct the file, "
-                f"or `values` and `ignore_index` of dataset {self.config.name}"
-            )
-        return mask.astype(np.uint8)
+        masks = self._mask_file(row)[2]
+        path = self._the_file("mask", masks.files, row)
+        return self._readers[masks](path, lambda: self._first_palette(masks))
+
+    def _first_palette(self, masks: Masks) -> Palette | None:
+        """That of the first mask of the pattern that has one."""
+        if masks not in self._first_palettes:
+            self._first_palettes[masks] = None
+            for row in range(len(self)):
+                path, size, of = self._mask_file(row)
+                with suppress(BrokenFile):
+                    if size > 0 and of is masks:
+                        with opened(Path(path), "mask") as picture:
+                            if picture.mode == "P":
+                                self._first_palettes[masks] = Path(path), palette_of(picture)
+                                break
+        return self._first_palettes[masks]
+
+    def doubts(self, row: int) -> list[str]:
+        """What may be meant, but looks like a mistake, in a pair that can be read; the same words for all pairs."""
+        path, _, masks = self._mask_file(row)
+        with opened(self.image_path(row), "image") as image, opened(Path(path), "mask") as mask:
+            tags = orientation(image), orientation(mask)
+            # The size says whether they fit, but of square images, and where neither tag or both swap the sides.
+            untold = image.width == image.height or (tags[0] > 4) == (tags[1] > 4)
+            found = []
+            if tags[0] != tags[1] and untold:
+                found.append(
+                    "images and masks have different orientation tags, so that masks must be of the images as they are "
+                    "shown, upright: look at some of them, `inspect-pseudolabels` shows both"
+                )
+            if self._readers[masks].clash(Path(path), mask, lambda: self._first_palette(masks)):
+                found.append("masks have another palette than the first: their indices, not colours, are the classes")
+        return found
 
     def pair(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Image and full mask, checked to be of one size."""
@@ -206,29 +229,9 @@ class SegmentationDataset:
         return [(name, _size(self._located(images, row)), self._mask_file(row)[1]) for row, name in enumerate(self.ids)]
 
 
-def _class_lookup(config: Dataset, values: str | None) -> np.ndarray:
-    """(256,) int16: pixel value -> class index, IGNORE, or -1 for a value that means nothing."""
-    lookup = np.full(256, -1, np.int16)
-    lookup[list(config.ignore_index)] = IGNORE
-    lookup[config.value_of_class(values)] = np.arange(len(config.classes))
-    return lookup
-
-
 def _size(path: str) -> int:
     """Bytes of the file, -1 if there is none."""
     try:
         return os.stat(path).st_size
     except (OSError, ValueError):  # ValueError, and some OSErrors: an id that can be the name of no file
         return -1
-
-
-@contextmanager
-def opened(path: Path, kind: str) -> Iterator[Image.Image]:
-    """A picture whose decoding, within the block, ends in BrokenFile if it fails."""
-    try:
-        with Image.open(path) as picture:
-            yield picture
-    except FileNotFoundError as error:
-        raise BrokenFile(f"missing {kind} {path}: add it, or list only ids that have one (`ids`)") from error
-    except (OSError, SyntaxError, ValueError, RuntimeError, struct.error, Image.DecompressionBombError) as error:
-        raise BrokenFile(f"{kind} {path} is truncated or not an image ({error}): replace the file") from error

@@ -5,9 +5,11 @@
 >>> mask = segmenter("photo.jpg", ["cow|bull|calf", "grass"])  # (H, W): 0 is cow, 1 is grass
 """
 
+import errno
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +20,8 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.schema import Config
-from pipeline.data.dataset import BrokenFile
-from pipeline.data.photos import WRITTEN, find_photos, read_photo, upright_rgb
+from pipeline.data.files import WRITTEN, BrokenFile, rgb
+from pipeline.data.photos import find_photos, read_photo
 from pipeline.data.views import normalise
 from pipeline.inference import short_side_to
 from pipeline.learning.glm import attention
@@ -87,7 +89,7 @@ class Segmenter:
         if isinstance(image, str | Path):
             image = read_photo(Path(image))
         elif isinstance(image, Image.Image):
-            image = upright_rgb(image, "image")
+            image = rgb(image, "the image")
         elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(f"an image array is (H, W, 3) uint8, RGB, not {image.shape} {image.dtype}")
         words = self.vocabulary(classes)
@@ -117,7 +119,7 @@ def predict(
         show_attention: PHOTO.attention.png too: what GLM attends to for CLIP's CLS token of the photo. Loads CLIP.
 
     Returns:
-        How many photos were segmented, and of each that could not be read why.
+        How many photos were segmented, and of each that could not be read, or its results written, why.
     """
     files = find_photos(photos)
     name, times = Counter(file.name for file in files).most_common(1)[0]
@@ -129,32 +131,49 @@ def predict(
     teacher = _teacher(words.config, device) if compare or show_attention else None
     by_teacher = dense_predictor(teacher, words.features, words.config) if teacher and compare else None
     failures = []
+
+    def write(file: Path) -> None:
+        photo = read_photo(file)
+        mask = segmenter(photo, classes)
+        _save_mask(mask, output / f"{file.name}.mask.png")
+        small = _small(photo)
+        shown = overlay(small, _small(mask))
+        stacked([Image.fromarray(shown), _legend([mask], words)]).save(output / f"{file.name}.overlay.png")
+        if rle:
+            (output / f"{file.name}.rle.json").write_text(json.dumps(coco_rle(mask, words.names)) + "\n")
+        if by_teacher:
+            other = segment(by_teacher, photo, words, 0.0)
+            row = [small, overlay(small, _small(other)), shown]
+            sheet = contact_sheet([row], ("photo", "teacher, dense", "student"), [file.name], 512)
+            stacked([sheet, _legend([other, mask], words)]).save(output / f"{file.name}.compare.png")
+        if teacher and show_attention:
+            weights = cls_attention(segmenter.run, teacher, photo)
+            Image.fromarray(lit(small, weights)).save(output / f"{file.name}.attention.png")
+
     with progress_bar("predict", len(files), "photos") as advance:
         for file in files:
-            for ending in WRITTEN:
-                (output / f"{file.name}{ending}").unlink(missing_ok=True)
             try:
-                photo = read_photo(file)
+                _clear(output, file.name)
+                write(file)
             except BrokenFile as error:
                 failures.append(str(error))
-                continue
-            mask = segmenter(photo, classes)
-            _save_mask(mask, output / f"{file.name}.mask.png")
-            small = _small(photo)
-            shown = overlay(small, _small(mask))
-            stacked([Image.fromarray(shown), _legend([mask], words)]).save(output / f"{file.name}.overlay.png")
-            if rle:
-                (output / f"{file.name}.rle.json").write_text(json.dumps(coco_rle(mask, words.names)) + "\n")
-            if by_teacher:
-                other = segment(by_teacher, photo, words, 0.0)
-                row = [small, overlay(small, _small(other)), shown]
-                sheet = contact_sheet([row], ("photo", "teacher, dense", "student"), [file.name], 512)
-                stacked([sheet, _legend([other, mask], words)]).save(output / f"{file.name}.compare.png")
-            if teacher and show_attention:
-                weights = cls_attention(segmenter.run, teacher, photo)
-                Image.fromarray(lit(small, weights)).save(output / f"{file.name}.attention.png")
+            except OSError as error:  # of this photo: the others are done all the same
+                with suppress(OSError):
+                    _clear(output, file.name)
+                why = error.strerror or error
+                failures.append(f"photo {file}: its results cannot be written ({why}): rename it, or mend {output}")
             advance()
     return len(files) - len(failures), failures
+
+
+def _clear(output: Path, name: str) -> None:
+    """Deletes what stands in the folder of the photo of this name."""
+    for ending in WRITTEN:
+        try:
+            (output / f"{name}{ending}").unlink(missing_ok=True)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:  # of which there can be none
+                raise
 
 
 def _teacher(config: Config, device: str) -> "FrozenClip":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from configs.dataset import check_name
 from configs.errors import UserError
 from configs.schema import Config
 from stages.common.runs import Run
@@ -26,13 +27,16 @@ def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Class name -> its names in prompts: "cow|bull|calf" is the class cow by three names.
 
     Raises:
-        UserError: none, an empty one, one twice, or more than 255.
+        UserError: none, one that no class of a dataset may have, one twice, or more than 255.
     """
     parsed: dict[str, tuple[str, ...]] = {}
     for word in words:
         names = tuple(name.strip() for name in word.split("|"))
-        if not all(names):
-            raise UserError(f"--classes: {word!r} has an empty name; write names with commas between, synonyms with |")
+        try:
+            for name in names:
+                check_name(name, "--classes")
+        except ValueError as error:
+            raise UserError(f"{error}; write names with commas between, synonyms with | ({word!r})") from error
         if names[0] in parsed:
             raise UserError(f"--classes: {names[0]!r} is there twice")
         parsed[names[0]] = names
@@ -43,7 +47,11 @@ def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 def read_words(classes: str) -> list[str]:
     """What --classes says: words between commas or line ends, or the lines of the text file of that name."""
+    if os.path.isdir(classes):
+        raise UserError(f"--classes {classes} is a folder: name a text file in it, one class a line")
     if not os.path.isfile(classes):  # Path.is_file raises where the words are too long for a path
+        if re.fullmatch(r"[^,|\n]*\.[A-Za-z]\w{1,4}", classes) or os.path.isdir(os.path.dirname(classes)):
+            raise UserError(f"--classes {classes}: there is no such file; a class in a file may have such a name")
         return re.split("[,\n]", classes)
     try:
         return [line for line in Path(classes).read_text(encoding="utf-8-sig").splitlines() if line.strip()]

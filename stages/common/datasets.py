@@ -10,7 +10,8 @@ import numpy as np
 
 from configs.dataset import Dataset
 from configs.errors import UserError
-from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
+from pipeline.data.dataset import IGNORE, SegmentationDataset
+from pipeline.data.files import BrokenFile
 from stages.common.progress import progress_bar, say
 
 
@@ -28,13 +29,14 @@ def _miscount(dataset: SegmentationDataset) -> str:
 
 @dataclass
 class Check:
-    """What `check` found. `pixels` and `images`: (K,) int64, how often each class occurs."""
+    """What `check` found. `pixels` and `images`: (K,) int64, how often each class occurs; warnings may be meant."""
 
     pixels: np.ndarray
     images: np.ndarray
     unlabelled: int = 0
     readable: int = 0
     faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def check(config: Dataset, data_root: Path) -> Check:
@@ -42,7 +44,7 @@ def check(config: Dataset, data_root: Path) -> Check:
 
     A fault is a missing split list or folder, an id listed twice, a split of another size than expected, an image of
     two splits, an image or mask that is missing, damaged or of a wrong mode, a mask of another size than its image, a
-    value that is no class.
+    value that is no class. Doubts about pairs, and files that are passed over, are warnings, one line for each kind.
     """
     found = Check(np.zeros(len(config.classes), np.int64), np.zeros(len(config.classes), np.int64))
     split_of: dict[Path, str] = {}
@@ -60,26 +62,34 @@ def check(config: Dataset, data_root: Path) -> Check:
             both = f"{split_of[shared[0]]} and {split}"
             found.faults.append(f"splits {both} share {len(shared)} images, {shared[0]} is the first: keep each in one")
         split_of = images | split_of
+        doubts: dict[str, list[Path]] = {}
+        if others := [Path(name) for name in dataset.passed_over]:
+            doubts["files beside the images are left out, by their endings or as links"] = others
         with progress_bar(f"check {split}", len(dataset), "images") as advance:
-            for counts in _read_all(dataset):
+            for row, read in enumerate(_read_all(dataset)):
                 advance()
-                if isinstance(counts, str):
-                    found.faults.append(counts)
+                if isinstance(read, str):
+                    found.faults.append(read)
                     continue
+                counts, doubted = read
+                for doubt in doubted:
+                    doubts.setdefault(doubt, []).append(dataset.mask_path(row))
                 pixels = counts[: len(config.classes)]
                 found.readable += 1
                 found.pixels += pixels
                 found.images += pixels > 0
                 found.unlabelled += int(counts[IGNORE])
+        for doubt, files in doubts.items():
+            found.warnings.append(f"split {split}: {len(files)} {doubt}; {files[0]} is the first")
     return found
 
 
-def _read_all(dataset: SegmentationDataset) -> Iterator[np.ndarray | str]:
-    """For every row the pixels of each mask value, (256,), or what is wrong. Decoding runs in threads."""
+def _read_all(dataset: SegmentationDataset) -> Iterator[tuple[np.ndarray, list[str]] | str]:
+    """For every row the pixels of each class, (256,), and doubts, or what is wrong. Decoding runs in threads."""
 
-    def read(row: int) -> np.ndarray | str:
+    def read(row: int) -> tuple[np.ndarray, list[str]] | str:
         try:
-            return np.bincount(dataset.pair(row)[1].ravel(), minlength=256)
+            return np.bincount(dataset.pair(row)[1].ravel(), minlength=256), dataset.doubts(row)
         except BrokenFile as error:
             return str(error)
 

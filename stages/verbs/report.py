@@ -95,7 +95,8 @@ def dataset_layout(config: Dataset, data_root: Path) -> None:
         _print(f"{split}: {files.count or 'any number of'} images")
         _print(f"  images  {files.images}")
         for masks in files.masks:
-            _print(f"  masks   {masks.files}" + (f" (values {masks.values})" if masks.values else ""))
+            own = masks.values if isinstance(masks.values, str | None) else ", ".join(masks.values)
+            _print(f"  masks   {masks.files}" + (f" (values {own})" if own else ""))
         for listing in files.ids:
             _print(f"  ids     {listing}")
     values, ignored = config.value_of_class(None), ", ".join(map(str, config.ignore_index))
@@ -117,12 +118,12 @@ def check_report(config: Dataset, found: Check) -> dict[str, Any]:
     return {
         "dataset": config.name, "readable": found.readable, "pixels_without_a_class": found.unlabelled,
         "classes": {name: {"images": images, "pixels": pixels} for name, images, pixels in counts},
-        "faults": found.faults,
+        "faults": found.faults, "warnings": found.warnings,
     }  # fmt: skip
 
 
 def check_table(config: Dataset, found: Check) -> None:
-    """The class histogram, if anything could be read, then every fault."""
+    """The class histogram, if anything could be read, then every warning and fault."""
     table = _folded("class", "", "images", "pixels", "share")
     total = max(int(found.pixels.sum()), 1)
     for name, images, pixels in zip(config.classes, found.images.tolist(), found.pixels.tolist(), strict=True):
@@ -131,8 +132,9 @@ def check_table(config: Dataset, found: Check) -> None:
     if found.readable:
         output.print(table)
     _print(f"{found.readable:,} images, {found.unlabelled:,} pixels without a class")
-    for fault in found.faults:
-        _print(f"fault: {fault}")
+    for kind, lines in (("warning", found.warnings), ("fault", found.faults)):
+        for line in lines:
+            _print(f"{kind}: {line}")
 
 
 def bench_table(rows: Sequence["Row"]) -> None:

@@ -116,7 +116,7 @@ def predict(
         typer.echo(f"results: {output}")
     if failures:
         others = "; the others are done" if done else ""
-        raise UserError(f"{len(failures)} photos could not be read, listed above: replace them{others}")
+        raise UserError(f"{len(failures)} photos could not be done, listed above: mend them{others}")
 
 
 def export(

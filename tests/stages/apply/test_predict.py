@@ -231,7 +231,7 @@ def test_odd_photos_give_a_result_or_a_line(world: World, trained: Path, tmp_pat
     assert done.returncode == 2 and "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("left out: ")]
     assert len(lines) == len(BROKEN) and all(any(name in line for line in lines) for name in BROKEN)
-    assert "5 photos could not be read" in done.stderr
+    assert "5 photos could not be done" in done.stderr
     for name, size in made.items():
         mask = Image.open(tmp_path / "out" / f"{name}.mask.png")
         assert mask.size == size and mask.mode == "P" and np.asarray(mask).max() < len(CLASSES)

@@ -1,0 +1,285 @@
+"""Odd inputs that people have, each with what becomes of it: the rows of the table in docs/datasets.md.
+
+To add one is to write a line in a list below, or a list of another kind, with a test of its own in test_odd.py; `ALL`
+is the table.
+"""
+
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+VERDICTS = {
+    "read": "every verb takes it",
+    "warned": "every verb takes it, and `datasets check` says a warning: it may be meant",
+    "named": "a fault of this file, which is named; the others are done: `precompute` stops at it or, with `--on-error "
+    "skip`, leaves it out; training passes it over; `predict` leaves it out; `evaluate` stops",
+    "refused": "one line and exit code 2, before any work",
+}
+CLASSES = ["sky", "grass", "cow", "road"]
+COLOURS = [[0, 0, 0], [128, 0, 0], [0, 128, 0], [0, 0, 128]]
+PICTURE = np.dstack([np.add.outer(np.arange(60) * 2, np.arange(80)), *np.indices((60, 80)) * 3]).astype(np.uint8)
+TRUTH = np.kron(np.arange(12).reshape(3, 4) % 4, np.ones((20, 20))).astype(np.uint8)  # (60, 80), without symmetry
+
+
+@dataclass(frozen=True)
+class Odd:
+    """`what` and `verdict` are the table's; `says` is a part of the line that is printed."""
+
+    what: str
+    verdict: str
+    says: str = ""
+
+
+@dataclass(frozen=True)
+class File(Odd):
+    """A photo or a mask among others. `make` writes it; `name` is its ending, or the whole name."""
+
+    make: Callable[[Path], Any] = Path.touch
+    name: str = "png"
+    mask: bool = False
+
+
+@dataclass(frozen=True)
+class Tree(Odd):
+    """A folder of six photos and masks, with lists train.txt and val.txt, that `make` changes. `split`: of its YAML."""
+
+    make: Callable[[Path], Any] = lambda root: None
+    split: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings(Odd):
+    """Keys of the dataset's YAML."""
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    yaml: str = ""  # lines that no dictionary writes so
+
+
+@dataclass(frozen=True)
+class Words(Odd):
+    """What follows `predict --classes`; `file` is what words.txt holds."""
+
+    words: str = "words.txt"
+    file: bytes = b"sky"
+
+
+def save(
+    mode: str = "RGB", pixels: np.ndarray = PICTURE, format: str | None = None, **options: Any
+) -> Callable[[Path], None]:
+    def make(file: Path) -> None:
+        Image.fromarray(pixels).convert(mode).save(file, format, **options)
+
+    return make
+
+
+def array(pixels: np.ndarray, format: str | None = None, **options: Any) -> Callable[[Path], None]:
+    return lambda file: Image.fromarray(pixels).save(file, format, **options)
+
+
+def tag(pixels: np.ndarray, orientation: int, format: str | None = None) -> Callable[[Path], None]:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return array(np.ascontiguousarray(pixels), format, exif=exif)
+
+
+def data(content: bytes) -> Callable[[Path], object]:
+    return lambda file: file.write_bytes(content)
+
+
+def cut(format: str, share: float = 0.5) -> Callable[[Path], object]:
+    def make(file: Path) -> None:
+        whole = BytesIO()
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3)).astype(np.uint8)).save(whole, format)
+        file.write_bytes(whole.getvalue()[: int(share * len(whole.getvalue()))])
+
+    return make
+
+
+def giant(file: Path) -> None:
+    save()(file)
+    header = bytearray(file.read_bytes())
+    header[18:26] = struct.pack("<ii", 60000, 60000)
+    file.write_bytes(header)
+
+
+def colours(pixels: np.ndarray, order: list[int] = [0, 1, 2, 3]) -> Callable[[Path], None]:  # noqa: B006
+    """A palette mask; its palette has the classes' colours in this order."""
+
+    def make(file: Path) -> None:
+        picture = Image.fromarray(pixels)
+        picture.putpalette(np.array(COLOURS, np.uint8)[order].tobytes())
+        picture.save(file)
+
+    return make
+
+
+BAD = "is truncated or not an image"
+GREY = PICTURE[..., 0]
+CLEAR = np.dstack([PICTURE, np.where(np.arange(80) < 30, 0, 255)[None] * np.ones((60, 1))]).astype(np.uint8)
+
+PHOTOS = [
+    File("a grey JPEG", "read", make=save("L"), name="jpg"),
+    File("a CMYK JPEG, as from a printer's", "read", make=save("CMYK"), name="jpg"),
+    File("a PNG of 1 bit", "read", make=save("1")),
+    File("a PNG with a palette", "read", make=save("P")),
+    File("a transparent PNG: it stands on white", "read", make=array(CLEAR)),
+    File("a grey PNG with transparency", "read", make=array(CLEAR[..., [0, 3]])),
+    File("a grey PNG of 16 bits: the high 8 are read", "read", make=array(GREY.astype(np.uint16) * 257)),
+    File("an animated GIF: its first frame is read", "read", make=save(save_all=True, append_images=[]), name="gif"),
+    File("WebP", "read", make=save(), name="webp"),
+    File("AVIF", "read", make=save(), name="avif"),
+    File("HEIC, as phones make it", "read", make=save(format="HEIF"), name="HEIC"),
+    File("TIFF", "read", make=save(), name="tif"),
+    File("BMP", "read", make=save(), name="bmp"),
+    File("a rarer ending: JFIF", "read", make=save(format="JPEG"), name="jfif"),
+    File("a rarer ending: JPEG 2000", "read", make=save(), name="jp2"),
+    File("a rarer ending: TGA", "read", make=save(), name="tga"),
+    File("a rarer ending: PPM", "read", make=save(), name="ppm"),
+    File("a JPEG that is named .png", "read", make=save(format="JPEG")),
+    File("an ending in capitals", "read", make=save(), name="JPG"),
+    File("a name with spaces and signs", "read", make=save(), name="a b [red]&'%20.png"),
+    File("a name that is not English", "read", make=save(), name="Überführung 写真.png"),
+    File("a photo that was turned by 90 degrees, with a tag", "read", "", tag(np.rot90(PICTURE), 6, "JPEG"), "jpg"),
+    File("a photo that was turned by 180 degrees, with a tag, its mask without one", "warned",
+         "different orientation tags", tag(PICTURE[::-1, ::-1], 3, "JPEG"), "jpg"),
+    File("an empty photo", "named", BAD, data(b"")),
+    File("a photo that is text", "named", BAD, data(b"this is no image\n" * 20)),
+    File("a photo that is a web page", "named", BAD, data(b"<svg xmlns='http://www.w3.org/2000/svg'/>")),
+    File("a JPEG that ends early", "named", BAD, cut("JPEG"), "jpg"),
+    File("a PNG that ends early", "named", BAD, cut("PNG")),
+    File("a TIFF that ends early", "named", BAD, cut("TIFF"), "tif"),
+    File("a WebP that ends early", "named", BAD, cut("WEBP"), "webp"),
+    File("a HEIC that ends early", "named", BAD, cut("HEIF"), "heic"),
+    File("a HEIC that ends in its header", "named", BAD, cut("HEIF", 0.02), "heic"),
+    File("an AVIF that ends early", "named", BAD, cut("AVIF"), "avif"),
+    File("a photo of 60,000 x 60,000 pixels", "named", "has too many pixels", giant, "bmp"),
+    File("a photo of numbers of 32 bits", "named", "has 32-bit values", array(GREY.astype(np.float32)), "tif"),
+    File("a folder that is named like a photo", "named", "missing image", Path.mkdir),
+    File("a named pipe", "named", "is a folder or device", lambda file: os.mkfifo(file)),
+    File("a link to a photo that is not there", "named", "missing image", lambda file: file.symlink_to("none.png")),
+    File("a photo that is listed and missing", "named", "missing image", lambda file: None),
+]  # fmt: skip
+
+MASKS = [
+    File("a mask with a palette", "read", make=colours(TRUTH)),
+    File("a mask as TIFF", "read", make=array(TRUTH), name="tif"),
+    File("a mask as BMP", "read", make=array(TRUTH), name="bmp"),
+    File("a mask that was turned by 90 degrees, with a tag of its own", "read", make=tag(np.rot90(TRUTH), 6)),
+    File("a mask that was turned by 180 degrees, with a tag, its photo without one", "warned",
+         "different orientation tags", tag(TRUTH[::-1, ::-1], 3)),
+    File("a mask that is missing", "named", "missing mask", lambda file: None),
+    File("an empty mask", "named", BAD, data(b"")),
+    File("a mask that ends early", "named", BAD, cut("PNG")),
+    File("a mask as JPEG", "named", "is saved as JPEG", array(TRUTH * 60), "jpg"),
+    File("a mask as JPEG that is named .png", "named", "is saved as JPEG", array(TRUTH * 60, "JPEG")),
+    File("a mask as WebP", "named", "is saved as WEBP", save(pixels=TRUTH), "webp"),
+    File("a mask as HEIC", "named", "is saved as HEIF", save(pixels=TRUTH, format="HEIF"), "heic"),
+    File("a mask as TIFF that is compressed as JPEG", "named", "is saved as jpeg",
+         array(TRUTH, compression="jpeg"), "tif"),
+    File("a mask by colours, without their list", "named", "give `values` as a list of colours",
+         array(np.array(COLOURS, np.uint8)[TRUTH])),
+    File("a mask of 16 bits", "named", "has mode I;16", array(TRUTH.astype(np.uint16))),
+    File("a mask of 1 bit", "named", "has mode 1", array(TRUTH > 1)),
+    File("a mask with transparency", "named", "has mode LA", array(CLEAR[..., [0, 3]])),
+    File("a mask value that is no class", "named", "holds 4, which is no class", array(TRUTH + 1)),
+    File("a mask of another size than its photo", "named", "both must have one size", array(TRUTH[:-1])),
+    File("a mask that was turned, without a tag", "named", "both must have one size", array(np.rot90(TRUTH))),
+    File("a mask whose palette has the colours in another order", "named", "has another palette than",
+         colours(3 - TRUTH, [3, 2, 1, 0])),
+]  # fmt: skip
+MASKS = [File(odd.what, odd.verdict, odd.says, odd.make, odd.name, mask=True) for odd in MASKS]
+
+LISTED = {"ids": "train.txt"}
+WRONG = "the split list says"
+TREES = [
+    Tree("a split list with endings (train-0.jpg)", "named", WRONG,
+         lambda root: (root / "train.txt").write_text("train-0.jpg\ntrain-1\n"), LISTED),
+    Tree("a split list with folders (photos/train-0.jpg)", "named", WRONG,
+         lambda root: (root / "train.txt").write_text("photos/train-0.jpg\ntrain-1\n"), LISTED),
+    Tree("a split list with two columns", "named", WRONG,
+         lambda root: (root / "train.txt").write_text("train-0.jpg train-0.png\ntrain-1\n"), LISTED),
+    Tree("a split list from Windows", "read", "",
+         lambda root: (root / "train.txt").write_bytes(b"\xef\xbb\xbftrain-0\r\n\r\ntrain-1\r\n"), LISTED),
+    Tree("a split list that is missing", "refused", "cannot read the split list", split={"ids": "none.txt"}),
+    Tree("a split list that is empty", "refused", "is empty",
+         lambda root: (root / "train.txt").write_text("\n"), LISTED),
+    Tree("a split list that is not UTF-8", "refused", "it is no UTF-8 text",
+         lambda root: (root / "train.txt").write_bytes(b"caf\xe9\n"), LISTED),
+    Tree("a split list with an id twice", "refused", "more than once",
+         lambda root: (root / "train.txt").write_text("train-0\ntrain-0\n"), LISTED),
+    Tree("`._train-0.jpg`, which macOS makes", "read", "",
+         lambda root: (root / "photos" / "._train-0.jpg").write_bytes(b"\0\5\x16\7")),
+    Tree("a hidden folder", "read", "", lambda root: (
+        (root / "photos" / ".cache").mkdir(), (root / "photos" / ".cache" / "a.jpg").touch())),
+    Tree("results of `predict` beside the photos", "read", "", lambda root: (
+        save(pixels=TRUTH)(root / "photos" / "train-0.jpg.mask.png"),
+        save()(root / "photos" / "train-0.jpg.overlay.png"))),
+    Tree("a file beside the photos that is none (a raw one)", "warned", "are left out, by their endings or as links",
+         lambda root: (root / "photos" / "train-0.dng").touch()),
+    Tree("a link to a folder inside itself", "warned", "are left out, by their endings or as links",
+         lambda root: (root / "photos" / "again").symlink_to(".")),
+    Tree("a second link to a photo", "warned", "are left out, by their endings or as links",
+         lambda root: (root / "photos" / "again.jpg").symlink_to("train-0.jpg")),
+    Tree("two photos of one id", "named", "have one id: keep one",
+         lambda root: save()(root / "photos" / "train-0.png")),
+    Tree("a name that is no text (bytes of another encoding)", "read", "", lambda root: [
+        os.rename(root / folder / f"train-0.{ending}", os.fsencode(root / folder) + b"/caf\xe9." + ending.encode())
+        for folder, ending in (("photos", "jpg"), ("masks", "png"))]),
+    Tree("masks with palettes of their own, and `values`", "warned", "another palette than the first", lambda root: [
+        colours(TRUTH, order)(root / "masks" / f"train-{number}.png")
+        for number, order in enumerate(([0, 1, 2, 3], [1, 0, 2, 3]))], settings={"values": "0-3"}),
+    Tree("masks by colours, with their list", "read", "", lambda root: [
+        array(np.array(COLOURS, np.uint8)[TRUTH])(root / "masks" / f"train-{number}.png") for number in range(6)],
+        settings={"values": COLOURS}),
+    Tree("no folder of photos", "refused", "no folder", lambda root: (root / "photos").rename(root / "pictures")),
+    Tree("no photo in the folder", "refused", "holds no file", split={"images": "photos/{id}.bmp"}),
+]  # fmt: skip
+
+QUOTES = "put it in quotes"
+SETTINGS = [
+    Settings("`classes: [yes, no]`", "refused", QUOTES, yaml="classes: [yes, no]"),
+    Settings("`classes: [1, 2]`", "refused", QUOTES, yaml="classes: [1, 2]"),
+    Settings("`classes: [sky, ~]`", "refused", QUOTES, yaml="classes: [sky, ~]"),
+    Settings("`classes: [2020-01-01]`", "refused", QUOTES, yaml="classes: [2020-01-01]"),
+    Settings("`name: 2012`", "refused", QUOTES, yaml="name: 2012"),
+    Settings("`unseen: [no]`", "refused", QUOTES, yaml="unseen: [no]"),
+    Settings("`values: 3` for four classes", "refused", "values 3 are 1 values for 4 classes", yaml="values: 3"),
+    Settings("`values: 1.5`", "refused", "write numbers and ranges", yaml="values: 1.5"),
+    Settings("a colour twice in `values`", "refused", "each once", {"values": [[0, 0, 0]] * 4}),
+    Settings("a class `car|truck`", "refused", "holds |", {"classes": [*CLASSES[:3], "car|truck"]}),
+    Settings('a class `"sky "`', "refused", "begins or ends with a space", {"classes": ["sky ", *CLASSES[1:]]}),
+    Settings('a class `""`', "refused", "is empty", {"classes": ["", *CLASSES[1:]]}),
+    Settings("a class with a line break", "refused", "cannot be printed", {"classes": ["a\nb", *CLASSES[1:]]}),
+    Settings("a class twice", "refused", "holds 'sky' twice", {"classes": ["sky", *CLASSES[:3]]}),
+    Settings("a prompt without a word", "refused", "is empty", {"prompts": {"cow": [""]}}),
+    Settings("a list of classes that is missing", "refused", "cannot read the class names", {"classes": "nmaes.txt"}),
+    Settings("a misspelt key", "refused", "unknown setting clases", yaml="clases: [a]"),
+    Settings("a key twice", "refused", "stands twice", yaml="root: a\nroot: b"),
+]
+
+WORDS = [
+    Words("`--classes nmaes.txt`, a misspelt file", "refused", "there is no such file", "nmaes.txt"),
+    Words("`--classes lists/names`, where it is not", "refused", "there is no such file", "data/names"),
+    Words("`--classes data/`, a folder", "refused", "is a folder", "data"),
+    Words('`--classes "sky,,cow"`', "refused", "is empty", "sky,,cow"),
+    Words('`--classes "sky|"`', "refused", "is empty", "sky|"),
+    Words("a word twice", "refused", "is there twice", "sky, sky"),
+    Words("a file of words that is not UTF-8", "refused", "is no text file", file=b"caf\xe9"),
+    Words("a file of words from Windows", "read", file=b"\xef\xbb\xbfsky\r\n\r\ncow\r\n"),
+]
+
+ALL: list[Odd] = [*PHOTOS, *MASKS, *TREES, *SETTINGS, *WORDS]
+
+
+def table() -> str:
+    """As docs/datasets.md has it."""
+    cells = [("input", "verdict", "what is said"), ("---",) * 3, *((odd.what, odd.verdict, odd.says) for odd in ALL)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
