@@ -3,6 +3,7 @@
 Heavy libraries are imported inside the verbs: help stays quick, and training never loads the teacher's library.
 """
 
+import io
 import os
 import sys
 import traceback
@@ -154,6 +155,9 @@ def main() -> None:
     """Runs the app; a mistake or a fault is one line on stderr, unless --debug is given."""
     global _debug
     _debug = False
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         code = app(standalone_mode=False)
     except Exception as error:

@@ -16,15 +16,11 @@ class Section(BaseModel):
 
 def check_name(name: str, of: str) -> None:
     """ValueError unless it can be a class's, from the YAML to `predict --classes`."""
-    fault = (
-        "is empty: drop it" if not name.strip()
-        else "begins or ends with a space: drop that" if name != name.strip()
-        else "holds |, which stands between synonyms: list them in `prompts`" if "|" in name
-        else "holds a character that cannot be printed" if {*map(unicodedata.category, name)} & {"Cc", "Cs", "Zl", "Zp"}
-        else ""
-    )  # fmt: skip
-    if fault:
-        raise ValueError(f"{of}: the name {name!r} {fault}")
+    unprintable = {*map(unicodedata.category, name)} & {"Cc", "Cs", "Zl", "Zp"}
+    if not name or name != name.strip() or "|" in name or unprintable:
+        raise ValueError(
+            f"{of}: the name {name!r} is empty, has a space before or after it, or holds | or a line break"
+        )
 
 
 def pixel_value(value: Any) -> int | str:
@@ -41,14 +37,15 @@ def pixel_value(value: Any) -> int | str:
 def pixel_values(values: Any) -> Any:
     """Text such as "0-10, 12", or colours; it may be written as one number or a list of numbers too."""
     if isinstance(values, list | tuple):
-        found = [pixel_value(value) for value in values]
-        colours = tuple(value for value in found if isinstance(value, str))
-        if colours and len({*colours}) < len(found):
-            raise ValueError("values must be all numbers or all colours, each once")
-        return colours or pixel_values(", ".join(map(str, found)))
+        found = tuple(pixel_value(value) for value in values)
+        if len({value for value in found if isinstance(value, str)}) == len(found) > 0:
+            return found
+        values = ", ".join(map(str, found)) if all(isinstance(value, int) for value in found) else None
     text = str(values) if type(values) is int else values
     if not isinstance(text, str):
-        raise ValueError("write numbers and ranges such as 0-10, 12, or a list of colours such as [[128, 0, 64]]")
+        raise ValueError(
+            "write numbers and ranges such as 0-10, 12, or a list of colours such as [[128, 0, 64]], each once"
+        )
     value_list(text)
     return text
 
@@ -181,13 +178,10 @@ class Dataset(Section):
     def value_of_class(self, values: Values | None) -> list[int] | list[str]:
         """K pixel values, one of each class, for masks coded by `values` (None: as the dataset says)."""
         values = self.values if values is None else values
-        not_ignored = [value for value in range(256) if value not in self.ignore_index]
-        if isinstance(values, tuple):
-            found: list[int] | list[str] = list(values)
-        else:
-            found = value_list(values) if values is not None else not_ignored[: len(self.classes)]
+        not_ignored = [value for value in range(256) if value not in self.ignore_index][: len(self.classes)]
+        found = not_ignored if values is None else value_list(values) if isinstance(values, str) else list(values)
         if len(found) != len(self.classes):
-            shown = ", ".join(values) if isinstance(values, tuple) else values or "0-255"
+            shown = values if isinstance(values, str) else ", ".join(values or ["0-255"])
             raise ValueError(f"values {shown} are {len(found)} values for {len(self.classes)} classes")
         return found
 

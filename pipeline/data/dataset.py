@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.dataset import Dataset, Masks
+from configs.dataset import Dataset, Masks, Values
 from configs.errors import UserError
 from pipeline.data.files import BrokenFile, files_in, is_picture, opened, rgb
 from pipeline.data.masks import IGNORE as IGNORE  # where others look for it
@@ -31,6 +31,7 @@ class SegmentationDataset:
         root: the dataset's folder: DATA_ROOT/<root of its YAML>, or DATA_ROOT itself where there is no such folder.
         passed_over: where ids come from file names, the files beside them that are none: links to files that are there
             already, and for a pattern with a final `.*` whatever has no image's ending.
+        palettes: by the coding of masks, the palette that others are compared with, as soon as it is known.
         seen_indices: which of all classes are seen, ascending.
         seen_lookup: (256,) uint8, class index -> index among the seen classes, IGNORE for unseen ones.
     """
@@ -49,8 +50,8 @@ class SegmentationDataset:
         self._scanned: dict[str, dict[str, list[str]]] = {}
         self.passed_over: list[str] = []
         self.ids = self._list_ids()[: config.limit]
-        self._readers = {masks: MaskReader(config, masks) for masks in self._files.masks}
-        self._first_palettes: dict[Masks, Palette | None] = {}
+        self._readers = {masks.values: MaskReader(config, masks.values) for masks in self._files.masks}
+        self.palettes: dict[Values | None, Palette] = {}
         self.seen_lookup = np.full(256, IGNORE, np.uint8)
         self.seen_indices = config.seen_indices
         self.seen_lookup[self.seen_indices] = np.arange(len(self.seen_indices))
@@ -100,11 +101,11 @@ class SegmentationDataset:
         """Image id -> its files, of every file that matches the pattern; several only for a final `.*`."""
         if pattern in self._scanned:
             return self._scanned[pattern]
-        before, after = (os.path.join(self.root, pattern)).split("{id}")
+        before, after = pattern.split("{id}")
+        before = os.path.join(self.root, before)
         found: dict[str, list[str]] = {}
         again: list[str] = []
-        below = before.endswith("/")
-        for path in files_in(os.path.dirname(before), below, ending=after, again=again):
+        for path in files_in(os.path.dirname(before), before.endswith("/"), again, after):
             ending = os.path.splitext(path)[1] if after == ".*" else after
             image_id = path[len(before) :].removesuffix(ending)
             if not path.startswith(before) or not path.endswith(ending) or not image_id:
@@ -168,36 +169,29 @@ class SegmentationDataset:
         """(H, W) uint8, class indices of *all* classes, IGNORE where there is none. For evaluation and reports."""
         masks = self._mask_file(row)[2]
         path = self._the_file("mask", masks.files, row)
-        return self._readers[masks](path, lambda: self._first_palette(masks))
+        return self._readers[masks.values](path, lambda: self._first_palette(masks.values))
 
-    def _first_palette(self, masks: Masks) -> Palette | None:
-        """That of the first mask of the pattern that has one."""
-        if masks not in self._first_palettes:
-            self._first_palettes[masks] = None
-            for row in range(len(self)):
-                path, size, of = self._mask_file(row)
-                with suppress(BrokenFile):
-                    if size > 0 and of is masks:
-                        with opened(Path(path), "mask") as picture:
-                            if picture.mode == "P":
-                                self._first_palettes[masks] = Path(path), palette_of(picture)
-                                break
-        return self._first_palettes[masks]
+    def _first_palette(self, values: Values | None) -> Palette:
+        """That of the first mask with one, of those that are coded by `values`; one must have it."""
+        for row in range(len(self)):
+            if values in self.palettes:
+                break
+            path, _, masks = self._mask_file(row)
+            with suppress(BrokenFile):
+                if masks.values == values and (palette := palette_of(Path(path))) is not None:
+                    self.palettes[values] = Path(path), palette
+        return self.palettes[values]
 
     def doubts(self, row: int) -> list[str]:
         """What may be meant, but looks like a mistake, in a pair that can be read; the same words for all pairs."""
         path, _, masks = self._mask_file(row)
+        found = []
         with opened(self.image_path(row), "image") as image, opened(Path(path), "mask") as mask:
             tags = orientation(image), orientation(mask)
             # The size says whether they fit, but of square images, and where neither tag or both swap the sides.
-            untold = image.width == image.height or (tags[0] > 4) == (tags[1] > 4)
-            found = []
-            if tags[0] != tags[1] and untold:
-                found.append(
-                    "images and masks have different orientation tags, so that masks must be of the images as they are "
-                    "shown, upright: look at some of them, `inspect-pseudolabels` shows both"
-                )
-            if self._readers[masks].clash(Path(path), mask, lambda: self._first_palette(masks)):
+            if tags[0] != tags[1] and (image.width == image.height or (tags[0] > 4) == (tags[1] > 4)):
+                found.append("images and masks have different orientation tags: see whether they fit as they are shown")
+            if self._readers[masks.values].clash(Path(path), mask, lambda: self._first_palette(masks.values)):
                 found.append("masks have another palette than the first: their indices, not colours, are the classes")
         return found
 

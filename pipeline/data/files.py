@@ -13,7 +13,6 @@ from pillow_heif import register_heif_opener
 from configs.errors import UserError, reason
 
 register_heif_opener()
-Image.init()
 _NO_PHOTOS = {"MPEG", "HDF5", "BUFR", "GRIB", "WMF", "IPTC"}  # films, and what Pillow knows but cannot read
 ENDINGS = frozenset(
     ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN and name not in _NO_PHOTOS
@@ -27,50 +26,41 @@ class BrokenFile(UserError):
     """An image or mask that is missing, damaged, mis-sized or out of range: `--on-error skip` can leave it out."""
 
 
-def files_in(folder: str, below: bool = False, ending: str = "", again: list[str] | None = None) -> Iterator[str]:
-    """Paths of the files in the folder, or below it too; each real file once, however many links lead to it.
+def files_in(folder: str, below: bool, again: list[str], ending: str = "") -> Iterator[str]:
+    """Paths of the files in the folder, or below it too; each real file once, links to it go to `again`.
 
     Left out are hidden ones (macOS puts `._x.jpg` beside `x.jpg`), and what `predict` writes unless `ending` is of it.
-
-    Args:
-        again: takes the links to what is there already.
-
-    Raises:
-        UserError: a folder cannot be listed.
     """
-    again = [] if again is None else again
-    folders, links, seen, aliases = [folder], list[str](), set[str](), list[str]()
-    while folders or links:  # links last: what they lead to keeps its own name where it has one
-        path = folders.pop() if folders else links.pop()
-        real = os.path.realpath(path)
-        if real in seen:
-            again.append(path)
-            continue
-        seen.add(real)
-        try:
-            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-        except OSError as error:
-            raise UserError(f"cannot list the folder {path}: {error.strerror}; mend its permissions") from error
-        for entry in entries:
-            if entry.name.startswith(".") or (entry.name.endswith(WRITTEN) and not ending.endswith(WRITTEN)):
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot list the folder {error.filename}: {error.strerror}; mend its permissions") from error
+
+    todo, links, seen, top = [folder], list[str](), set[str](), os.path.realpath(folder)
+    for start in todo:  # it grows by links to folders: what lies in the folder itself keeps its own name
+        for path, folders, names in os.walk(start, onerror=refuse):
+            real = os.path.realpath(path)
+            if real in seen or (path != folder and f"{top}/".startswith(f"{real}/")):  # round in a circle
+                again.append(path)
+                folders.clear()
                 continue
-            if entry.is_dir():
-                if below and entry.is_symlink() and f"{real}/".startswith(f"{os.path.realpath(entry)}/"):
-                    again.append(entry.path)  # it leads to a folder that it lies in, round in a circle
-                elif below:
-                    (links if entry.is_symlink() else folders).append(entry.path)
-            elif entry.is_symlink():
-                aliases.append(entry.path)
-            else:
-                seen.add(f"{real}/{entry.name}")
-                yield entry.path
-    for path in sorted(aliases):
-        real = os.path.realpath(path)
-        if real in seen:
-            again.append(path)
+            folders[:] = sorted(name for name in folders if below and not name.startswith("."))
+            todo += [link for name in folders if os.path.islink(link := os.path.join(path, name))]
+            seen.add(real)
+            for name in names:
+                if name.startswith(".") or (name.endswith(WRITTEN) and not ending.endswith(WRITTEN)):
+                    continue
+                file = os.path.join(path, name)
+                if os.path.islink(file):
+                    links.append(file)
+                else:
+                    seen.add(f"{real}/{name}")
+                    yield file
+    for link in sorted(links):
+        if (real := os.path.realpath(link)) in seen:
+            again.append(link)
         else:
             seen.add(real)
-            yield path
+            yield link
 
 
 def is_picture(name: str) -> bool:
@@ -96,24 +86,18 @@ def decoding(name: str) -> Iterator[None]:
 @contextmanager
 def opened(path: Path, kind: str) -> Iterator[Image.Image]:
     """A picture whose decoding, within the block, ends in BrokenFile if it fails."""
-    with decoding(f"{kind} {path}"):
-        if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would wait for ever
-            raise BrokenFile(f"{kind} {path} is a folder or device, not a file: replace it")
-        try:
-            picture = Image.open(path)
-        except FileNotFoundError as error:
-            raise BrokenFile(f"missing {kind} {path}: add it, or mend the link") from error
-        with picture:
-            yield picture
+    if not os.path.exists(path):
+        raise BrokenFile(f"missing {kind} {path}: add it, or mend the link")
+    if not os.path.isfile(path):  # to open a pipe would wait for ever
+        raise BrokenFile(f"{kind} {path} is a folder or device, not a file: replace it")
+    with decoding(f"{kind} {path}"), Image.open(path) as picture:
+        yield picture
 
 
 def rgb(picture: Image.Image, name: str) -> np.ndarray:
     """(H, W, 3) uint8, upright: the first frame, on white where it is transparent; `name` is what errors call it.
 
-    16-bit greys keep their 8 high bits.
-
-    Raises:
-        BrokenFile: it cannot be decoded, or is of a kind that has no range (32-bit numbers).
+    16-bit greys keep their 8 high bits. BrokenFile if it cannot be decoded, or has no range (32-bit numbers).
     """
     with decoding(name):
         upright = ImageOps.exif_transpose(picture)

@@ -6,99 +6,94 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from configs.dataset import Dataset, Masks
+from configs.dataset import Dataset, Values
 from pipeline.data.files import BrokenFile, opened
 
 IGNORE = 255
-LOSSY = {"JPEG", "MPO", "JPEG2000", "HEIF", "AVIF", "WEBP"}
+_LOSSY = {"JPEG", "MPO", "JPEG2000", "HEIF", "AVIF", "WEBP", "jpeg", "tiff_jpeg", "webp"}  # the last three in TIFF
 _SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads grey values of 2 and 4 bits over 0..255
 Palette = tuple[Path, np.ndarray]  # of this file, (K, 3) uint8
 
 
 class MaskReader:
-    """Reads the masks of one pattern."""
+    """Reads masks that are coded by `values`."""
 
-    def __init__(self, config: Dataset, masks: Masks) -> None:
-        values = config.value_of_class(masks.values)
-        self._name, self._by_colour = config.name, isinstance(values[0], str)
-        self._by_default = masks.values is None and config.values is None
+    def __init__(self, config: Dataset, values: Values | None) -> None:
+        codes = config.value_of_class(values)
+        self._name, self._by_colour = config.name, isinstance(codes[0], str)
+        self._meant = values is not None or config.values is not None
+        self._modes = ("L", "P", "RGB", "RGBA") if self._by_colour else ("L", "P")
         self._lookup = np.full(2**24 if self._by_colour else 256, -1, np.int16)
-        ignored = [value for value in config.ignore_index if isinstance(value, str) == self._by_colour]
-        self._lookup[_codes(ignored)] = IGNORE
-        self._lookup[_codes(values)] = np.arange(len(config.classes))
+        self._lookup[[_code(v) for v in config.ignore_index if isinstance(v, str) == self._by_colour]] = IGNORE
+        self._lookup[[_code(v) for v in codes]] = np.arange(len(codes))
 
-    def __call__(self, path: Path, first_palette: Callable[[], Palette | None]) -> np.ndarray:
+    def __call__(self, path: Path, first_palette: Callable[[], Palette]) -> np.ndarray:
         """(H, W) uint8, class indices, IGNORE where there is none; turned upright by a tag of its own.
 
-        Args:
-            first_palette: that of the first mask of this pattern that has one.
-
-        Raises:
-            BrokenFile: it cannot be decoded; its kind may have changed pixels; a value or colour means nothing.
+        BrokenFile if it cannot be decoded, its kind may have changed pixels, or a value means nothing. `first_palette`
+        is what its palette is compared with.
         """
         with opened(path, "mask") as picture:
-            kind = str(picture.info.get("compression", "")) if picture.format == "TIFF" else picture.format
-            if kind in LOSSY or kind in ("jpeg", "tiff_jpeg", "webp"):
+            kind = str(picture.info.get("compression") if picture.format == "TIFF" else picture.format)
+            if kind in _LOSSY:
                 raise BrokenFile(f"mask {path} is saved as {kind}, which changes pixels' classes: make it anew as PNG")
             spread = max((_SPREAD.get(tile[3], 1) for tile in getattr(picture, "tile", ())), default=1)
             upright = ImageOps.exif_transpose(picture)
-            codes = self._colours(upright, path) if self._by_colour else self._numbers(upright, path) // spread
+            codes = self._codes(upright, path) // spread
         mask = self._lookup[codes]
         wrong = np.unique(codes[mask < 0])
         if len(wrong):
-            shown = [f"#{code:06x}" if self._by_colour else str(code) for code in wrong[:10].tolist()]
+            shown = ", ".join(f"#{code:06x}" if self._by_colour else str(code) for code in wrong[:10].tolist())
             more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
             raise BrokenFile(
-                f"mask {path} holds {', '.join(shown)}{more}, which is no class and not ignored: correct the file, or "
+                f"mask {path} holds {shown}{more}, which is no class and not ignored: correct the file, or "
                 f"`values` and `ignore_index` of dataset {self._name}"
             )
-        if self._by_default and (clash := self.clash(path, upright, first_palette)):
+        if not self._meant and (clash := self.clash(path, upright, first_palette)):
             raise BrokenFile(f"{clash}: make it anew by one palette, or, if indices are classes, say so by `values`")
         return mask.astype(np.uint8)
 
-    def clash(self, path: Path, picture: Image.Image, first_palette: Callable[[], Palette | None]) -> str:
-        """How the palette contradicts the first one in an index that the mask uses; "" if it does not.
-
-        Each file has a palette of its own where a program chose it by the colours that it found: an index then means
-        something else in every file.
-        """
-        if picture.mode != "P" or self._by_colour or not (first := first_palette()):
-            return ""
-        own = palette_of(picture)
-        used = [index for index in np.unique(np.asarray(picture)) if index < min(len(own), len(first[1]))]
-        # Black after index 0 is most often filling.
-        different = [i for i in used if (own[i] != first[1][i]).any() and (i == 0 or first[1][i].any())]
-        if not different:
-            return ""
-        index = different[0]
-        return (
-            f"mask {path} has another palette than {first[0]}: {index} is #{bytes(own[index]).hex()} here and "
-            f"#{bytes(first[1][index]).hex()} there"
-        )
-
-    def _numbers(self, picture: Image.Image, path: Path) -> np.ndarray:
-        if picture.mode not in ("L", "P"):
-            colours = ", or give `values` as a list of colours" if picture.mode in ("RGB", "RGBA") else ""
+    def _codes(self, picture: Image.Image, path: Path) -> np.ndarray:
+        """(H, W) numbers of the lookup; a colour is red * 65536 + green * 256 + blue."""
+        if picture.mode not in self._modes:
+            other = ", or give `values` as a list of colours" if picture.mode in ("RGB", "RGBA") else ""
             raise BrokenFile(
-                f"mask {path} has mode {picture.mode}: masks must be 8-bit, one class value a pixel{colours}"
+                f"mask {path} has mode {picture.mode}: masks must be 8-bit, one class value a pixel{other}"
             )
-        return np.asarray(picture)
-
-    def _colours(self, picture: Image.Image, path: Path) -> np.ndarray:
-        """(H, W) int32, red * 65536 + green * 256 + blue."""
-        if picture.mode not in ("L", "P", "RGB", "RGBA"):
-            raise BrokenFile(f"mask {path} has mode {picture.mode}: masks by colour must be RGB of 8 bits a channel")
+        if not self._by_colour:
+            return np.asarray(picture)
         if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
             raise BrokenFile(f"mask {path} is transparent in places, which have no colour: save it as RGB")
         return np.asarray(picture.convert("RGB")).astype(np.int32) @ np.array([65536, 256, 1], np.int32)
 
+    def clash(self, path: Path, picture: Image.Image, first_palette: Callable[[], Palette]) -> str:
+        """How the palette contradicts the first one in an index that the mask uses; "" if it does not.
 
-def palette_of(picture: Image.Image) -> np.ndarray:
+        Where a program chose each file's palette by the colours in it, an index means something else in every file.
+        """
+        if picture.mode != "P" or self._by_colour:
+            return ""
+        own, (first, known) = _colours(picture), first_palette()
+        for i in np.unique(np.asarray(picture)):
+            # Black after index 0 is most often filling.
+            if i < min(len(own), len(known)) and (own[i] != known[i]).any() and (i == 0 or known[i].any()):
+                colours = f"{i} is #{bytes(own[i]).hex()} here and #{bytes(known[i]).hex()} there"
+                return f"mask {path} has another palette than {first}: {colours}"
+        return ""
+
+
+def _code(value: int | str) -> int:
+    return int(value[1:], 16) if isinstance(value, str) else value
+
+
+def palette_of(path: Path) -> np.ndarray | None:
+    """None of a mask without one; BrokenFile if it cannot be opened."""
+    with opened(path, "mask") as picture:
+        return _colours(picture) if picture.mode == "P" else None
+
+
+def _colours(picture: Image.Image) -> np.ndarray:
     return np.array(picture.getpalette() or [], np.uint8).reshape(-1, 3)
-
-
-def _codes(values: list[int] | list[str] | list[int | str]) -> list[int]:
-    return [int(value[1:], 16) if isinstance(value, str) else value for value in values]
 
 
 def orientation(picture: Image.Image) -> int:

@@ -5,11 +5,10 @@
 >>> mask = segmenter("photo.jpg", ["cow|bull|calf", "grass"])  # (H, W): 0 is cow, 1 is grass
 """
 
-import errno
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from pipeline.pictures import contact_sheet, legend, lit, overlay, palette, stac
 from stages.apply.evaluate import Predictor, dense_predictor, run_gamma, student_predictor
 from stages.apply.words import Vocabulary, vocabulary
 from stages.common.devices import choose_device
-from stages.common.progress import progress_bar
+from stages.common.progress import progress_bar, say
 from stages.common.runs import Run, load_run
 
 if TYPE_CHECKING:
@@ -121,7 +120,10 @@ def predict(
     Returns:
         How many photos were segmented, and of each that could not be read, or its results written, why.
     """
-    files = find_photos(photos)
+    passed_over: list[str] = []
+    files = find_photos(photos, passed_over)
+    if passed_over:
+        say(f"{len(passed_over)} files are left out, by their endings or as links; {passed_over[0]} is the first")
     name, times = Counter(file.name for file in files).most_common(1)[0]
     if times > 1:
         raise UserError(f"{times} of the photos are called {name}, and so would be what is written: run them apart")
@@ -131,49 +133,36 @@ def predict(
     teacher = _teacher(words.config, device) if compare or show_attention else None
     by_teacher = dense_predictor(teacher, words.features, words.config) if teacher and compare else None
     failures = []
-
-    def write(file: Path) -> None:
-        photo = read_photo(file)
-        mask = segmenter(photo, classes)
-        _save_mask(mask, output / f"{file.name}.mask.png")
-        small = _small(photo)
-        shown = overlay(small, _small(mask))
-        stacked([Image.fromarray(shown), _legend([mask], words)]).save(output / f"{file.name}.overlay.png")
-        if rle:
-            (output / f"{file.name}.rle.json").write_text(json.dumps(coco_rle(mask, words.names)) + "\n")
-        if by_teacher:
-            other = segment(by_teacher, photo, words, 0.0)
-            row = [small, overlay(small, _small(other)), shown]
-            sheet = contact_sheet([row], ("photo", "teacher, dense", "student"), [file.name], 512)
-            stacked([sheet, _legend([other, mask], words)]).save(output / f"{file.name}.compare.png")
-        if teacher and show_attention:
-            weights = cls_attention(segmenter.run, teacher, photo)
-            Image.fromarray(lit(small, weights)).save(output / f"{file.name}.attention.png")
-
     with progress_bar("predict", len(files), "photos") as advance:
         for file in files:
-            try:
-                _clear(output, file.name)
-                write(file)
+            stem = str(output / file.name)
+            try:  # whatever happens to this photo, the others are done
+                for ending in WRITTEN:
+                    if os.path.lexists(stem + ending):
+                        os.unlink(stem + ending)
+                photo = read_photo(file)
+                mask = segmenter(photo, classes)
+                small = _small(photo)
+                shown = overlay(small, _small(mask))
+                stacked([Image.fromarray(shown), _legend([mask], words)]).save(f"{stem}.overlay.png")
+                _save_mask(mask, Path(f"{stem}.mask.png"))
+                if rle:
+                    Path(f"{stem}.rle.json").write_text(json.dumps(coco_rle(mask, words.names)) + "\n")
+                if by_teacher:
+                    other = segment(by_teacher, photo, words, 0.0)
+                    row = [small, overlay(small, _small(other)), shown]
+                    sheet = contact_sheet([row], ("photo", "teacher, dense", "student"), [file.name], 512)
+                    stacked([sheet, _legend([other, mask], words)]).save(f"{stem}.compare.png")
+                if teacher and show_attention:
+                    weights = cls_attention(segmenter.run, teacher, photo)
+                    Image.fromarray(lit(small, weights)).save(f"{stem}.attention.png")
             except BrokenFile as error:
                 failures.append(str(error))
-            except OSError as error:  # of this photo: the others are done all the same
-                with suppress(OSError):
-                    _clear(output, file.name)
+            except OSError as error:
                 why = error.strerror or error
-                failures.append(f"photo {file}: its results cannot be written ({why}): rename it, or mend {output}")
+                failures.append(f"photo {file}: cannot write all its results ({why}): rename it, or mend {output}")
             advance()
     return len(files) - len(failures), failures
-
-
-def _clear(output: Path, name: str) -> None:
-    """Deletes what stands in the folder of the photo of this name."""
-    for ending in WRITTEN:
-        try:
-            (output / f"{name}{ending}").unlink(missing_ok=True)
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:  # of which there can be none
-                raise
 
 
 def _teacher(config: Config, device: str) -> "FrozenClip":

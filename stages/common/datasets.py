@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.dataset import Dataset
+from configs.dataset import Dataset, Values
 from configs.errors import UserError
 from pipeline.data.dataset import IGNORE, SegmentationDataset
 from pipeline.data.files import BrokenFile
+from pipeline.data.masks import Palette
 from stages.common.progress import progress_bar, say
 
 
@@ -48,12 +49,14 @@ def check(config: Dataset, data_root: Path) -> Check:
     """
     found = Check(np.zeros(len(config.classes), np.int64), np.zeros(len(config.classes), np.int64))
     split_of: dict[Path, str] = {}
+    palettes: dict[Values | None, Palette] = {}
     for split in config.splits:
         try:
             dataset = SegmentationDataset(config, data_root, split)
         except UserError as error:
             found.faults.append(str(error))
             continue
+        dataset.palettes = palettes
         if len(dataset) != dataset.expected:
             found.faults.append(_miscount(dataset))
         images = dict.fromkeys(map(dataset.image_path, range(len(dataset))), split)

@@ -216,6 +216,7 @@ SPLIT = {"images": "i/{id}.jpg", "masks": "m/{id}.png"}
 PATTERN = "must contain {id} once, no other braces, and * only as a final .*"
 NUMBERS = "write numbers and ranges such as 0-10, 12"
 VALUE = "write a number from 0 to 255, or a colour such as [128, 0, 64]"
+NAME = "is empty, has a space before or after it, or holds | or a line break"
 QUOTES = ", not as text: put it in quotes"
 
 
@@ -293,15 +294,15 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"classes": 5}, "setting classes: Input should be a list (it is 5)"),
     (
         {"classes": ["car|truck", "a"]},
-        "classes: the name 'car|truck' holds |, which stands between synonyms: list them in `prompts`",
+        f"classes: the name 'car|truck' {NAME}",
     ),
-    ({"classes": ["sky ", "a"]}, "classes: the name 'sky ' begins or ends with a space: drop that"),
-    ({"classes": ["", "a"]}, "classes: the name '' is empty: drop it"),
-    ({"classes": ["a\tb", "a"]}, "classes: the name 'a\\tb' holds a character that cannot be printed"),
-    ({"prompts": {"a": ["a", " "]}}, "prompts.a: the name ' ' is empty: drop it"),
+    ({"classes": ["sky ", "a"]}, f"classes: the name 'sky ' {NAME}"),
+    ({"classes": ["", "a"]}, f"classes: the name '' {NAME}"),
+    ({"classes": ["a\tb", "a"]}, f"classes: the name 'a\\tb' {NAME}"),
+    ({"prompts": {"a": ["a", " "]}}, f"prompts.a: the name ' ' {NAME}"),
     (
         {"prompts": {"a": ["x|y"]}},
-        "prompts.a: the name 'x|y' holds |, which stands between synonyms: list them in `prompts`",
+        f"prompts.a: the name 'x|y' {NAME}",
     ),
     ({"values": "0-3", "ignore_index": [7, 2]}, "2 is in values and in ignore_index: drop it from one of them"),
     ({"ignore_index": list(range(253))}, "values 0-255 are 3 values for 4 classes"),

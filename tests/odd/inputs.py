@@ -237,7 +237,7 @@ TREES = [
         colours(TRUTH, order)(root / "masks" / f"train-{number}.png")
         for number, order in enumerate(([0, 1, 2, 3], [1, 0, 2, 3]))], settings={"values": "0-3"}),
     Tree("masks by colours, with their list", "read", "", lambda root: [
-        array(np.array(COLOURS, np.uint8)[TRUTH])(root / "masks" / f"train-{number}.png") for number in range(6)],
+        array(np.array(COLOURS, np.uint8)[TRUTH])(mask) for mask in root.rglob("masks/*.png")],
         settings={"values": COLOURS}),
     Tree("no folder of photos", "refused", "no folder", lambda root: (root / "photos").rename(root / "pictures")),
     Tree("no photo in the folder", "refused", "holds no file", split={"images": "photos/{id}.bmp"}),
@@ -255,9 +255,9 @@ SETTINGS = [
     Settings("`values: 1.5`", "refused", "write numbers and ranges", yaml="values: 1.5"),
     Settings("a colour twice in `values`", "refused", "each once", {"values": [[0, 0, 0]] * 4}),
     Settings("a class `car|truck`", "refused", "holds |", {"classes": [*CLASSES[:3], "car|truck"]}),
-    Settings('a class `"sky "`', "refused", "begins or ends with a space", {"classes": ["sky ", *CLASSES[1:]]}),
+    Settings('a class `"sky "`', "refused", "has a space before or after it", {"classes": ["sky ", *CLASSES[1:]]}),
     Settings('a class `""`', "refused", "is empty", {"classes": ["", *CLASSES[1:]]}),
-    Settings("a class with a line break", "refused", "cannot be printed", {"classes": ["a\nb", *CLASSES[1:]]}),
+    Settings("a class with a line break", "refused", "or a line break", {"classes": ["a\nb", *CLASSES[1:]]}),
     Settings("a class twice", "refused", "holds 'sky' twice", {"classes": ["sky", *CLASSES[:3]]}),
     Settings("a prompt without a word", "refused", "is empty", {"prompts": {"cow": [""]}}),
     Settings("a list of classes that is missing", "refused", "cannot read the class names", {"classes": "nmaes.txt"}),
@@ -266,9 +266,9 @@ SETTINGS = [
 ]
 
 WORDS = [
-    Words("`--classes nmaes.txt`, a misspelt file", "refused", "there is no such file", "nmaes.txt"),
-    Words("`--classes lists/names`, where it is not", "refused", "there is no such file", "data/names"),
-    Words("`--classes data/`, a folder", "refused", "is a folder", "data"),
+    Words("`--classes nmaes.txt`, a misspelt file", "refused", "there is no such text file", "nmaes.txt"),
+    Words("`--classes lists/names`, where it is not", "refused", "there is no such text file", "data/names"),
+    Words("`--classes data/`, a folder", "refused", "there is no such text file", "data/"),
     Words('`--classes "sky,,cow"`', "refused", "is empty", "sky,,cow"),
     Words('`--classes "sky|"`', "refused", "is empty", "sky|"),
     Words("a word twice", "refused", "is there twice", "sky, sky"),

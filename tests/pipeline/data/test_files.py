@@ -129,7 +129,7 @@ def test_mutated_files(tmp_path: Path) -> None:
 
 
 def names(root: Path, below: bool = True) -> list[str]:
-    return sorted(str(Path(path).relative_to(root)) for path in files_in(str(root), below))
+    return sorted(str(Path(path).relative_to(root)) for path in files_in(str(root), below, []))
 
 
 def each_other(root: Path) -> None:

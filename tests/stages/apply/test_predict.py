@@ -133,8 +133,8 @@ def test_a_class_of_the_training_by_other_names_is_new(
 
 @pytest.mark.parametrize(
     ("classes", "message"),
-    [("cow,,grass", "has an empty name"), ("cow|", "has an empty name"), ("cow, cow", "is there twice"),
-     ("", "has an empty name"), (",".join(map(str, range(256))), "256 classes; give 1 to 255")],
+    [("cow,,grass", "the name .. is empty"), ("cow|", "the name .. is empty"), ("cow, cow", "is there twice"),
+     ("", "the name .. is empty"), (",".join(map(str, range(256))), "256 classes; give 1 to 255")],
 )  # fmt: skip
 def test_wrong_words(classes: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
