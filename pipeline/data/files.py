@@ -18,8 +18,7 @@ ENDINGS = frozenset(
     ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN and name not in _NO_PHOTOS
 )
 WRITTEN = (".overlay.png", ".mask.png", ".compare.png", ".attention.png", ".rle.json")  # beside photos, by `predict`
-# Pictures that Pillow refuses as a likely attack, twice this size, are refused; below that there is nothing to warn of.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of tags that nobody asked for, and of sizes that can be read
 
 
 class BrokenFile(UserError):

@@ -48,7 +48,7 @@ def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
 def read_words(classes: str) -> list[str]:
     """What --classes says: words between commas or line ends, or the lines of the text file of that name."""
     if not os.path.isfile(classes):  # Path.is_file raises where the words are too long for a path
-        if re.fullmatch(r"[^,|\n]*\.[A-Za-z]\w{1,4}", classes) or os.path.isdir(os.path.dirname(classes)):
+        if re.fullmatch(r"[^,|\n]*\.[A-Za-z]\w{1,4}\s*", classes) or os.path.isdir(os.path.dirname(classes)):
             raise UserError(f"--classes {classes}: there is no such text file; it would have one class a line")
         return re.split("[,\n]", classes)
     try:

@@ -267,6 +267,7 @@ SETTINGS = [
 
 WORDS = [
     Words("`--classes nmaes.txt`, a misspelt file", "refused", "there is no such text file", "nmaes.txt"),
+    Words("the same with a space after it", "refused", "there is no such text file", "nmaes.txt "),
     Words("`--classes lists/names`, where it is not", "refused", "there is no such text file", "data/names"),
     Words("`--classes data/`, a folder", "refused", "there is no such text file", "data/"),
     Words('`--classes "sky,,cow"`', "refused", "is empty", "sky,,cow"),
