@@ -1,9 +1,8 @@
-"""The front door: reads flags and a configuration, calls one function in stages/, prints what it returns.
+"""The command line: reads options and settings, calls one function in stages/, prints what it returns.
 
-Heavy libraries are imported inside the verbs: help stays quick, and training never loads the teacher's library.
+Heavy libraries are imported inside the commands: --help stays fast, and training never loads the teacher's library.
 """
 
-import io
 import os
 import sys
 import traceback
@@ -12,7 +11,7 @@ from typing import Annotated, Literal
 try:
     import typer
 except ModuleNotFoundError as missing:
-    print(f"error: {missing}: activate the environment that holds clip-zss, or install it", file=sys.stderr)
+    print(f"error: {missing}: activate the environment where clip-zss is installed, or install it", file=sys.stderr)
     sys.exit(2)
 
 from configs.errors import UserError
@@ -38,8 +37,8 @@ from stages.verbs.options import (
 
 app = typer.Typer(
     name="clip-zss",
-    help="CLIP-ZSS: any closed-set segmentation encoder learns, from a frozen CLIP, to segment classes it never saw a "
-    "mask of, and then runs without CLIP.",
+    help="CLIP-ZSS: train any segmentation encoder to recognise classes without masks, by distilling a frozen CLIP "
+    "into it. The trained model runs without CLIP.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -47,12 +46,10 @@ _debug = False
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the hub's retries, two lines each; workers inherit it
 
 
-@app.callback(epilog="Exit codes: 0 done; 1 a fault of this program; 2 a mistake in what it was given; 130 Ctrl-C.")
+@app.callback(epilog="Exit codes: 0 done; 1 a fault of this program; 2 a mistake in the input; 130 Ctrl-C.")
 def options(
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Results and errors only: no news, no progress.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="The whole traceback of an error.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
 ) -> None:
     from stages.common.progress import console
 
@@ -73,22 +70,24 @@ def precompute(
     device: DeviceOption = "auto",
     scheduler: Annotated[
         str | None,
-        typer.Option("--scheduler", metavar="tcp://HOST:PORT", help="A running Dask scheduler; default: start one."),
+        typer.Option(
+            "--scheduler", metavar="tcp://HOST:PORT", help="Use this running Dask scheduler; default: start one."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan (views, bytes, time) and stop.")] = False,
     only: Annotated[
         Literal["pseudo-labels"] | None,
-        typer.Option("--only", help="Labels alone, from the dense tokens of --cache (default: the newest)."),
+        typer.Option("--only", help="Recompute only the labels, from the dense tokens stored in --cache."),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option("--lambda", metavar="X", help="Short for --set pseudo_labels.lambda=X.")
+        float | None, typer.Option("--lambda", metavar="X", help="Short for --set pseudo_labels.lambda=X")
     ] = None,
 ) -> None:
-    """Stage one: run the frozen teacher once over the training images and cache what it says.
+    """Stage one: run the frozen teacher once over the training images and cache its outputs.
 
-    Killed at any moment, it is continued by the same command. Example: clip-zss precompute --dataset scenes --dry-run
+    If it is killed, the same command continues. Example: clip-zss precompute --dataset scenes --dry-run
 
-    Labels by another lambda, without the teacher: clip-zss precompute --only pseudo-labels --lambda 0.9
+    New labels with another lambda, without the teacher: clip-zss precompute --only pseudo-labels --lambda 0.9
     """
     flags = {"views.seed": seed, "precompute.on_error": on_error, "pseudo_labels.lambda": threshold}
     if only:
@@ -119,10 +118,10 @@ def train(
     runlocal: RunlocalOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Stage two: train a student against a cache. The teacher is not loaded, unless train.teacher is online or fresh.
+    """Stage two: train a student on a cache. The teacher is not loaded, unless train.teacher is online or fresh.
 
-    Killed at any moment, a run is continued by --run and its folder, with its own settings and cache. SIGTERM and
-    Ctrl-C save it first.
+    To continue a run that was stopped or killed, pass its folder as --run; its settings and cache are kept. On SIGTERM
+    and Ctrl-C, training saves before it exits.
 
     Example: clip-zss train --seed 1 --set train.iterations=1000 --set loss.bank=16
 
@@ -152,12 +151,9 @@ for name, group in (("datasets", datasets), ("cache", caches), ("bench", bench))
 
 
 def main() -> None:
-    """Runs the app; a mistake or a fault is one line on stderr, unless --debug is given."""
+    """Run the app. Errors are one line on stderr, unless --debug is given."""
     global _debug
     _debug = False
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         code = app(standalone_mode=False)
     except Exception as error:
@@ -170,15 +166,15 @@ def main() -> None:
 
 
 def _last_words(error: Exception) -> tuple[str, int]:
-    """What is said of an error, and the exit code."""
-    if isinstance(error, typer.TyperException):  # the command line's; empty of a group alone, whose help is shown
+    """The message for an error, and the exit code."""
+    if isinstance(error, typer.TyperException):  # a usage error; empty if a group printed its help
         context = getattr(error, "ctx", None)
         said = error.format_message().rstrip(".")
         return f"{said} (see {context.command_path} --help)" if said and context else said, 2
-    # An error without a file is not about one that the user could mend.
+    # An OSError without a file name is not one that the user could fix.
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
         return str(error), 2
-    return f"{error} ({type(error).__name__}, a fault of clip-zss: see it whole by clip-zss --debug ...)", 1
+    return f"{error} ({type(error).__name__}, a fault of clip-zss: for the traceback, run clip-zss --debug ...)", 1
 
 
 if __name__ == "__main__":

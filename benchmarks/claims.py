@@ -1,4 +1,4 @@
-"""The table of the paper's claims in docs/evidence.md, from the CSVs in benchmarks/ablations: `python benchmarks/claims.py`."""
+"""The claims table in docs/evidence.md, from the CSVs in benchmarks/ablations: `python benchmarks/claims.py`."""
 
 import sys
 from pathlib import Path

@@ -3,14 +3,14 @@
     python benchmarks/cost.py                                             # writes docs/cost.md
     python benchmarks/cost.py --images 20000 --views 4 --teacher ViT-L-14 --size 448 --student segformer-b2
 
-On the machine that is to do it, `precompute --dry-run` measures the teacher instead and knows the room on its disk.
+On the target machine, `precompute --dry-run` measures the teacher's speed and the free disk space instead.
 
-Speeds: an RTX 4090 takes 433 images a second through ViT-B/16 at 512 in half precision, by timm's benchmark tables; an
-H100 SXM has 3.35 TB/s of memory bandwidth where that has 1.01, and is taken to be faster by as much. A training step is
-three forward passes, whose multiplications take longer than the teacher's: 0.29 as many a second, as measured on a CPU
-for SegFormer-B0 beside ViT-B/16 (benchmarks/stage_two.md: 6.92 CPU seconds and 0.596 x 16.94, of 4 images). Reading
-and clustering are left out, as for neither is there a figure on a GPU: on one CPU core they take 4 to 15 ms
-(benchmarks/stage_two.md) and 8 to 12 ms (benchmarks/kmeans.md) of a view at 512.
+Speeds: an RTX 4090 runs ViT-B/16 at 512 on 433 images per second in half precision (timm's benchmark tables). An H100
+SXM has 3.35 TB/s of memory bandwidth against the 4090's 1.01, and is assumed to be faster by the same factor. A
+training step costs three forward passes. The student does fewer multiplications per second than the teacher: 0.29 as
+many, measured on a CPU for SegFormer-B0 and ViT-B/16 (benchmarks/stage_two.md: 6.92 CPU seconds and 0.596 x 16.94, for
+4 images). Reading and clustering are left out because there are no GPU measurements of them: on one CPU core they take
+4 to 15 ms (benchmarks/stage_two.md) and 8 to 12 ms (benchmarks/kmeans.md) per view at 512.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ITERATIONS, BATCH = 80_000, 16  # the paper's for COCO-Stuff
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked: a dataset, a teacher that sees squares of `size`, a student of the same size."""
+    """A dataset, a teacher with square input of side `size`, and a student of the same input size."""
 
     images: int
     views: int
@@ -47,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds are of one H100. Bytes are the most, as if nothing could be compressed."""
+    """Seconds on one H100; bytes before compression."""
 
     passes: int
     seconds_one: float
@@ -57,7 +57,7 @@ class Cost:
 
 
 def gmac(model: torch.nn.Module, size: int) -> float:
-    """Thousand millions of multiplications of one image, on tensors without values."""
+    """Billions of multiplications for one image, counted on meta tensors."""
     with FlopCounterMode(display=False) as counter:
         model.to("meta").eval()(torch.zeros(1, 3, size, size, device="meta"))
     return counter.get_total_flops() / 2e9
@@ -65,7 +65,7 @@ def gmac(model: torch.nn.Module, size: int) -> float:
 
 @cache
 def teacher(name: str, size: int) -> tuple[float, int, int]:
-    """GMAC of an image, C, and G, of open_clip's model."""
+    """GMAC per image, C and G of an open_clip model."""
     config = open_clip.get_model_config(name)
     with torch.device("meta"):
         tower = open_clip.create_model(name, pretrained=None, device="meta", force_image_size=size).visual
@@ -103,16 +103,16 @@ HEADER = (
 
 
 ABOVE = """\
-Computed, not measured: nothing of this was run on a GPU. `python benchmarks/cost.py` wrote it and says from what; its
-options, see `python benchmarks/cost.py -h`, give a line for another dataset. Stage two is 80,000 iterations of 16
-images, as in the paper. Eight GPUs are taken to be eight times as fast. Where `precompute` is to run, `--dry-run`
-measures instead.
+These numbers are computed, not measured on a GPU. `python benchmarks/cost.py` writes this page; its docstring lists the
+assumptions, and its options (`python benchmarks/cost.py -h`) give a line for another dataset. Stage two is 80,000
+iterations of 16 images, as in the paper. Eight GPUs are assumed to be eight times as fast. On the target machine,
+`precompute --dry-run` measures the speed instead.
 """
 BELOW = f"""\
-The cache is CLS tokens, K-means labels, pseudo labels, region tokens of {GROUPS} groups a view and views, before
-compression; dense tokens are kept only if asked for ([int8 and principal components take
-less](../benchmarks/dense_tokens.md)). A teacher live in training would make as many passes as training shows images:
-1,280,000 a run, for every run.
+The cache column is the size before compression: CLS tokens, K-means labels, pseudo labels, region tokens of {GROUPS}
+groups per view, and views. Dense tokens are optional ([int8 and principal components take
+less](../benchmarks/dense_tokens.md)). Without a cache, every run needs one teacher pass per training image: 1,280,000
+passes per run.
 """
 
 
@@ -129,8 +129,8 @@ def page() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What a dataset costs, computed.")
-    parser.add_argument("--images", type=int, help="of a dataset of your own; without it docs/cost.md is written")
+    parser = argparse.ArgumentParser(description="Compute what a dataset costs.")
+    parser.add_argument("--images", type=int, help="images in your dataset; without it, docs/cost.md is written")
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--teacher", default="ViT-B-16")
     parser.add_argument("--size", type=int, default=512)

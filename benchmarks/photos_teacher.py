@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from configs.dataset import Dataset
 from pipeline.data.dataset import IGNORE, SegmentationDataset
 from pipeline.data.views import normalise
+from pipeline.metrics import average_precision
 from pipeline.student.weights import by_position, packaged_file
 
 TRUNK, SIZE = "tf_efficientnet_lite0", 192
@@ -90,13 +91,8 @@ def _tagged_crops(
 
 def _mean_average_precision(scores: Tensor, tags: Tensor) -> float:
     """(N, K) scores and tags -> percent; over the classes that have a tag."""
-    found = []
-    for column, truth in zip(scores.T, tags.T, strict=True):
-        hits = truth[column.argsort(descending=True)]
-        precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
-        if hits.any():
-            found.append(float((precision * hits).sum() / hits.sum()))
-    return 100 * float(np.mean(found))
+    columns = zip(scores.T.numpy(), tags.T.numpy() > 0, strict=True)
+    return 100 * float(np.mean([average_precision(column, truth) for column, truth in columns if truth.any()]))
 
 
 def _save(folder: Path, trunk: nn.Module, projection: nn.Linear) -> tuple[Path, Path]:

@@ -1,7 +1,7 @@
-"""What a store of files is, be it a folder (cache/folder.py) or an object store (cache/url.py).
+"""The interface of a file store: a folder (cache/folder.py) or an object store (cache/url.py).
 
-It maps keys, such as "shards/00000.json", to bytes. What is written is whole or absent, even after a kill or a power
-cut, and lasts when `write` returns.
+It maps keys, such as "shards/00000.json", to bytes. Writes are atomic, even after a kill or a power cut, and durable
+when `write` returns.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ TEMPORARY = ".tmp"  # ends the names of local files that are being written: all 
 
 
 class Store(ABC):
-    """From `open_store`. Small, and cheap to open again in another process from its `location`."""
+    """Made by `open_store`. Small, and cheap to reopen in another process from its `location`."""
 
     location: str
 
@@ -26,11 +26,11 @@ class Store(ABC):
 
     @abstractmethod
     def read_many(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """Those of the files that exist."""
+        """Read the files that exist."""
 
     @abstractmethod
     def write(self, key: str, data: bytes | memoryview) -> None:
-        """Puts `data` at `key`, to last when this returns; a reader sees the old file or the new one, never a part.
+        """Write `data` to `key`, durably. A reader sees the old file or the new one, never a part.
 
         UserError if it cannot be written.
         """
@@ -41,7 +41,7 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """It is no error if there is no such file."""
+        """Delete a file; a missing file is not an error."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
@@ -59,11 +59,11 @@ class Store(ABC):
 
     @abstractmethod
     def holder(self) -> str:
-        """Tells who has the lock, or had it last, from anybody else; empty if nobody did."""
+        """Identifies the current or last holder of the lock; empty if there was none."""
 
     @abstractmethod
     def free_bytes(self) -> int | None:
-        """How much more can be written; None where there is no telling."""
+        """Free space; None if unknown."""
 
     @abstractmethod
     def as_zarr(self, prefix: str) -> ZarrStore:
@@ -71,9 +71,9 @@ class Store(ABC):
 
     @abstractmethod
     def attempt(self, verb: str, key: str, action: Callable[[], _T]) -> _T:
-        """What `action` returns, which does "read", say, to `key`; the store's errors become UserError.
+        """Run `action`, which does `verb` ("read", ...) to `key`, and return its result; errors become UserError.
 
-        Behind a network it is tried again for half a minute.
+        Network stores retry for 30 s.
         """
 
     def show(self, key: str) -> str:

@@ -1,6 +1,6 @@
-"""Small files, each kept twice: any one that is damaged is restored from the other.
+"""Small files are kept twice: a damaged one is restored from the other.
 
-`copies/<key>` holds the bytes of `<key>`, for the manifest and for every file whose digest the manifest holds.
+`copies/<key>` is a copy of `<key>`, for the manifest and for every file whose digest the manifest holds.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from configs.errors import UserError
 
 
 def trusted_manifest(store: Store) -> Manifest:
-    """The manifest, or its copy where the manifest itself is missing or damaged; UserError if both are."""
+    """The manifest, or its copy if the manifest is missing or damaged; UserError if both are."""
     try:
         return Manifest.load(store)
     except UserError as error:
@@ -26,7 +26,7 @@ def trusted_manifest(store: Store) -> Manifest:
 
 @dataclass(frozen=True)
 class SmallFile:
-    """One of the two places of a small file; `data` is what is there."""
+    """One of the two copies of a small file; `data` is its content."""
 
     key: str
     digest: FileDigest
@@ -56,10 +56,10 @@ def restore(store: Store, manifest: Manifest, made: Mapping[str, bytes] | None =
 
     Args:
         manifest: a trusted one.
-        made: key -> bytes as they would be made now; those that are not what the manifest says are left aside.
+        made: key -> bytes as they would be computed now; ignored if they do not match the manifest.
 
     Returns:
-        Keys of which neither place held the right bytes, nor did `made`.
+        Keys for which neither copy nor `made` has the right bytes.
     """
     sources = {**(made or {}), MANIFEST: manifest.to_bytes()}
     lost = []

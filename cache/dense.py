@@ -35,14 +35,14 @@ def pca_size(encoding: str, width: int | None = None) -> int | None:
     size = int(encoding.removeprefix("pca-"))
     if width is not None and size >= width:
         raise UserError(
-            f"storage.dense_tokens {encoding}: the teacher's tokens have only C = {width} values: choose a K below "
+            f"storage.dense_tokens {encoding}: the teacher's tokens have only C = {width} values: choose K below "
             f"{width}, or float16"
         )
     return size
 
 
 def encode_dense(tokens: np.ndarray, encoding: str, pca: Pca | None = None) -> dict[str, np.ndarray]:
-    """The arrays that hold dense tokens.
+    """Encode dense tokens as arrays.
 
     Args:
         tokens: (..., C) float32.
@@ -50,7 +50,7 @@ def encode_dense(tokens: np.ndarray, encoding: str, pca: Pca | None = None) -> d
         pca: of the cache, for pca-K.
 
     Returns:
-        Nothing for none; else dense_tokens, (..., C or K), and for int8 also dense_scales, (...).
+        Nothing for none; otherwise dense_tokens, (..., C or K), and for int8 also dense_scales, (...).
     """
     if encoding == "none":
         return {}
@@ -63,7 +63,7 @@ def encode_dense(tokens: np.ndarray, encoding: str, pca: Pca | None = None) -> d
 
 
 def decode_dense(stored: Mapping[str, np.ndarray], pca: Pca | None = None) -> np.ndarray:
-    """(..., C) float32 from what `encode_dense` gave; the encoding shows in the arrays."""
+    """The inverse of `encode_dense`: (..., C) float32. The encoding is inferred from the arrays."""
     tokens = stored[DENSE_TOKENS].astype(np.float32)
     if DENSE_SCALES in stored:
         tokens *= stored[DENSE_SCALES].astype(np.float32)[..., None]

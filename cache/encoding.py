@@ -1,7 +1,7 @@
-"""Arrays to Zarr's bytes and back, in memory.
+"""Converts arrays to Zarr's bytes and back, in memory.
 
-Zarr writes a file without fsync, leaves *.partial files when killed, and merges a shard with what it finds on disk;
-what is missing, it reads as zeros. So it only sees a dictionary here; a store (cache/base.py) moves the bytes.
+Zarr writes files without fsync, leaves *.partial files when killed, merges a shard with what is on disk, and reads
+missing data as zeros. Here it therefore only works on a dictionary; a store (cache/base.py) reads and writes the bytes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,12 +57,12 @@ def is_of_pca(key: str) -> bool:
 
 
 def decode_text_features(files: Mapping[str, bytes]) -> np.ndarray:
-    """(K, C) float32, from those of the small files that hold it."""
+    """The text features, (K, C) float32, from their small files."""
     return _decode_whole(TEXT_FEATURES, files)
 
 
 def decode_pca(files: Mapping[str, bytes]) -> Pca | None:
-    """The PCA, from those of the small files that hold it; None if the cache has none."""
+    """The PCA from its small files; None if the cache has none."""
     if not any(map(is_of_pca, files)):
         return None
     return Pca(_decode_whole(PCA_MEAN, files), _decode_whole(PCA_COMPONENTS, files))
@@ -89,7 +89,7 @@ class ShardCodec:
         return self._files.pop(self._key(index, view)).to_bytes()
 
     def decode(self, index: int, view: int, data: bytes) -> np.ndarray:
-        """The inverse of `encode`; what it raises on damaged bytes is caught by `refusing`."""
+        """The inverse of `encode`; call it within `refusing`, which catches its errors on damaged bytes."""
         start, stop = self._manifest.shard_rows(index)
         self._files[self._key(index, view)] = cpu.Buffer.from_bytes(data)
         try:
@@ -116,7 +116,7 @@ def _create_array(group: zarr.Group, name: str, manifest: Manifest) -> zarr.Arra
 
 @contextmanager
 def refusing(damage: UserError) -> Iterator[None]:
-    """Raises `damage` in place of what Zarr and its codecs raise on damaged bytes."""
+    """Raise `damage` instead of the exceptions of Zarr and its codecs on damaged bytes."""
     try:
         yield
     except (ValueError, TypeError, KeyError, RuntimeError, FileNotFoundError) as error:

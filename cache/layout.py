@@ -1,23 +1,23 @@
-"""Where everything in a cache lies, and how images fall into shards. A key is a file's path below the cache.
+"""The layout of a cache, and the division of images into shards. A key is a file's path below the cache.
 
     manifest.json            what the cache was made from (cache/manifest.py)
     image_ids.json           N strings; row i of every array belongs to image i
     arrays/                  one Zarr v3 group
         text_features/       (K, C) float32, unit length
         cls_tokens/          (N, V, C) float16, unnormalised
-        dense_tokens/        (N, V, G, G, C) float16 or int8, or (N, V, G, G, K) float16 (cache/dense.py); only if asked
-                             for, perhaps of the first views alone
+        dense_tokens/        (N, V, G, G, C) float16 or int8, or (N, V, G, G, K) float16 (cache/dense.py);
+                             optional, possibly for the first views only
         dense_scales/        (N, V, G, G) float16, where dense tokens are int8
         pca_mean/            (C,) float32, and
         pca_components/      (K, C) float32, where dense tokens are principal components
         pseudo_labels/       (N, V, G, G) uint8, 255 = annotated
         kmeans_labels/       (N, V, G, G) uint8
-        region_tokens/       (N, V, M, C) int8, directions of the pseudo labels' groups, 0 where there is none
+        region_tokens/       (N, V, M, C) int8, directions of the pseudo labels' groups, 0 for no group
         views/               (N, V, 5) float32: left, top, right, bottom as fractions of the image, flip 0 or 1
     shards/00000.json        completion record of shard 0 (cache/record.py)
-    copies/                  all of the above but the image arrays' values, once more (cache/copies.py)
+    copies/                  second copies of the above, except the image arrays' values (cache/copies.py)
 
-N images, V views of each, C embedding width, G tokens along a side of the grid, M groups that a view can have, K
+N images, V views of each, C embedding width, G tokens along a side of the grid, M groups per view at most, K
 classes or components. Shard i is the rows [i * S, (i + 1) * S) of every image array; each array keeps view v of it in
 one file, arrays/<name>/c.<i>.<v>.0.0...
 """
@@ -44,7 +44,7 @@ class ArraySpec(BaseModel, frozen=True, extra="forbid"):
     views: PositiveInt | None = None  # only the first so many views are stored; None: all
 
     def stored_views(self, views: int) -> int:
-        """How many of an image's `views` are stored."""
+        """Number of an image's `views` that are stored."""
         return min(views, self.views or views)
 
 
@@ -53,9 +53,9 @@ def array_specs(
 ) -> dict[str, ArraySpec]:
     """The image arrays of a cache, for C = `width`, G = `grid` and M = `groups`; dense tokens as cache/dense.py says.
 
-    These are read one image at a time, so each image is compressed alone. So are region tokens, but they are small: up
-    to eight images compressed together are read as fast, and written five times as fast. The others are read whole.
-    UserError if `dense_tokens` asks for as many components as C, or more.
+    Dense tokens are read one image at a time, so each image is compressed separately. Region tokens are too, but they
+    are small: chunks of up to eight images are read as fast and written five times as fast. The others are read whole.
+    UserError if `dense_tokens` asks for C components or more.
     """
     size = pca_size(dense_tokens, width) or width
     specs = {

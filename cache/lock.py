@@ -1,6 +1,6 @@
-"""One writer at a time. Local folders have the kernel's locks (cache/folder.py); object stores get a heartbeat.
+"""One writer at a time. Local folders use the kernel's locks (cache/folder.py); object stores use a heartbeat.
 
-There, the holder keeps an object `.lock` and renews it from a thread; whoever finds it silent for a minute takes it.
+The holder keeps an object `.lock` and renews it from a thread; a lock that is not renewed for a minute can be taken.
 """
 
 import json
@@ -21,7 +21,7 @@ SETTLE = 1.0  # seconds between writing and reading back: the last of two who wr
 
 
 class LockStore(Protocol):
-    """The part of a store that a heartbeat needs; `create` writes a file unless it exists, and says whether."""
+    """The part of a store that a heartbeat needs; `create` writes a file unless it exists, and tells whether it did."""
 
     @property
     def location(self) -> str: ...
@@ -38,7 +38,7 @@ def being_written(location: str, host: str, pid: str, cure: str) -> UserError:
 
 @contextmanager
 def heartbeat(store: LockStore) -> Iterator[Callable[[], None]]:
-    """Holds the lock while the block runs; UserError if another process does. Yields as `Store.lock` does."""
+    """Hold the lock while the block runs; UserError if another process holds it. Yields what `Store.lock` yields."""
     token = secrets.token_hex(16)
     _take(store, token)
     renewed, lost, stop = [time.monotonic()], threading.Event(), threading.Event()
@@ -98,7 +98,7 @@ def _content(token: str) -> bytes:
 
 
 def holder_of(store: LockStore) -> dict[str, Any]:
-    """What the lock says of its holder; empty if there is none. An unreadable lock is one that nobody renews."""
+    """The holder as recorded in the lock; empty if there is none. An unreadable lock counts as not renewed."""
     for _ in range(5):
         try:
             content = json.loads(store.read(LOCK))

@@ -1,4 +1,4 @@
-"""What a cache was made from: the settings, their fingerprint, and the shape of what follows."""
+"""The manifest: what a cache was made from (settings and their fingerprint), and the shapes of its arrays."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +21,7 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as a reload from JSON gives them: tuples are lists, keys are strings. NaN raises ValueError."""
+    """The settings after a round trip through JSON: tuples become lists, keys strings. NaN raises ValueError."""
     return dict(json.loads(to_json(settings)))
 
 
@@ -30,7 +30,7 @@ def different_settings(
 ) -> list[str]:
     """One line per setting that differs, such as "pseudo_labels.lambda: cache 0.8, asked 0.7", sorted by name.
 
-    `ours` is what was made with the settings `made`; those named in `free` may differ.
+    `ours` names the thing that was made with the settings `made`; settings in `free` may differ.
 
     Values are compared as JSON text, as the fingerprint does: 1, 1.0 and true are three values, a tuple is a list.
     """
@@ -40,7 +40,7 @@ def different_settings(
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as {"outer.inner": JSON text}, by which they are compared."""
+    """Nested settings as {"outer.inner": JSON text}, for comparison."""
     flat: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
@@ -51,21 +51,21 @@ def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, st
 
 
 def short(text: str | None) -> str:
-    """A list of 171 class names would bury the line that it stands in."""
+    """Shorten long values, such as a list of 171 class names, for messages."""
     if text is None:
         return "nothing"
     return text if len(text) <= 60 else text[:60] + "..."
 
 
 class Borrowed(BaseModel, frozen=True, extra="forbid"):
-    """The cache that an array lives in, in place of this one: of the same images, in shards of the same size."""
+    """Another cache that holds an array of this one; it has the same images and shard size."""
 
     cache: str  # an absolute path, or a URL
     fingerprint: str
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid"):
-    """The content of manifest.json. Holds no time and no host, so the same settings give the same bytes."""
+    """The content of manifest.json. It contains no time and no host name: the same settings give the same bytes."""
 
     format: int
     fingerprint: str  # of `settings`
@@ -92,7 +92,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         context: Mapping[str, Any] | None = None,
         borrowed: Mapping[str, Borrowed] | None = None,
     ) -> "Manifest":
-        """The manifest that `create_cache` takes, which adds the digests of its `files`."""
+        """The manifest to pass to `create_cache`, which adds the digests of its `files`."""
         return cls(
             format=FORMAT,
             fingerprint=fingerprint(settings),
@@ -126,8 +126,8 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         """The manifest from its file's bytes; UserError, as in `load`.
 
         Args:
-            path: where the bytes are from, for messages.
-            afresh: the cure for a manifest of another format.
+            path: where the bytes come from, for messages.
+            afresh: the remedy for a manifest of another format.
         """
         cure = "run cache repair, it restores this file from its copy"
         try:
@@ -135,7 +135,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
             number = content.get("format") if isinstance(content, dict) else FORMAT
             if number != FORMAT and ("checksum" not in content or unseal(data)):
                 raise UserError(
-                    f"{path} has format {number!r}, this version of CLIP-ZSS reads format {FORMAT}: {afresh}"
+                    f"{path} has format {number!r}, but this version of CLIP-ZSS reads format {FORMAT}: {afresh}"
                 )
             manifest = cls.model_validate(unseal(data))
         except ValidationError as error:
@@ -145,7 +145,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}): {cure}") from error
         if manifest.fingerprint != fingerprint(manifest.settings):
-            raise UserError(f"{path} was edited, its fingerprint does not fit its settings: {cure}")
+            raise UserError(f"{path} was edited: its fingerprint does not match its settings: {cure}")
         return manifest
 
     def to_bytes(self) -> bytes:
@@ -153,7 +153,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def shards(self) -> int:
-        """How many shards the N images fill; the last may be short."""
+        """Number of shards for the N images; the last one may be short."""
         return -(-self.images // self.shard_images)
 
     def shard_rows(self, index: int) -> tuple[int, int]:
@@ -163,7 +163,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         return index * self.shard_images, min((index + 1) * self.shard_images, self.images)
 
     def array_views(self, name: str, views: int | None = None) -> int:
-        """How many views array `name` holds where `views` are done; by default, all."""
+        """Number of views in array `name` when `views` are done; by default, all."""
         return self.arrays[name].stored_views(self.views if views is None else views)
 
     def shard_shape(self, name: str, index: int) -> tuple[int, ...]:
@@ -173,18 +173,18 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
 
 
 def check_settings(location: str | Path, manifest: Manifest, asked: Mapping[str, Any]) -> None:
-    """UserError, naming each setting that differs, unless the cache there was made from the settings `asked`."""
+    """UserError that lists each differing setting, unless the cache was made with the settings `asked`."""
     if manifest.fingerprint != fingerprint(asked):
         lines = "; ".join(different_settings(manifest.settings, asked))
         cure = "choose another --cache, or delete this one"
-        raise UserError(f"{location} was made from other settings ({lines}): {cure}")
+        raise UserError(f"{location} was made with other settings ({lines}): {cure}")
 
 
 def check_same_contents(location: str, stored: Manifest, asked: Manifest) -> None:
-    """UserError unless both manifests have the same images and arrays, which settings alone cannot promise."""
+    """UserError unless both manifests have the same images and arrays; equal settings do not guarantee this."""
     contents = {"images", "shard_images", "arrays", "borrowed"}
     old, new = (manifest.model_dump(mode="json", include=contents) for manifest in (stored, asked))
     old["image_ids_sha256"], new["image_ids_sha256"] = (m.files[IMAGE_IDS].sha256 for m in (stored, asked))
     if old != new:
         lines = "; ".join(different_settings(old, new))
-        raise UserError(f"{location} was made from the same settings but other data ({lines}): choose another --cache")
+        raise UserError(f"{location} was made with the same settings but other data ({lines}): choose another --cache")

@@ -1,4 +1,4 @@
-"""Reading a cache. What is damaged or missing is refused, with the cure; it never reads as zeros."""
+"""Reading a cache. Damaged or missing data is an error that names the remedy; it never reads as zeros."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -30,9 +30,9 @@ class Cache:
     Attributes:
         location: the folder or URL.
         image_ids: N ids; row i of every array belongs to image i.
-        kept_rows: the rows, ascending, that hold something: images that could not be read were left out.
+        kept_rows: the rows of readable images, ascending; unreadable images were skipped.
         text_features: (K, C) float32, unit length.
-        names: the arrays that it holds, or borrows from another cache.
+        names: the arrays that it stores, or borrows from another cache.
     """
 
     def __init__(self, location: str, manifest: Manifest, records: list[ShardRecord]) -> None:
@@ -49,7 +49,7 @@ class Cache:
         self._pca = decode_pca(files)
 
     def skipped(self) -> dict[str, str]:
-        """Id -> why of the images that could not be read, here or by the cache whose arrays this one borrows."""
+        """Id -> reason for images that could not be read, in this cache or the one it borrows from."""
         own = {image_id: reason for record in self._records for image_id, reason in record.skipped.items()}
         lent = {name: why for lender in self._lenders.values() for name, why in lender.skipped().items()}
         return {**lent, **own}
@@ -57,8 +57,8 @@ class Cache:
     def load(self, name: str, views: int | None = None) -> np.ndarray:
         """The whole array `name` as stored, (N, V, *tail), checked against the completion records.
 
-        V is that of the manifest, or less for an array of which only the first views are stored. With `views`, only the
-        files of the first so many are read, and V is no more.
+        V is that of the manifest, or less for an array with only the first views stored. With `views`, only files of
+        that many first views are read, and V is at most `views`.
 
         Raises:
             UserError: there is no such array, or a shard is missing or damaged.
@@ -81,7 +81,7 @@ class Cache:
         return self.reader(name)(row, view)
 
     def reader(self, name: str) -> "ArrayReader":
-        """What `read` reads array `name` with, by itself; UserError if there is no such array."""
+        """The reader of array `name` that `read` uses; UserError if there is no such array."""
         self._require(name)
         if name in self._lenders:
             lent = self._lenders[name].reader(name)
@@ -121,7 +121,7 @@ class Cache:
         if name not in self.names:
             held = ", ".join(self.names)
             raise UserError(
-                f"{self.location} holds no {name} (it holds {held}): run precompute with a setting to store it"
+                f"{self.location} has no {name} (it has {held}): run precompute with a setting that stores it"
             )
 
     def _small_file(self, key: str) -> bytes:
@@ -134,9 +134,9 @@ class Cache:
 
 @dataclass(frozen=True)
 class ArrayReader:
-    """Reads single images, or views, of one array. All that loader workers need of a cache: it leaves out the records.
+    """Reads single images, or views, of one array. It is small: it omits the records.
 
-    `views`: how many of them it gives, the first ones.
+    `views`: the number of first views that it returns.
     """
 
     location: str
@@ -145,9 +145,9 @@ class ArrayReader:
     views: int
 
     def __call__(self, row: int, view: int | None = None) -> np.ndarray:
-        """One image as stored, (V, *tail), or one view of it, (*tail), of which only the file of this view is read.
+        """One image as stored, (V, *tail), or one view of it, (*tail), for which only that view's file is read.
 
-        Checked by the checksums inside the shard, as hashing all of it for one image would cost too much.
+        Checked with the checksums inside the shard; hashing the whole file for one image would be too slow.
 
         Raises:
             IndexError: there is no such row or view.
@@ -181,8 +181,8 @@ class ArrayReader:
 
 def _damaged(store: Store, key: str) -> UserError:
     return UserError(
-        f"{store.show(key)} is missing or does not match its completion record: run cache repair, it recomputes only "
-        "this shard"
+        f"{store.show(key)} is missing or does not match its completion record: run cache repair, which recomputes "
+        "only this shard"
     )
 
 
@@ -196,7 +196,7 @@ def open_cache(location: str | Path) -> Cache:
     """The cache at a path or URL.
 
     Raises:
-        UserError: there is none, it is not complete, or a file other than a shard is damaged.
+        UserError: there is no cache, it is incomplete, or a file other than a shard is damaged.
     """
     store = open_store(location)
     manifest = Manifest.load(store)
@@ -209,7 +209,7 @@ def open_cache(location: str | Path) -> Cache:
     if done < manifest.shards:
         raise UserError(
             f"{location} is incomplete, {done} of {manifest.shards} shards are done: "
-            "run precompute with the same settings again, it continues there"
+            "run precompute with the same settings again to continue"
         )
     return Cache(store.location, manifest, records)
 
@@ -221,19 +221,19 @@ def _open_lenders(location: str, manifest: Manifest) -> dict[str, Cache]:
         try:
             lender = opened.get(borrowed.cache) or open_cache(borrowed.cache)
         except UserError as error:
-            raise UserError(f"{location} shares {name} of another cache: {error}") from error
+            raise UserError(f"{location} shares {name} with another cache: {error}") from error
         same = lender.manifest.fingerprint == borrowed.fingerprint and lender.manifest.views >= manifest.views
         if not same or lender.manifest.shard_images != manifest.shard_images or name not in lender.names:
             raise UserError(
-                f"{location} shares {name} of {borrowed.cache}, which is another cache now: put the old one back, or "
-                "run precompute anew"
+                f"{location} shares {name} with {borrowed.cache}, which has changed: restore the old one, or "
+                "run precompute again"
             )
         opened[borrowed.cache] = lender
     return {name: opened[borrowed.cache] for name, borrowed in manifest.borrowed.items()}
 
 
 def find_caches(root: Path) -> Iterator[Cache]:
-    """Complete caches at or below the folder `root`, the one finished last first, opened one by one."""
+    """Complete caches at or below the folder `root`, most recently finished first, opened one by one."""
 
     def finished(path: Path) -> float:
         return max((record.stat().st_mtime for record in (path / SHARDS).glob("*.json")), default=0.0)

@@ -1,4 +1,4 @@
-"""Completion records: the only proof that a shard is done. Files under arrays/ prove nothing: a kill leaves some."""
+"""Completion records: the only proof that a shard is done. Files in arrays/ prove nothing, as a kill can leave some."""
 
 from pydantic import BaseModel, PositiveInt, ValidationError
 
@@ -12,7 +12,7 @@ _CURE = "run cache repair, or precompute with the same settings again: both reco
 
 
 class ArrayRecord(BaseModel, frozen=True, extra="forbid"):
-    """One array's files of a shard, one a view, as they are written."""
+    """One array's files of a shard, one per view, as written."""
 
     shape: tuple[int, ...]  # of one view: (rows of the shard, *tail)
     dtype: str
@@ -32,7 +32,7 @@ class ShardRecord(BaseModel, frozen=True, extra="forbid"):
         return seal(self.model_dump(mode="json"))
 
     def digests(self, manifest: Manifest, index: int) -> dict[str, FileDigest]:
-        """What every file that this record of shard `index` vouches for must be, by key."""
+        """The digest of every file that this record of shard `index` lists, by key."""
         return {
             shard_key(name, index, view, manifest.arrays[name]): digest
             for name, array in self.arrays.items()
@@ -70,7 +70,7 @@ def _parse(data: bytes, store: Store, manifest: Manifest, index: int) -> ShardRe
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): {_CURE}") from error
     if record.fingerprint != manifest.fingerprint:
-        raise UserError(f"{path} belongs to a cache made from other settings: {_CURE}")
+        raise UserError(f"{path} belongs to a cache made with other settings: {_CURE}")
     found = {name: (array.shape, array.dtype, len(array.files)) for name, array in record.arrays.items()}
     wanted = {
         name: (manifest.shard_shape(name, index), spec.dtype, manifest.array_views(name, record.views))

@@ -1,6 +1,6 @@
-"""Bytes that prove themselves: digests of files, and JSON files that carry a checksum of their own content.
+"""Digests of files, and JSON files with a checksum of their own content.
 
-Neither holds a time or a host: the same content gives the same bytes, always.
+Neither contains a time or a host name: the same content always gives the same bytes.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ def sha256(data: Any) -> str:
 
 
 class FileDigest(BaseModel, frozen=True, extra="forbid"):
-    """What proves a file's bytes."""
+    """Size and SHA-256 of a file."""
 
     bytes: NonNegativeInt
     sha256: str

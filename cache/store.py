@@ -1,4 +1,4 @@
-"""Opens the place where a cache's files are: a local folder, or any fsspec URL (s3://, gs://, memory://)."""
+"""Opens the location of a cache: a local folder, or any fsspec URL (s3://, gs://, memory://)."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from cache.url import UrlStore
 
 
 def open_store(location: str | Path) -> Store:
-    """The store at a path or a URL, which need not exist yet; UserError if it cannot be one."""
+    """The store at a path or URL, which need not exist yet; UserError if the location is invalid."""
     text = str(location)
     if text.startswith("file://"):
         text = text.removeprefix("file://")

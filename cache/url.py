@@ -1,4 +1,4 @@
-"""A cache on an object store, or whatever else fsspec knows by a URL."""
+"""A cache on an object store, or at any other fsspec URL."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds; on top of what fsspec
 
 
 class UrlStore(Store):
-    """Object stores put a file in place whole, and it lasts when they say so."""
+    """Object stores write files atomically, and durably once they confirm."""
 
     def __init__(self, url: str) -> None:
         self.location = url.rstrip("/")
@@ -27,7 +27,7 @@ class UrlStore(Store):
         except ImportError as error:
             raise UserError(f"{self.location}: {error}: install that package, or choose another --cache") from error
         except ValueError as error:
-            raise UserError(f"{self.location} is no location for a cache ({error}): correct --cache") from error
+            raise UserError(f"{self.location} is not a valid cache location ({error}): correct --cache") from error
         self._root = root.rstrip("/")
 
     def read(self, key: str) -> bytes:
@@ -52,7 +52,7 @@ class UrlStore(Store):
         self.attempt("write", key, lambda: self._files.pipe_file(self._path(key), bytes(data)))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Writes the file unless it exists, which stores tell at once where they can; whether it was written."""
+        """Write the file unless it exists, atomically if the store can; returns whether it was written."""
 
         def create() -> bool:
             if self._exists(key):
@@ -136,6 +136,6 @@ def _is_of_the_store(error: Exception) -> bool:
 
 
 def _is_final(error: Exception) -> bool:
-    """Errors that no waiting mends."""
+    """Errors for which retrying is useless."""
     final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
     return isinstance(error, final) or "Credentials" in type(error).__name__ or "Validation" in type(error).__name__

@@ -1,4 +1,4 @@
-"""Is every byte of a cache what it was when it was written? What is not, is found, and made ready to be restored."""
+"""Finds files of a cache that are missing or have changed, and prepares their repair."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _Records = dict[int, ShardRecord | UserError]  # as `load_records` finds them
 
 @dataclass(frozen=True)
 class Damage:
-    """A file that is not what it should be. A stray is a leftover that nothing vouches for: harmless, `gc` deletes it.
+    """A bad file. A stray is a leftover that no record lists: harmless, and deleted by `gc`.
 
     `shard`: the one to recompute; None for small files, which are restored from their copies, and for strays.
     """
@@ -31,10 +31,10 @@ class Damage:
 
 
 def verify(location: str | Path) -> list[Damage]:
-    """Re-reads every byte; empty if all is well. Shards that are not computed yet are no damage.
+    """Reread every byte; the list is empty if all is well. Shards that are not computed yet are not damage.
 
     Raises:
-        UserError: there is no cache, or its manifest and the copy of it are both damaged.
+        UserError: there is no cache, or both the manifest and its copy are damaged.
     """
     store = open_store(location)
     manifest = trusted_manifest(store)
@@ -67,7 +67,7 @@ def _bad_shards(store: Store, manifest: Manifest, records: _Records) -> Iterator
 
 
 def _strays(store: Store, manifest: Manifest, records: _Records) -> list[Damage]:
-    """Temporary files, and what nothing vouches for below the folders that are the cache's own."""
+    """Temporary files, and files in the cache's folders that no record lists."""
     known = {MANIFEST, *manifest.files}
     known |= {copy_key(key) for key in known}
     for index, record in records.items():
@@ -91,7 +91,7 @@ def _strays(store: Store, manifest: Manifest, records: _Records) -> list[Damage]
 def prepare_repair(location: str | Path) -> list[Damage]:
     """Restores small files and deletes the records of bad shards, which become `pending`; returns what `verify` found.
 
-    What it could not restore (a small file damaged together with its copy), `create_cache` does.
+    `create_cache` restores the rest (small files damaged together with their copies).
 
     Raises:
         UserError: as `verify`, or another precompute is at work.
@@ -144,7 +144,7 @@ class Info:
 
 
 def info(location: str | Path) -> Info:
-    """From the manifest, the records and the files' sizes alone; UserError if there is no cache."""
+    """Reads only the manifest, the records and the files' sizes; UserError if there is no cache."""
     store = open_store(location)
     manifest = Manifest.load(store)
     records = {i: record for i, record in load_records(store, manifest).items() if isinstance(record, ShardRecord)}

@@ -1,4 +1,4 @@
-"""Making a cache: create it, ask what is pending, write that. A killed run is continued by the same calls."""
+"""Making a cache: create it, list what is pending, write it. The same calls continue a killed run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,24 +24,23 @@ def create_cache(
     text_features: np.ndarray,
     pca: Pca | None = None,
 ) -> Manifest:
-    """Creates the cache, or opens the one that is there if it was made from the same settings.
+    """Create the cache, or open an existing one with the same settings.
 
-    A cache with fewer views than `manifest` is extended: the views that it lacks become pending in every shard. One
-    with more stays as it is.
+    A cache with fewer views than `manifest` is extended: the missing views become pending in every shard. One with
+    more views stays as it is.
 
     Args:
         manifest: `Manifest.describe(...)` of these images.
         image_ids: N names; row i of every array belongs to image i.
         text_features: (K, C) float32.
-        pca: of the dense tokens, where their principal components are stored; see `stored_pca`.
+        pca: the PCA of the dense tokens, if these are stored as principal components; see `stored_pca`.
 
     Returns:
-        The manifest as stored. For a cache that was there before, its versions, text features and PCA are those of the
-        run that began it.
+        The manifest as stored. An existing cache keeps the versions, text features and PCA of the run that created it.
 
     Raises:
-        UserError: the location holds something else, a cache made from other settings or images, or a small file that
-            is damaged, as is its copy, and that this machine makes otherwise.
+        UserError: the location holds something else, or a cache with other settings or images, or a small file that is
+            damaged together with its copy and for which this machine computes different bytes.
     """
     store = open_store(location)
     small = encode_small_files(manifest, image_ids, text_features, pca)
@@ -57,7 +56,7 @@ def create_cache(
     lost = restore(store, stored, as_stored)
     if lost:
         raise UserError(
-            f"{store.show(lost[0])} and its copy are damaged, and this machine makes other bytes: delete "
+            f"{store.show(lost[0])} and its copy are damaged, and this machine computes different bytes: delete "
             f"{store.location} and run precompute again"
         )
     return _extend(store, stored, manifest.views, small) if manifest.views > stored.views else stored
@@ -107,9 +106,9 @@ def _extend(store: Store, stored: Manifest, views: int, small: Mapping[str, byte
 
 
 def stored_pca(location: str | Path) -> Pca | None:
-    """The PCA of the cache that is there, from its files or their copies; None if there is none, or both are lost.
+    """The existing cache's PCA, from its files or their copies; None if there is none, or both are lost.
 
-    What has been projected with it is decoded with it: it is fitted once, when a cache is begun.
+    It is fitted once, when a cache is created, because stored tokens must be decoded with the same PCA.
     """
     store = open_store(location)
     try:
@@ -123,12 +122,12 @@ def stored_pca(location: str | Path) -> Pca | None:
 
 
 def pending(location: str | Path, manifest: Manifest | None = None) -> list[tuple[int, int]]:
-    """(index of the shard, first view to make) of all that is still to be computed, ascending.
+    """(index of the shard, first missing view) of everything still to be computed, ascending.
 
-    By the manifest that is stored, or by one that `create_cache` will be given.
+    `manifest` is the stored one, or one that will be passed to `create_cache`.
 
-    A shard without a record that fits the manifest is made from view 0; one whose record covers fewer views than the
-    manifest's V, from the first that it lacks.
+    A shard without a valid record starts at view 0; one with a record for fewer views than the manifest's V starts at
+    the first missing view.
     """
     store = open_store(location)
     manifest = manifest or Manifest.load(store)
@@ -145,9 +144,9 @@ def write_shard(
     arrays: Mapping[str, np.ndarray],
     skipped: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the views from `first_view` on of shard `index`, then its record: on return, the shard is done, to last.
+    """Write the views of shard `index` from `first_view` on, then its record. On return, the shard is durably done.
 
-    Safe in parallel for different shards, as they share no file; one task owns one shard.
+    Different shards can be written in parallel, as they share no files.
 
     Args:
         first_view: as `pending` says; the record that is there covers the views before it.
@@ -196,7 +195,7 @@ def write_shard(
 
 
 def list_skipped(location: str | Path) -> dict[str, str]:
-    """Gathers the skipped images of all completion records in the manifest, for people to read, and returns them."""
+    """Collect the skipped images from all completion records, write them to the manifest, and return them."""
     store = open_store(location)
     manifest = Manifest.load(store)
     skipped: dict[str, str] = {}

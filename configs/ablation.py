@@ -1,4 +1,4 @@
-"""A table of rows that differ in a few settings, and what the paper says of them."""
+"""A table of rows that differ in a few settings, and the claims about them."""
 
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ ABLATIONS = CONFIGS / "ablations"
 
 
 class Sign(Section):
-    """A claim that can fail: row `better` scores higher than row `worse`. `by_paper`: the paper's, or our own guess."""
+    """A testable claim: row `better` scores higher than row `worse`. `by_paper`: made by the paper, otherwise by us."""
 
     claim: str
     better: str
@@ -24,7 +24,7 @@ class Sign(Section):
 
 
 class Ablation(Section):
-    """`settings` hold for every row, a row's own come after them; both are texts as `--set` takes them."""
+    """`settings` apply to every row, before the row's own; both are written as for `--set`."""
 
     title: str
     settings: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ class Ablation(Section):
             for row in (sign.better, sign.worse):
                 if row not in self.rows:
                     hint = suggest(row, list(self.rows))
-                    raise ValueError(f"sign {sign.claim!r} names {row!r}, which is no row{hint}")
+                    raise ValueError(f"sign {sign.claim!r} names {row!r}, which is not a row{hint}")
         return self
 
 
@@ -49,7 +49,7 @@ def read_ablation(name_or_file: str) -> tuple[str, Ablation]:
     """A table's name and content, by its name in configs/ablations or by its file.
 
     Raises:
-        UserError: there is none, or it is no table.
+        UserError: there is no such table, or the file is not a table.
     """
     names = known_ablations()
     if name_or_file not in names and not name_or_file.endswith((".yaml", ".yml")):

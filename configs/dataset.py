@@ -1,4 +1,4 @@
-"""One dataset's YAML: its files on disk, what mask values mean, names and prompts of its classes, seen and unseen."""
+"""The YAML of a dataset: files, mask values, class names and prompts, seen and unseen classes."""
 
 import difflib
 import re
@@ -9,22 +9,22 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 
 class Section(BaseModel):
-    """A misspelt key is an error, and a resolved configuration never changes."""
+    """Unknown keys are errors, and a resolved configuration is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def check_name(name: str, of: str) -> None:
-    """ValueError unless it can be a class's, from the YAML to `predict --classes`."""
+    """ValueError if it cannot name a class, in a YAML or in `predict --classes`."""
     unprintable = {*map(unicodedata.category, name)} & {"Cc", "Cs", "Zl", "Zp"}
     if not name or name != name.strip() or "|" in name or unprintable:
         raise ValueError(
-            f"{of}: the name {name!r} is empty, has a space before or after it, or holds | or a line break"
+            f"{of}: the name {name!r} must not be empty, start or end with a space, or contain | or a line break"
         )
 
 
 def pixel_value(value: Any) -> int | str:
-    """A grey value or palette index from 0 to 255, or a colour as "#rrggbb", which may be written [r, g, b]."""
+    """A grey value or palette index from 0 to 255, or a colour as "#rrggbb", also written [r, g, b]."""
     if isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int and 0 <= v < 256 for v in value):
         return "#" + bytes(value).hex()
     if isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value):
@@ -35,7 +35,7 @@ def pixel_value(value: Any) -> int | str:
 
 
 def pixel_values(values: Any) -> Any:
-    """Text such as "0-10, 12", or colours; it may be written as one number or a list of numbers too."""
+    """Text such as "0-10, 12", or colours; also written as one number or a list of numbers."""
     if isinstance(values, list | tuple):
         found = tuple(pixel_value(value) for value in values)
         if len({value for value in found if isinstance(value, str)}) == len(found) > 0:
@@ -44,7 +44,7 @@ def pixel_values(values: Any) -> Any:
     text = str(values) if type(values) is int else values
     if not isinstance(text, str):
         raise ValueError(
-            "write numbers and ranges such as 0-10, 12, or a list of colours such as [[128, 0, 64]], each once"
+            "write numbers and ranges such as 0-10, 12, or a list of distinct colours such as [[128, 0, 64]]"
         )
     value_list(text)
     return text
@@ -55,7 +55,7 @@ Values = Annotated[str | tuple[str, ...], BeforeValidator(pixel_values)]
 
 
 class Masks(Section):
-    """Mask files, and their pixel values where those are not the dataset's.
+    """Mask files, and their pixel values if they differ from the dataset's.
 
     Written as a bare pattern, or as {files: PATTERN, values: ...}.
     """
@@ -67,9 +67,9 @@ class Masks(Section):
 class Split(Section):
     """Where one split's files are, relative to the dataset's root.
 
-    In a pattern `{id}` stands for the image id, which may hold folders ("aachen/aachen_000000"), and a final `.*` for
-    any image format. Of several `masks` the first file that exists is read. `ids` are text files with one id a line,
-    one after the other; without them every file that matches `images` is an id.
+    In a pattern, `{id}` stands for the image id, which may contain folders ("aachen/aachen_000000"), and a final `.*`
+    for any image extension. The first of the `masks` that exists is read. `ids` are text files with one id per line;
+    without them, every file that matches `images` is an id.
     """
 
     images: str
@@ -104,9 +104,9 @@ class Split(Section):
 class Dataset(Section):
     """A dataset on disk, and the names and prompts of its classes.
 
-    The i-th of `values` ("0-10, 12-23", or a list of colours) is the mask value of the i-th class; by default the
-    lowest values that are not in `ignore_index`, whose pixels have no class. Any other value in a mask is an error.
-    Masks with `values` of their own may give values of `ignore_index` a class.
+    The i-th of `values` ("0-10, 12-23", or a list of colours) is the mask value of the i-th class; the default is the
+    lowest values not in `ignore_index`, whose pixels have no class. Any other value in a mask is an error. Masks with
+    their own `values` may assign a class to values in `ignore_index`.
     """
 
     name: str = Field(pattern=r"^\w[\w.-]*$")  # names files
@@ -136,7 +136,7 @@ class Dataset(Section):
         unseen, named = dataset.get("unseen"), dataset.get("unseen_splits", {})
         if isinstance(unseen, str) and isinstance(named, dict):
             if unseen not in named:
-                raise ValueError(f"unseen {unseen!r} is none of unseen_splits ({', '.join(named) or 'there is none'})")
+                raise ValueError(f"unseen {unseen!r} is not in unseen_splits ({', '.join(named) or 'there are none'})")
             dataset["unseen"] = named[unseen]
         return dataset
 
@@ -149,7 +149,7 @@ class Dataset(Section):
                 check_name(name, f"prompts.{key}")
         if len(set(self.classes)) != len(self.classes):
             twice = next(name for name in self.classes if self.classes.count(name) > 1)
-            raise ValueError(f"classes holds {twice!r} twice")
+            raise ValueError(f"classes lists {twice!r} twice")
         named = {"unseen": self.unseen, "prompts": self.prompts}
         named |= {f"unseen_splits.{key}": names for key, names in self.unseen_splits.items()}
         for key, names in named.items():
@@ -157,17 +157,17 @@ class Dataset(Section):
             if unknown:
                 hint = difflib.get_close_matches(unknown[0], self.classes, n=1)
                 raise ValueError(
-                    f"{key} names no class of the dataset: {', '.join(unknown)}"
+                    f"{key} lists names that are not classes of the dataset: {', '.join(unknown)}"
                     + (f"; did you mean {hint[0]!r}?" if hint else "")
                 )
         if len(set(self.unseen)) == len(self.classes):
             raise ValueError("at least one class must be seen")
         if len(self.classes) > 255:
-            raise ValueError("more than 255 classes do not fit 8-bit masks, where 255 is no class")
+            raise ValueError("8-bit masks can hold at most 255 classes")
         if not self.templates or (isinstance(self.templates, tuple) and any("{}" not in t for t in self.templates)):
-            raise ValueError("templates must be one or more, each with {} for the class name")
+            raise ValueError("give one or more templates, each with {} for the class name")
         if not all(self.prompts.values()):
-            raise ValueError("prompts must give at least one name for each class that they hold")
+            raise ValueError("each class in prompts needs at least one name")
         for masks in (masks for split in self.splits.values() for masks in split.masks):
             self.value_of_class(masks.values)
         both = [value for value in self.value_of_class(None) if value in self.ignore_index]
@@ -176,13 +176,13 @@ class Dataset(Section):
         return self
 
     def value_of_class(self, values: Values | None) -> list[int] | list[str]:
-        """K pixel values, one of each class, for masks coded by `values` (None: as the dataset says)."""
+        """The pixel values of the K classes, for masks coded by `values` (None: the dataset's)."""
         values = self.values if values is None else values
         not_ignored = [value for value in range(256) if value not in self.ignore_index][: len(self.classes)]
         found = not_ignored if values is None else value_list(values) if isinstance(values, str) else list(values)
         if len(found) != len(self.classes):
             shown = values if isinstance(values, str) else ", ".join(values or ["0-255"])
-            raise ValueError(f"values {shown} are {len(found)} values for {len(self.classes)} classes")
+            raise ValueError(f"values {shown} has {len(found)} values for {len(self.classes)} classes")
         return found
 
     @property
@@ -195,17 +195,17 @@ class Dataset(Section):
 
     @property
     def synonyms(self) -> list[tuple[str, ...]]:
-        """What each class is called in prompts: its `prompts`, or else its name."""
+        """The names of each class in prompts: its `prompts`, or its name."""
         return [self.prompts.get(name, (name,)) for name in self.classes]
 
 
 def value_list(text: str) -> list[int]:
-    """The values that "0-2, 5" lists, here [0, 1, 2, 5]. ValueError unless they are 8-bit and rise, each once."""
+    """Parse "0-2, 5" to [0, 1, 2, 5]. ValueError unless the values are 8-bit, ascending and unique."""
     parts = [re.fullmatch(r"\s*(\d{1,3})\s*(?:-\s*(\d{1,3})\s*)?", part) for part in text.split(",")]
     if not all(parts):
         raise ValueError(f"values {text!r}: write numbers and ranges such as 0-10, 12")
     ranges = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
     bounds = [bound for first, last in ranges for bound in (first - 1, last)]  # rises, but for ranges that touch
     if any(first > last for first, last in ranges) or bounds != sorted(bounds) or bounds[-1] > 255:
-        raise ValueError(f"values {text!r} must rise from 0 to at most 255, each once")
+        raise ValueError(f"values {text!r} must be ascending, between 0 and 255, without duplicates")
     return [value for first, last in ranges for value in range(first, last + 1)]

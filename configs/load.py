@@ -19,7 +19,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice: YAML would silently take the last."""
+    """Rejects duplicate keys, of which YAML would silently use the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -43,18 +43,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold settings (key: value), not a {type(content).__name__}")
+        raise UserError(f"{path} must contain settings (key: value), not a {type(content).__name__}")
     return content
 
 
 def _read_experiment(path: Path) -> dict[str, Any]:
-    """From here, or from where clip-zss is installed: configs/experiments/... is meant by its name anywhere."""
+    """Look in the working folder, then where clip-zss is installed, so configs/experiments/... works from anywhere."""
     installed = CONFIGS.parent / path
     return read_yaml(path if path.is_file() or not installed.is_file() else installed)
 
 
 def suggest(word: str, known: Sequence[str], prefix: str = "", cutoff: float = 0.6) -> str:
-    """Ends a message about a misspelt word: the known one that is most like it, with what comes before it."""
+    """The end of a message about a misspelt word: the most similar known word, with `before` in front."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
@@ -64,7 +64,7 @@ def known_datasets() -> list[str]:
 
 
 def dataset_settings(name_or_file: str) -> dict[str, Any]:
-    """A dataset's YAML, checked, by its name in configs/datasets or by its file; files it names lie beside it."""
+    """A validated dataset YAML, by its name in configs/datasets or its path; files in it are relative to it."""
     names = known_datasets()
     if name_or_file not in names and not name_or_file.endswith((".yaml", ".yml")):
         hint = suggest(name_or_file, names)
@@ -80,18 +80,18 @@ def dataset_settings(name_or_file: str) -> dict[str, Any]:
 
 
 def _read_names(path: Path) -> list[str]:
-    """One class name a line; empty lines do not count."""
+    """One class name per line; empty lines are skipped."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise UserError(f"cannot read the class names in {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"the class names in {path} are no UTF-8 text: save them as such") from error
+        raise UserError(f"the class names in {path} are not UTF-8 text: save the file as UTF-8") from error
     return [line.strip() for line in lines if line.strip()]
 
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings, those of `top` over those of `base`."""
+    """Merge nested settings; `top` overrides `base`."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -147,7 +147,7 @@ def _paths(section: type[BaseModel]) -> Iterator[str]:
 
 
 def _explain(model: Any, errors: list[ErrorDetails]) -> str:
-    """The first of the errors: the setting, what is wrong with it, and what it may be."""
+    """Explain the first error: the setting, what is wrong, and the allowed values."""
     first = errors[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
@@ -189,15 +189,15 @@ def resolve(
     runlocal: bool = False,
     base_name: str = "settings of the run or cache",
 ) -> Config:
-    """The configuration that the flags ask for.
+    """Resolve the configuration from the command-line options.
 
     Args:
         dataset: name or YAML file (`--dataset`).
-        config: experiment YAML (`--config`); without it, configs/experiments/<dataset>.yaml where there is one.
+        config: experiment YAML (`--config`); without it, configs/experiments/<dataset>.yaml if it exists.
         assignments: `key.path=value` texts (`--set`), applied last.
-        base: settings to start from: those of the cache or run at hand.
-        runlocal: lay configs/runlocal.yaml over the experiment.
-        base_name: what errors call `base`.
+        base: settings to start from, such as those of a cache or run.
+        runlocal: apply configs/runlocal.yaml on top of the experiment.
+        base_name: the name of `base` in errors.
 
     Raises:
         UserError: unknown names, unreadable files, misspelt keys, values out of range.
@@ -231,7 +231,7 @@ def resolve(
 
 
 def named_dataset(dataset: str | None, config: Path | None) -> str | None:
-    """The name of the dataset that `--dataset`, or else the experiment, asks for; None where neither names one."""
+    """The dataset's name from `--dataset` or the experiment; None if neither names one."""
     chosen = dataset or (_read_experiment(config).get("dataset") if config else None)
     if chosen is None:
         return None

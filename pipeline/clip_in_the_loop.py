@@ -1,4 +1,4 @@
-"""What the student is timed against: predictions with CLIP's image tower. Random weights: only the time counts."""
+"""Baselines for timing the student: prediction with CLIP's image tower. Weights are random; only the time matters."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ LAYERS, HEADS = 3, 8
 
 
 class DenseClip(nn.Module):
-    """The frozen CLIP's own dense prediction: cosine of its projected tokens and the text features."""
+    """The frozen CLIP's dense prediction: cosine of its projected tokens and the text features."""
 
     def __init__(self, model: str, size: int) -> None:
         """`model`: an open_clip ViT. `size`: side of its images in pixels."""
@@ -32,7 +32,7 @@ class DenseClip(nn.Module):
 
 
 class CrossAttentionLayer(nn.Module):
-    """ZegCLIP's decoder layer: classes look at the tokens and not at each other, then a feed-forward net."""
+    """ZegCLIP's decoder layer: cross-attention from classes to tokens, no self-attention, then a feed-forward net."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class CrossAttentionLayer(nn.Module):
 
 
 class ClipInTheLoop(nn.Module):
-    """The shape of ZegCLIP (Zhou et al. 2023): classes, told about the image by its CLS token, query the dense tokens.
+    """The structure of ZegCLIP (Zhou et al. 2023): classes, conditioned on the CLS token, query the dense tokens.
 
     A class's mask is its match with the tokens after three decoder layers.
     """

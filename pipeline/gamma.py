@@ -1,4 +1,4 @@
-"""Gamma without a mask of an unseen class: calibrated stacking, chosen on what training may see."""
+"""Choosing gamma for calibrated stacking on training data, without masks of unseen classes."""
 
 import numpy as np
 
@@ -6,19 +6,19 @@ KEPT = 0.95  # of the seen classes' mean accuracy
 
 
 def keeping_gamma(margins: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> float | None:
-    """The largest gamma that leaves the seen classes `KEPT` of their mean accuracy on annotated pixels of training.
+    """The largest gamma at which the seen classes keep `KEPT` of their mean accuracy on annotated training pixels.
 
-    A student knows the masks that it learnt from: on these images seen and unseen lie further apart than on others, and
-    a gamma that divides them evenly takes far too much from the seen classes on others. Where their margins begin is
-    where the two meet elsewhere. Unannotated pixels have no say: what is ignored by design (a background, borders)
-    would spoil it. docs/evidence.md compares rules.
+    On its training images, a student separates seen and unseen pixels further than on other images. A gamma that
+    balances them there would take far too much from the seen classes elsewhere, so it is chosen where the margins of
+    the seen pixels begin. Unannotated pixels are not used, as they may be ignored by design (a background, borders).
+    docs/evidence.md compares rules.
 
     Args:
         margins: (P,) best seen minus best unseen logit of each annotated pixel.
-        predicted, truth: (P,) integers from 0 on: its best seen class, and its own.
+        predicted, truth: (P,) integers from 0: the best seen class of each pixel, and its true class.
 
     Returns:
-        The margin of one of the pixels; None where no pixel's best seen class is its own: there is nothing to keep.
+        The margin of one of the pixels; None if no pixel is classified correctly among the seen classes.
     """
     own = predicted == truth
     if not own.any():

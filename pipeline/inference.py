@@ -21,7 +21,7 @@ LONGEST = 8  # times the short side
 def short_side_to(image: np.ndarray, size: int) -> np.ndarray:
     """(H, W, 3) uint8 with its short side at `size` pixels, ratio kept; bilinear.
 
-    Of strips longer than 8 : 1 the long side is 8 x `size`: a few pixels by a few thousand would fill the memory.
+    For aspect ratios above 8 : 1, the long side is limited to 8 x `size`, as extreme strips would fill the memory.
     """
     height, width = image.shape[:2]
     scale = min(size / min(height, width), LONGEST * size / max(height, width))
@@ -38,7 +38,7 @@ def windows(length: int, side: int, stride: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Window:
-    """Logits (K, ceil(h / stride), ceil(w / stride)) of the pixels top:bottom, left:right of an image."""
+    """Logits (K, ceil(h / stride), ceil(w / stride)) for the pixels top:bottom, left:right of an image."""
 
     box: tuple[int, int, int, int]  # top, bottom, left, right
     logits: Tensor
@@ -46,12 +46,12 @@ class Window:
 
 @dataclass(frozen=True)
 class ClassLogits:
-    """The logits R . T of an image, kept at the stride of R: all classes at full size would fill the memory.
+    """The logits R . T of an image, kept at the stride of R because all classes at full size would fill the memory.
 
     Attributes:
         size: (H, W) of the image.
         stride: pixels per logit along one side.
-        windows: which together cover the image.
+        windows: together they cover the image.
     """
 
     size: tuple[int, int]

@@ -1,4 +1,4 @@
-"""Generalized zero-shot metrics: one prediction over all classes, IoU averaged over seen and unseen apart."""
+"""Generalized zero-shot metrics: one prediction over all classes, IoU averaged separately over seen and unseen."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ FEWEST = 4  # classes upsampled at once: for fewer torch takes another kernel, w
 
 
 def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
-    """(K, K) int64 counts of pixels, rows truth, columns prediction; IGNORE in `truth` is left out."""
+    """(K, K) int64 counts of pixels, rows truth, columns prediction; pixels with IGNORE in `truth` are skipped."""
     valid = truth != IGNORE
     pairs = truth[valid].astype(np.int64) * classes + prediction[valid]
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
@@ -22,7 +22,7 @@ def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, classes: int) ->
 
 @dataclass(frozen=True)
 class Scores:
-    """Percentages. `iou` is per class, NaN for a class in neither truth nor prediction, which no mean counts."""
+    """Percentages. `iou` is per class, NaN for a class in neither truth nor prediction; means skip NaN."""
 
     pixel_accuracy: float
     miou: float
@@ -61,7 +61,7 @@ def _resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def best_of(logits: ClassLogits, classes: list[int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The highest of `classes` at each pixel: logit (H, W) and class index (H, W), the smallest of equals.
+    """The best of `classes` at each pixel: logit (H, W) and class index (H, W); ties go to the smallest index.
 
     The logits are upsampled to `size` (bilinear, align_corners=False) a few classes at a time: all of them at the size
     of a large image would fill the memory. Bit for bit what the maximum over all at once gives (on a CPU of images of
@@ -125,7 +125,7 @@ class CalibratedStacking:
 
 
 def seen_margins(logits: ClassLogits, seen: list[int], unseen: list[int]) -> np.ndarray:
-    """(H * W,) best seen minus best unseen logit of each pixel of the image: the gammas at which it changes sides."""
+    """(H * W,) best seen minus best unseen logit of each pixel: the gamma at which its prediction becomes unseen."""
     margin = best_of(logits, seen, logits.size)[0] - best_of(logits, unseen, logits.size)[0]
     return margin.flatten().cpu().numpy()
 
@@ -159,3 +159,10 @@ def adjusted_rand_index(first: np.ndarray, second: np.ndarray) -> float:
     )
     most_minus_chance = (one + other) * pairs - 2 * one * other  # exact: Python's integers; x 2 pairs, as the other is
     return 2 * (both * pairs - one * other) / most_minus_chance if most_minus_chance else 1.0
+
+
+def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the precision-recall steps of one class (not interpolated): (N,) scores and bool -> 0 to 1."""
+    ranked = positive[np.argsort(-scores, kind="stable")]
+    precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
+    return float(precision[ranked].mean())

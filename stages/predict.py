@@ -1,4 +1,4 @@
-"""`from stages.predict import Segmenter`: the one import path that is promised to users of a trained student."""
+"""`from stages.predict import Segmenter`: the stable import path for users of a trained student."""
 
 from stages.apply.predict import Segmenter
 

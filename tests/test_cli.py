@@ -48,7 +48,7 @@ def test_a_mistake_is_said_though_quiet(world: World) -> None:
 def test_ctrl_c_says_how_to_go_on(world: World, tmp_path: Path) -> None:
     with mock.patch.object(stages.precompute.stage, "precompute", side_effect=KeyboardInterrupt):
         done = world.run("precompute", "--config", world.config, "--cache", tmp_path / "x", check=False)
-    assert done.returncode == 130 and "the same command goes on" in done.stderr
+    assert done.returncode == 130 and "run the same command to continue" in done.stderr
 
 
 def test_ctrl_c_ends_all_processes_without_a_traceback(world: World, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_ctrl_c_ends_all_processes_without_a_traceback(world: World, tmp_path: P
             if group_lives(process.pid):
                 os.killpg(process.pid, signal.SIGKILL)
     text = (tmp_path / "said").read_text()
-    assert "Traceback" not in text and "stopped: the same command goes on from here" in text
+    assert "Traceback" not in text and "stopped: run the same command to continue" in text
 
 
 def group_lives(group: int) -> bool:

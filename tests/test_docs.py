@@ -31,7 +31,7 @@ from tests.markdown import LANGUAGES, PAGES, Block, blocks, commands, inline_cod
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 SCENES = {"train": 12, "holdout": 6, "val": 6}  # images; to render all 2,400 takes half a minute
-OTHER_PROGRAMS = ("make", "pip", "dask")
+OTHER_PROGRAMS = ("make", "pip", "dask", "source")
 OTHER_OPTIONS = ("--nthreads", "--nproc-per-node")  # of dask and torchrun
 SETTING = rf"(?:{'|'.join(Config.model_fields)})\.[a-z0-9_.]+"
 FILE = r"(?:benchmarks|cache|configs|docs|pipeline|stages|tests)/[\w./-]*"
@@ -102,7 +102,9 @@ def check_command(words: list[str]) -> None:
             if "table" in options:
                 read_ablation(options["table"])
         return
-    assert words[0] in OTHER_PROGRAMS or (words[0] == "python" and (ROOT / words[1]).is_file()), words
+    assert words[0] in OTHER_PROGRAMS or (
+        words[0] == "python" and (words[1:3] == ["-m", "venv"] or (ROOT / words[1]).is_file())
+    ), words
     if words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), words
     for extra in re.findall(r"clip-zss\[(\w+)\]", " ".join(words)):

@@ -1,7 +1,7 @@
-"""Reads images and masks of one split of any dataset, and says in one line what is wrong with a file.
+"""Reads images and masks of one split of any dataset. Errors are one line that names the file.
 
-Masks on disk hold all classes. Hiding the unseen ones is done here and nowhere else: `training_pair` gives the only
-mask that training gets to see (generalised zero-label: unseen pixels become "ignored").
+Masks on disk contain all classes. Unseen classes are hidden here and nowhere else: `training_pair` returns the only
+mask that training sees (generalised zero-label: unseen pixels become "ignored").
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import numpy as np
 from configs.dataset import Dataset, Masks, Values
 from configs.errors import UserError
 from pipeline.data.files import BrokenFile, files_in, is_picture, opened, rgb
-from pipeline.data.masks import IGNORE as IGNORE  # where others look for it
+from pipeline.data.masks import IGNORE as IGNORE  # part of this module's interface
 from pipeline.data.masks import MaskReader, Palette, orientation, palette_of
 from pipeline.data.pascal_context import write_context_masks
 from pipeline.data.scenes import write_scenes
@@ -28,10 +28,10 @@ class SegmentationDataset:
 
     Attributes:
         ids: image ids, in the order of the split lists (or sorted, where ids come from file names).
-        root: the dataset's folder: DATA_ROOT/<root of its YAML>, or DATA_ROOT itself where there is no such folder.
-        passed_over: where ids come from file names, the files beside them that are none: links to files that are there
-            already, and for a pattern with a final `.*` whatever has no image's ending.
-        palettes: by the coding of masks, the palette that others are compared with, as soon as it is known.
+        root: the dataset's folder: DATA_ROOT/<root of its YAML>, or DATA_ROOT itself if that folder does not exist.
+        passed_over: if ids come from file names, the files that were ignored: links to files that are listed already,
+            and for a pattern with a final `.*` files without an image extension.
+        palettes: for each coding of masks, the palette that others are compared with, once it is known.
         seen_indices: which of all classes are seen, ascending.
         seen_lookup: (256,) uint8, class index -> index among the seen classes, IGNORE for unseen ones.
     """
@@ -47,7 +47,7 @@ class SegmentationDataset:
         self.root = self._find_root(data_root)
         if config.generator == "pascal-context":
             write_context_masks(self.root)
-        self._scanned: dict[str, dict[str, list[str]]] = {}
+        self._folders: dict[str, dict[str, list[str]]] = {}
         self.passed_over: list[str] = []
         self.ids = self._list_ids()[: config.limit]
         self._readers = {masks.values: MaskReader(config, masks.values) for masks in self._files.masks}
@@ -58,7 +58,7 @@ class SegmentationDataset:
 
     @property
     def expected(self) -> int:
-        """How many images the split should have: the YAML's `count`, or what there is."""
+        """Expected number of images: the YAML's `count`, or the actual number if it has none."""
         count = self._files.count or len(self.ids)
         return min(count, self.config.limit or count)
 
@@ -70,12 +70,12 @@ class SegmentationDataset:
         wanted = data_root / self.config.root / folder
         raise UserError(
             f"no folder {wanted} (nor {data_root / folder}): put dataset {self.config.name} there, "
-            "or name its folder by --data-root"
+            "or pass its folder as --data-root"
         )
 
     def _list_ids(self) -> list[str]:
         if not self._files.ids:
-            ids = sorted(self._scan(self._files.images))
+            ids = self._scan()
             source = f"{self.root} holds no file {self._files.images}"
         else:
             ids = []
@@ -87,7 +87,7 @@ class SegmentationDataset:
                     ]
                 except (OSError, UnicodeDecodeError) as error:
                     reason = getattr(error, "strerror", "it is no UTF-8 text")
-                    raise UserError(f"cannot read the split list {listing}: {reason}; write one id a line") from error
+                    raise UserError(f"cannot read the split list {listing}: {reason}; write one id per line") from error
             source = f"the split list {self.root / self._files.ids[0]} is empty"
         if not ids:
             raise UserError(f"{source}: check the dataset's files, its YAML and --data-root")
@@ -97,49 +97,54 @@ class SegmentationDataset:
             raise UserError(f"split {self.split} of {self.root} lists {names} more than once: keep one of each")
         return ids
 
-    def _scan(self, pattern: str) -> dict[str, list[str]]:
-        """Image id -> its files, of every file that matches the pattern; several only for a final `.*`."""
-        if pattern in self._scanned:
-            return self._scanned[pattern]
-        before, after = pattern.split("{id}")
-        before = os.path.join(self.root, before)
-        found: dict[str, list[str]] = {}
-        again: list[str] = []
+    def _scan(self) -> list[str]:
+        """The ids of all files that match the pattern of images, sorted."""
+        before, after = os.path.join(self.root, self._files.images).split("{id}")
+        found, again = set[str](), list[str]()
         for path in files_in(os.path.dirname(before), before.endswith("/"), again, after):
             ending = os.path.splitext(path)[1] if after == ".*" else after
             image_id = path[len(before) :].removesuffix(ending)
-            if not path.startswith(before) or not path.endswith(ending) or not image_id:
-                continue
-            if after == ".*" and not is_picture(path):
-                again.append(path)
-            else:
-                found.setdefault(image_id, []).append(path)
-        if pattern == self._files.images and not self._files.ids:
-            self.passed_over = sorted(again)
-        self._scanned[pattern] = found
-        return found
+            if path.startswith(before) and path.endswith(ending) and image_id:
+                known = after != ".*" or is_picture(path)
+                found.add(image_id) if known else again.append(path)
+        self.passed_over = sorted(path for path in again if path.startswith(before))
+        return sorted(found)
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def _candidates(self, pattern: str, image_id: str) -> list[str]:
+        """The paths that an id can have: that of the pattern, or for a final `.*` the images with this name."""
+        path = os.path.join(self.root, pattern.replace("{id}", image_id))
+        if not pattern.endswith(".*"):
+            return [path]
+        folder, name = os.path.split(path.removesuffix(".*"))
+        if folder not in self._folders:
+            by_name: dict[str, list[str]] = {}
+            for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+                if is_picture(file):
+                    by_name.setdefault(os.path.splitext(file)[0], []).append(os.path.join(folder, file))
+            self._folders[folder] = by_name  # threads read at the same time
+        return self._folders[folder].get(name, [path])
+
     def _located(self, pattern: str, row: int) -> str:
-        """Text, not a Path: training looks at every file as it starts, and a Path takes longer than a look at one."""
-        found = self._scan(pattern).get(self.ids[row]) if pattern.endswith(".*") else None
-        return found[0] if found else os.path.join(self.root, pattern.replace("{id}", self.ids[row]))
+        """A str, not a Path: training checks every file at the start, and making a Path takes longer than the check."""
+        return self._candidates(pattern, self.ids[row])[0]
 
     def _the_file(self, kind: str, pattern: str, row: int) -> Path:
-        """BrokenFile, which says what to do, if there is none or there are several."""
-        path, image_id = self._located(pattern, row), self.ids[row]
-        if pattern.endswith(".*") and len(files := self._scan(pattern).get(image_id, [])) > 1:
-            raise BrokenFile(f"{' and '.join(files)} have one id: keep one, or write the ending in the pattern")
-        if not os.path.lexists(path):
+        """The file of a row. BrokenFile, with the remedy, if there is none or there are several."""
+        image_id = self.ids[row]
+        files = self._candidates(pattern, image_id)
+        if len(files) > 1 and len(set(map(os.path.realpath, files))) > 1:
+            raise BrokenFile(f"{' and '.join(files)} have the same id: keep one, or put the extension in the pattern")
+        if not os.path.lexists(files[0]):
             cure = "add it, or list only ids that have one (`ids`)"
-            words = map(Path, re.split(r"[\s,;]+", image_id.replace("\\", "/")))  # a list of file names, say
+            words = map(Path, re.split(r"[\s,;]+", image_id.replace("\\", "/")))  # the line may hold file names
             guesses = (str(guess) for word in words for guess in (word, word.with_suffix(""), word.name, word.stem))
-            if meant := next((guess for guess in guesses if guess in self._scan(pattern)), None):
-                cure = f"the split list says {image_id!r} where {meant!r} is an id ({{id}} in {pattern})"
-            raise BrokenFile(f"missing {kind} {path}: {cure}")
-        return Path(path)
+            if meant := next((g for g in guesses if g and os.path.lexists(self._candidates(pattern, g)[0])), None):
+                cure = f"the split list says {image_id!r}, but the id is {meant!r} ({{id}} in {pattern})"
+            raise BrokenFile(f"missing {kind} {files[0]}: {cure}")
+        return Path(files[0])
 
     def image_path(self, row: int) -> Path:
         return Path(self._located(self._files.images, row))
@@ -160,7 +165,7 @@ class SegmentationDataset:
         return first
 
     def image(self, row: int) -> np.ndarray:
-        """(H, W, 3) uint8 RGB, as `pipeline.data.files.rgb` has it."""
+        """(H, W, 3) uint8 RGB, converted by `pipeline.data.files.rgb`."""
         path = self._the_file("image", self._files.images, row)
         with opened(path, "image") as picture:
             return rgb(picture, f"image {path}")
@@ -172,7 +177,7 @@ class SegmentationDataset:
         return self._readers[masks.values](path, lambda: self._first_palette(masks.values))
 
     def _first_palette(self, values: Values | None) -> Palette:
-        """That of the first mask with one, of those that are coded by `values`; one must have it."""
+        """Of the first palette mask among those coded by `values`; there must be one."""
         for row in range(len(self)):
             if values in self.palettes:
                 break
@@ -183,25 +188,27 @@ class SegmentationDataset:
         return self.palettes[values]
 
     def doubts(self, row: int) -> list[str]:
-        """What may be meant, but looks like a mistake, in a pair that can be read; the same words for all pairs."""
+        """What looks like a mistake in a readable pair, but may be intended; the same text for all pairs."""
         path, _, masks = self._mask_file(row)
         found = []
         with opened(self.image_path(row), "image") as image, opened(Path(path), "mask") as mask:
             tags = orientation(image), orientation(mask)
-            # The size says whether they fit, but of square images, and where neither tag or both swap the sides.
+            # Sizes show a mismatch, except for square images, and if both tags or neither swap the sides.
             if tags[0] != tags[1] and (image.width == image.height or (tags[0] > 4) == (tags[1] > 4)):
-                found.append("images and masks have different orientation tags: see whether they fit as they are shown")
+                found.append("masks have a different orientation tag from their images: check that they match")
             if self._readers[masks.values].clash(Path(path), mask, lambda: self._first_palette(masks.values)):
-                found.append("masks have another palette than the first: their indices, not colours, are the classes")
+                found.append(
+                    "masks have a different palette from the first: their indices are the classes, not their colours"
+                )
         return found
 
     def pair(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image and full mask, checked to be of one size."""
+        """Image and full mask, checked to have the same size."""
         image, mask = self.image(row), self.mask(row)
         if image.shape[:2] != mask.shape:
             raise BrokenFile(
                 f"mask {self.mask_path(row)} is {mask.shape[1]} x {mask.shape[0]} but its image is "
-                f"{image.shape[1]} x {image.shape[0]}: both must have one size"
+                f"{image.shape[1]} x {image.shape[0]}: both must have the same size"
             )
         return image, mask
 
@@ -215,7 +222,7 @@ class SegmentationDataset:
         return hashlib.sha256(json.dumps(self.file_sizes()).encode()).hexdigest()
 
     def file_sizes(self) -> list[tuple[str, int, int]]:
-        """(id, bytes of the image, bytes of the mask) of every row: tells two versions of a dataset apart cheaply.
+        """(id, bytes of the image, bytes of the mask) of every row: a cheap way to detect a changed dataset.
 
         Missing files have -1 bytes.
         """

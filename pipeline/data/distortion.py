@@ -10,7 +10,7 @@ _ROWS = 32  # at once: what is computed of them stays in the processor's cache, 
 
 
 class Distortion(NamedTuple):
-    """What is done to one image; the defaults do nothing."""
+    """The distortion of one image; the defaults change nothing."""
 
     added: float = 0.0  # to every value
     contrast: float = 1.0  # factor of every value
@@ -20,7 +20,7 @@ class Distortion(NamedTuple):
 
 
 def draw_distortion(rng: np.random.Generator) -> Distortion:
-    """Each part half the time, on its own, uniform in its range; contrast first or last, each half the time."""
+    """Draw each part independently with probability 0.5, uniform in its range; contrast first or last, 0.5 each."""
     use = rng.random(4) < 0.5
     middle, reach = np.array([0, 1, 1, 0]), np.array([BRIGHTNESS, CONTRAST, SATURATION, HUE])
     drawn = rng.uniform(middle - reach, middle + reach)
@@ -29,7 +29,7 @@ def draw_distortion(rng: np.random.Generator) -> Distortion:
 
 
 def distort(image: np.ndarray, how: Distortion) -> np.ndarray:
-    """The (H, W, 3) uint8 RGB image anew, in the same form. Values are clipped to 0..255 after every part."""
+    """Distort an (H, W, 3) uint8 RGB image. Values are clipped to 0..255 after every part."""
     first, last = (1.0, how.contrast) if how.contrast_last else (how.contrast, 1.0)
     values = np.arange(256)
     brighter = np.clip(np.clip(values + how.added, 0, 255) * first, 0, 255)

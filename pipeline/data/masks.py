@@ -1,4 +1,4 @@
-"""What the pixels of a mask file mean: its classes, by grey value, palette index or colour."""
+"""Reads the classes of a mask file from grey values, palette indices or colours."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +10,13 @@ from configs.dataset import Dataset, Values
 from pipeline.data.files import BrokenFile, opened
 
 IGNORE = 255
-_LOSSY = {"JPEG", "MPO", "JPEG2000", "HEIF", "AVIF", "WEBP", "jpeg", "tiff_jpeg", "webp"}  # the last three in TIFF
+_LOSSY = {"JPEG", "MPO", "JPEG2000", "HEIF", "AVIF", "WEBP", "jpeg", "tiff_jpeg", "webp"}  # the last three inside TIFF
 _SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads grey values of 2 and 4 bits over 0..255
-Palette = tuple[Path, np.ndarray]  # of this file, (K, 3) uint8
+Palette = tuple[Path, np.ndarray]  # a file and its (K, 3) uint8 colours
 
 
 class MaskReader:
-    """Reads masks that are coded by `values`."""
+    """Reads masks coded by `values`."""
 
     def __init__(self, config: Dataset, values: Values | None) -> None:
         codes = config.value_of_class(values)
@@ -28,15 +28,17 @@ class MaskReader:
         self._lookup[[_code(v) for v in codes]] = np.arange(len(codes))
 
     def __call__(self, path: Path, first_palette: Callable[[], Palette]) -> np.ndarray:
-        """(H, W) uint8, class indices, IGNORE where there is none; turned upright by a tag of its own.
+        """(H, W) uint8 class indices, IGNORE where there is none; the mask's own orientation tag is applied.
 
-        BrokenFile if it cannot be decoded, its kind may have changed pixels, or a value means nothing. `first_palette`
-        is what its palette is compared with.
+        BrokenFile if it cannot be decoded, has a lossy format, a value that is neither a class nor ignored, or a
+        palette that contradicts `first_palette`.
         """
         with opened(path, "mask") as picture:
             kind = str(picture.info.get("compression") if picture.format == "TIFF" else picture.format)
             if kind in _LOSSY:
-                raise BrokenFile(f"mask {path} is saved as {kind}, which changes pixels' classes: make it anew as PNG")
+                raise BrokenFile(
+                    f"mask {path} is saved as {kind}, a lossy format that changes classes: create it again as PNG"
+                )
             spread = max((_SPREAD.get(tile[3], 1) for tile in getattr(picture, "tile", ())), default=1)
             upright = ImageOps.exif_transpose(picture)
             codes = self._codes(upright, path) // spread
@@ -46,39 +48,39 @@ class MaskReader:
             shown = ", ".join(f"#{code:06x}" if self._by_colour else str(code) for code in wrong[:10].tolist())
             more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
             raise BrokenFile(
-                f"mask {path} holds {shown}{more}, which is no class and not ignored: correct the file, or "
+                f"mask {path} holds {shown}{more}, which is neither a class nor ignored: correct the file, or "
                 f"`values` and `ignore_index` of dataset {self._name}"
             )
         if not self._meant and (clash := self.clash(path, upright, first_palette)):
-            raise BrokenFile(f"{clash}: make it anew by one palette, or, if indices are classes, say so by `values`")
+            raise BrokenFile(f"{clash}; use one palette, or, if the indices are classes, set `values`")
         return mask.astype(np.uint8)
 
     def _codes(self, picture: Image.Image, path: Path) -> np.ndarray:
-        """(H, W) numbers of the lookup; a colour is red * 65536 + green * 256 + blue."""
+        """(H, W) indices into the lookup; a colour is red * 65536 + green * 256 + blue."""
         if picture.mode not in self._modes:
             other = ", or give `values` as a list of colours" if picture.mode in ("RGB", "RGBA") else ""
             raise BrokenFile(
-                f"mask {path} has mode {picture.mode}: masks must be 8-bit, one class value a pixel{other}"
+                f"mask {path} has mode {picture.mode}: masks must be 8-bit, with one class value per pixel{other}"
             )
         if not self._by_colour:
             return np.asarray(picture)
         if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
-            raise BrokenFile(f"mask {path} is transparent in places, which have no colour: save it as RGB")
+            raise BrokenFile(f"mask {path} has transparent pixels, which have no colour: save it as RGB")
         return np.asarray(picture.convert("RGB")).astype(np.int32) @ np.array([65536, 256, 1], np.int32)
 
     def clash(self, path: Path, picture: Image.Image, first_palette: Callable[[], Palette]) -> str:
-        """How the palette contradicts the first one in an index that the mask uses; "" if it does not.
+        """How the palette contradicts the first one in an index that this mask uses; "" if it does not.
 
-        Where a program chose each file's palette by the colours in it, an index means something else in every file.
+        If a program made each palette from the colours of its file, an index has a different meaning in every file.
         """
         if picture.mode != "P" or self._by_colour:
             return ""
         own, (first, known) = _colours(picture), first_palette()
-        for i in np.unique(np.asarray(picture)):
-            # Black after index 0 is most often filling.
+        for i in np.flatnonzero(np.bincount(np.asarray(picture).ravel())):
+            # Black after index 0 is usually padding.
             if i < min(len(own), len(known)) and (own[i] != known[i]).any() and (i == 0 or known[i].any()):
-                colours = f"{i} is #{bytes(own[i]).hex()} here and #{bytes(known[i]).hex()} there"
-                return f"mask {path} has another palette than {first}: {colours}"
+                colours = f"index {i} is #{bytes(own[i]).hex()} instead of #{bytes(known[i]).hex()}"
+                return f"mask {path} has a different palette from {first}: {colours}"
         return ""
 
 
@@ -87,7 +89,7 @@ def _code(value: int | str) -> int:
 
 
 def palette_of(path: Path) -> np.ndarray | None:
-    """None of a mask without one; BrokenFile if it cannot be opened."""
+    """None for a mask without one. BrokenFile if it cannot be opened."""
     with opened(path, "mask") as picture:
         return _colours(picture) if picture.mode == "P" else None
 
@@ -97,5 +99,6 @@ def _colours(picture: Image.Image) -> np.ndarray:
 
 
 def orientation(picture: Image.Image) -> int:
-    """The EXIF tag, 1 to 8, 1 for none; that of a HEIC picture, which is upright as soon as it is open, too."""
-    return int(picture.info.get("original_orientation") or picture.getexif().get(0x0112, 1))
+    """The EXIF tag, 1 to 8; 1 if there is none. Also for HEIC, which is rotated when opened."""
+    tag = picture.info.get("original_orientation") or picture.getexif().get(0x0112)
+    return int(tag) if tag in range(1, 9) else 1

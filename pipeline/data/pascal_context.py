@@ -1,6 +1,6 @@
-"""The masks of Pascal Context's 59 classes, painted from the file that holds them: trainval_merged.json.
+"""Generates the masks of Pascal Context's 59 classes from trainval_merged.json.
 
-That file belongs to the Detail API ("PASCAL in Detail"). What is relied on here, and where it is to be read:
+That file belongs to the Detail API ("PASCAL in Detail"). This module relies on the following sources:
 
 - zhanghang1989/detail-api, PythonAPI/detail/__init__.py (`__createIndex`, `getMask`, `getImgs`): the keys; images of
   phase train, val or test; a mask starts at 0, and the annotations are painted in the file's order, later ones over
@@ -49,7 +49,7 @@ _COUNTS = re.compile("[0-o]*[0-O]")
 
 
 def write_context_masks(root: Path, progress: Callable[[int, int], None] | None = None) -> None:
-    """Paints `root`/SegmentationClassContext/ID.png (8-bit), and lists the ids of train and val where no list exists.
+    """Write `root`/SegmentationClassContext/ID.png (8-bit), and the id lists of train and val if they are missing.
 
     `root` is VOCdevkit/VOC2010. Pixels of no class, or of one beyond the 59, are 0. A folder of masks that exists is
     taken as it is. The folder appears whole or not at all, and after the lists: a kill leaves nothing to trust.

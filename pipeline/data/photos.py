@@ -1,4 +1,4 @@
-"""Photos of any kind, as people have them."""
+"""Reading photos of common formats."""
 
 import os
 from collections.abc import Iterable
@@ -11,9 +11,10 @@ from pipeline.data.files import files_in, is_picture, opened, rgb
 
 
 def find_photos(paths: Iterable[Path], passed_over: list[str] | None = None) -> list[Path]:
-    """The files named, and those in the folders named that look like photos, by their ending; each real file once.
+    """The given files, and the photos in the given folders, recognised by extension and sorted per folder.
 
-    Sorted in a folder. What `predict` writes is none; other files, and links to photos, go to `passed_over`.
+    Each real file is returned once. Hidden files and files written by `predict` are excluded; other files, subfolders
+    and links to photos that are listed already are added to `passed_over`.
 
     Raises:
         UserError: a path does not exist, or a folder holds no image.
@@ -25,18 +26,20 @@ def find_photos(paths: Iterable[Path], passed_over: list[str] | None = None) -> 
             files = sorted(files_in(str(path), False, passed_over))
             inside = [Path(file) for file in files if is_picture(file)]
             passed_over += [file for file in files if not is_picture(file)]
+            passed_over += [str(below) for below in path.iterdir() if below.is_dir() and not below.name.startswith(".")]
             if not inside:
-                raise UserError(f"{path} holds no photo that can be read: name a folder of JPEG or PNG files, say")
+                raise UserError(f"{path} contains no readable photo: choose a folder of JPEG or PNG files, say")
         elif os.path.lexists(path):
             inside = [path]
         else:
-            raise UserError(f"{path}: no such photo, or folder of photos")
+            raise UserError(f"{path}: no such photo or folder of photos")
         for file in inside:
-            found.setdefault(os.path.realpath(file), file)
+            if found.setdefault(os.path.realpath(file), file) != file:
+                passed_over.append(str(file))
     return list(found.values())
 
 
 def read_photo(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, as `rgb` has it. BrokenFile if it cannot be."""
+    """(H, W, 3) uint8 RGB, converted by `rgb`. BrokenFile if it cannot be read."""
     with opened(path, "photo") as picture:
         return rgb(picture, f"photo {path}")

@@ -1,7 +1,7 @@
 """The embedded dataset `scenes`: procedural images of shapes over textures, with exact masks.
 
 Every image holds 1-5 things (shapes) over 2 stuff regions (textures), with occlusion, rotation and scale.
-Colours are drawn per image: things are lighter than stuff, and beyond that colour says nothing of the class.
+Colours are drawn per image: things are lighter than stuff; otherwise colour does not depend on the class.
 The files it writes are an ordinary dataset (image, mask, split list): `configs/datasets/scenes.yaml` reads
 them through the same reader as any other.
 
@@ -220,7 +220,7 @@ def render_scene(
 
 
 def render_concept(rng: np.random.Generator, index: int, size: int = SIZE) -> np.ndarray:
-    """One class alone, (size, size, 3) uint8: a thing on a plain ground, or a texture from edge to edge."""
+    """An image of one class, (size, size, 3) uint8: a thing on a plain background, or a texture all over."""
     if index >= len(THINGS):
         return _finish(rng, _paint_stuff(rng, CLASSES[index], size))
     image = np.broadcast_to(_colour(rng, STUFF_BRIGHTNESS), (size, size, 3))

@@ -1,4 +1,4 @@
-"""What stage two's loader reads: stored views replayed on images and seen masks, and perhaps their region tokens."""
+"""The samples of stage two's loader: stored views replayed on images and seen masks, optionally with region tokens."""
 
 from collections.abc import Callable
 from typing import NamedTuple, NotRequired, TypedDict
@@ -15,7 +15,7 @@ from pipeline.data.views import draw_views, inside, padding_colour, replay, teac
 class Sample(TypedDict):
     """One training view; the default collation stacks them into a batch of tensors.
 
-    Pixels travel as bytes, a quarter of the floats that they become on the device.
+    Pixels are sent as bytes, a quarter of the size of the floats they become on the device.
     """
 
     pixels: np.ndarray  # (S, S, 3) uint8
@@ -28,7 +28,7 @@ class Sample(TypedDict):
 
 
 class LiveView(NamedTuple):
-    """What a live teacher is to be shown. `fresh`: draw views from these settings, not the recorded ones again."""
+    """The input for a live teacher. `fresh`: draw new views with these settings instead of the recorded ones."""
 
     mean: tuple[float, ...]
     grid: int

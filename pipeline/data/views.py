@@ -24,10 +24,10 @@ LONG_TO_SHORT = 4  # mmsegmentation's scale (2048, 512): a longer image is shrun
 
 
 def draw_views(config: Views, image_id: str, seen: np.ndarray, numbers: Sequence[int] | None = None) -> np.ndarray:
-    """(V, 5) float32 views of one image; they depend on the settings, the image's id and its seen mask (H, W) alone.
+    """(V, 5) float32 views of one image; they depend only on the settings, the image's id and its seen mask (H, W).
 
-    Each view has a seed of its own, made of (seed, id, number of the view): more views leave the first as they were.
-    `numbers` are those of the views wanted; by default the `config.count` recorded ones.
+    Each view has its own seed, derived from (seed, id, number of the view), so adding views does not change the first
+    ones. `numbers` selects views; by default the `config.count` recorded ones.
 
     `whole`: the image, once. `random`: ZegCLIP's training pipeline. The short side is brought to `size` x a ratio drawn
     from `ratio`; a crop of side `size` is drawn up to 10 times, until it shows two classes or more of which none takes
@@ -67,7 +67,7 @@ def _extent(view: View, size: int) -> tuple[int, int]:
 def replay(view: View, picture: np.ndarray, size: int, fill: int | tuple[int, ...] = IGNORE) -> np.ndarray:
     """The view of a uint8 image (H, W, 3) or mask (H, W) at `size` x `size`; bilinear for images, nearest for masks.
 
-    `fill` is the value of padding, one number or one a channel.
+    `fill` is the value of padding: one number, or one per channel.
     """
     method = Image.Resampling.BILINEAR if picture.ndim == 3 else Image.Resampling.NEAREST
     height, width = picture.shape[:2]
@@ -122,7 +122,7 @@ def unannotated_tokens(mask: np.ndarray, shown: np.ndarray, grid: int) -> np.nda
 def teacher_view(
     view: View, image: np.ndarray, seen: np.ndarray, size: int, padding: tuple[int, ...], grid: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the teacher is shown of a view, (S, S, 3) uint8, and its unannotated tokens, (G, G) bool.
+    """The teacher's input for a view, (S, S, 3) uint8, and its unannotated tokens, (G, G) bool.
 
     `padding` is the `padding_colour` of the teacher's mean, `grid` its G at this size.
     """
@@ -131,7 +131,7 @@ def teacher_view(
 
 
 def majority_tokens(mask: np.ndarray, grid: int) -> np.ndarray:
-    """(S, S) uint8 mask -> (G, G) uint8: the commonest class of each token, IGNORE where no pixel has one."""
+    """(S, S) uint8 mask -> (G, G) uint8: the most common class of each token, IGNORE if no pixel has a class."""
     height, width = mask.shape
     blocks = mask.reshape(grid, height // grid, grid, width // grid).transpose(0, 2, 1, 3).reshape(grid * grid, -1)
     counts = np.stack([np.bincount(block, minlength=256) for block in blocks])

@@ -1,4 +1,4 @@
-"""The training objective, Eq. 8: what turns student features and cached teacher outputs into losses."""
+"""The training objective, Eq. 8: computes the losses from student features and cached teacher outputs."""
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,10 @@ AUXILIARY_WEIGHT = 0.4  # mmsegmentation's
 
 
 class Criterion(nn.Module):
-    """Holds what is trained beside the student (alpha, the synthesizer), and the CLS token bank."""
+    """The losses, with the other trained parameters (alpha, the synthesizer) and the CLS token bank."""
 
     def __init__(self, config: Loss, text_seen: Tensor, accumulate: int = 1) -> None:
-        """`text_seen`: (K, C) unit-length text features of the seen classes. `accumulate`: calls an iteration."""
+        """`text_seen`: (K, C) unit-length text features of the seen classes. `accumulate`: calls per iteration."""
         super().__init__()
         self.config = config
         self.register_buffer("text_seen", text_seen)
@@ -39,7 +39,7 @@ class Criterion(nn.Module):
         auxiliary: Tensor | None = None,
         progress: float = 0.0,
     ) -> dict[str, Tensor]:
-        """Each loss that is switched on, under its name in Eq. 8; their sum, or its mean over ranks, is the objective.
+        """The enabled losses by their names in Eq. 8. The objective is their sum (averaged over ranks).
 
         Args:
             features: (B, C, h, w) the student's R.
@@ -48,9 +48,9 @@ class Criterion(nn.Module):
             groups: (B, G, G) uint8 pseudo labels, 255 = annotated.
             image_ids: (B,) which image each view shows.
             region_tokens: (B, M, C) int8 directions of the groups' mean dense tokens; needed where `loss.local` is on.
-            auxiliary: (B, C, h', w') features of an auxiliary head: cross-entropy on the seen classes alone, unless
-                `loss.ce` is off.
-            progress: how much of the training is done, 0 to 1.
+            auxiliary: (B, C, h', w') features of an auxiliary head, trained with cross-entropy on the seen classes
+                only, unless `loss.ce` is off.
+            progress: finished fraction of the training, 0 to 1.
         """
         losses: dict[str, Tensor] = {}
         cls_tokens, all_ids = gathered(cls_token), gathered(image_ids)

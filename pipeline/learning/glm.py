@@ -1,4 +1,4 @@
-"""Global Learning Module, section 3.2: dense features are pulled to the CLS token of their image."""
+"""Global Learning Module, section 3.2: aligns dense features with the CLS token of their image."""
 
 from typing import Literal
 
@@ -25,8 +25,8 @@ def predict_cls(
 ) -> Tensor:
     """Eq. 2: predicted CLS tokens W R^T (B, C), or the pooled features of Table 3.
 
-    `selective` is the authors' follow-up (arXiv 2506.22032), of which the abstract is known here: the mean of the
-    features whose cosine with S is largest. As `progress` goes from 0 to 1 their share goes from 1 to SELECTED.
+    `selective` is the authors' follow-up (arXiv 2506.22032), built from its abstract: the mean of the features
+    with the largest cosine to S. As `progress` goes from 0 to 1, the fraction used goes from 1 to SELECTED.
     """
     flat = channels_last(features)
     if mode == "selective":
@@ -49,7 +49,7 @@ def info_nce(
     Args:
         predicted, cls_token: (B, C); row i of both belongs to image i.
         bank: (M, C) more negatives, M may be 0.
-        image_ids, bank_ids: (B,), (M,); other tokens of the same image are no negatives and are left out.
+        image_ids, bank_ids: (B,), (M,); other tokens of the same image are not negatives and are excluded.
     """
     candidates = nn.functional.normalize(torch.cat([cls_token, bank]), dim=1)
     logits = nn.functional.normalize(predicted, dim=1) @ candidates.T / tau  # (B, B + M)

@@ -11,10 +11,10 @@ ANNOTATED = 255
 
 
 def fuse_labels(seen: Tensor, groups: Tensor, num_seen: int) -> tuple[Tensor, int]:
-    """Labels of every pixel of a batch, or of this rank's share of one.
+    """Label every pixel of a batch, or of this rank's share of it.
 
-    Annotated pixels keep their seen class. The others take `num_seen` + the group of their token, groups of different
-    images being different labels, on whatever rank they are. A pixel with neither is UNLABELLED.
+    Annotated pixels keep their seen class. Others get `num_seen` + the group of their token; groups of different images
+    are different labels, also across ranks. A pixel with neither is UNLABELLED.
 
     Args:
         seen: (B, H, W) uint8, 255 = unannotated.
@@ -38,7 +38,7 @@ def group_counts(groups: Tensor) -> Tensor:
 
 
 def at_stride(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Labels (B, H, W) brought to (B, h, w): each feature takes the label of the pixel at its centre."""
+    """Labels (B, H, W) sampled to (B, h, w): each feature gets the label of the pixel at its centre."""
     resized = nn.functional.interpolate(labels[:, None].double(), size=size, mode="nearest-exact")
     return resized[:, 0].long()
 
@@ -48,7 +48,7 @@ def class_centroids(features: Tensor, labels: Tensor, count: int) -> tuple[Tenso
 
     Args:
         features: (B, C, h, w).
-        labels: (B, h, w), UNLABELLED pixels take no part.
+        labels: (B, h, w); UNLABELLED pixels are skipped.
         count: number of labels L.
 
     Returns:
@@ -59,7 +59,7 @@ def class_centroids(features: Tensor, labels: Tensor, count: int) -> tuple[Tenso
 
 
 def class_sums(features: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """What the means of `class_centroids` are made of: (L, C) sums in float32 or float64, (L,) numbers of pixels."""
+    """The sums and counts behind `class_centroids`: (L, C) sums in float32 or float64, (L,) numbers of pixels."""
     flat = channels_last(features).flatten(0, 1)  # (B * h * w, C)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     index = labels.flatten() + 1  # UNLABELLED = -1 goes to a row that is cut off: no pixel need be left out by a mask

@@ -1,9 +1,8 @@
-"""Local distillation: the features of each region are pulled to what the teacher saw there.
+"""Local distillation: aligns the features of each region with the teacher's tokens there.
 
-Not in the paper, whose CLS tokens say what is in an image; of a class without masks nothing says where. The authors'
-journal version (CLIP-to-Seg Distillation, IEEE TCSVT 2025, of which the abstract is known here) adds a local
-distillation of object-level features over pseudo masks. The form below was chosen by measurement
-(benchmarks/local_forms.md).
+Not in the paper. Its CLS tokens say what is in an image, but for classes without masks nothing says where. The authors'
+journal version (CLIP-to-Seg Distillation, IEEE TCSVT 2025; only the abstract was available) adds a local distillation
+of object-level features over pseudo masks. The form below was chosen by measurement (benchmarks/local_forms.md).
 """
 
 import torch
@@ -18,7 +17,7 @@ def tokens_of_groups(region_tokens: Tensor, groups: Tensor) -> Tensor:
     """The region tokens of all groups of the batch, on all ranks, in the order of `fuse_labels`.
 
     Args:
-        region_tokens: (B, M, C), row g of group g; M is the most groups that a view can have.
+        region_tokens: (B, M, C), row g of group g; M is the maximum number of groups in a view.
         groups: (B, G, G) uint8 groups of tokens, 255 = annotated.
 
     Returns:
@@ -30,16 +29,16 @@ def tokens_of_groups(region_tokens: Tensor, groups: Tensor) -> Tensor:
 
 
 def region_loss(centroids: Tensor, region_tokens: Tensor, tau: float) -> Tensor:
-    """Eq. 3 of regions: each mean feature R finds the teacher's token of its region among those of all regions.
+    """Eq. 3 on regions: each region's mean feature R must match its own region token among those of all regions.
 
     Args:
         centroids: (P, C) mean feature of each region of the batch (Eq. 5).
-        region_tokens: (P, C) the teacher's mean dense token there, at any length; zero where it has no direction: these
-            regions take no part.
+        region_tokens: (P, C) the teacher's mean dense token there, at any length; regions with a zero token are
+            skipped.
         tau: temperature.
 
     Returns:
-        A scalar; 0 where no region takes part.
+        A scalar; 0 if all regions are skipped.
     """
     told = region_tokens.any(dim=1).nonzero()[:, 0]
     if not len(told):

@@ -9,7 +9,7 @@ EPSILON = 1e-12  # the least length that a vector is divided by, torch's own
 def prototype_bce(prototypes: Tensor, classes: Tensor, text_seen: Tensor, negatives: bool = True) -> Tensor:
     """Eq. 6: mean binary cross-entropy of sigmoid(t . p) over all pairs; a prototype's own class 1, the others 0.
 
-    Without `negatives` over the pairs of a prototype and its own class alone.
+    Without `negatives`, only over the pairs of a prototype and its own class.
 
     Args:
         prototypes: (P, C), of the seen classes present in the batch; P = 0 gives 0.
@@ -44,8 +44,8 @@ def classify(features: Tensor, text_seen: Tensor, prototypes: Tensor, alpha: Ten
 
 
 def channels_last(features: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H * W, C), without a copy where the student's memory is channels last, as it is.
+    """(B, C, H, W) -> (B, H * W, C), without a copy, as the student's memory format is channels last.
 
-    All that reads R reads it like this: gradients of one layout add up several times faster than those of two.
+    Every loss reads R through this function: adding gradients of one memory layout is several times faster than of two.
     """
     return features.permute(0, 2, 3, 1).flatten(1, 2)

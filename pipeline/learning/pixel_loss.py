@@ -1,8 +1,8 @@
-"""NEL (as in ZegCLIP) and cross-entropy of Eq. 8 on logits at label size, which never exist all at once.
+"""NEL (as in ZegCLIP) and cross-entropy of Eq. 8 on logits at label size, computed band by band to save memory.
 
-Upsampled logits are 16 times those at the features' stride 4, and the formulas written plainly hold seven tensors
-of that size. Here they exist in bands of rows of one image, once for the losses and once more for their gradient.
-Of each band four reductions are kept, from which both losses follow by plain formulas.
+Upsampled logits are 16 times larger than those at the features' stride 4, and a direct implementation needs seven
+tensors of that size. Here they are computed in bands of rows of one image, once for the losses and again for the
+gradient. Four reductions per band are kept; both losses follow from these by simple formulas.
 """
 
 from typing import Any
@@ -23,12 +23,12 @@ CPU_BAND, GPU_BAND = 2**19, 2**24
 
 
 def count_labelled(labels: Tensor) -> Tensor:
-    """Pixels with a label: what the sum of cross-entropies is divided by; see `mean_count`. (B, H, W) -> ()."""
+    """Number of labelled pixels, the divisor of cross-entropy; see `mean_count`. (B, H, W) -> ()."""
     return mean_count((labels != UNLABELLED).sum())
 
 
 def count_pairs(labels: Tensor, channels: int) -> Tensor:
-    """(image, class) pairs of the first `channels` classes that are present: what NEL's sum is divided by.
+    """Number of (image, class) pairs present among the first `channels` classes, the divisor of NEL.
 
     See `mean_count`. (B, H, W) -> ().
     """
@@ -45,22 +45,22 @@ def pixel_sums(
     nel_channels: int,
     ce: bool = True,
 ) -> dict[str, Tensor]:
-    """NEL and cross-entropy of the logits of Eq. 7, upsampled bilinearly to the labels' size, before their division.
+    """NEL and cross-entropy of the logits of Eq. 7, upsampled bilinearly to the labels' size, before division.
 
-    nel: 100 x sigmoid focal loss, a mean over pixels and a sum over images and channels, pixels of no channel being
-    negatives of every one, + dice over the classes present in each image. To be divided by `count_pairs`.
+    nel: 100 x sigmoid focal loss, averaged over pixels and summed over images and channels (pixels of no channel are
+    negatives of all), + dice over the classes present in each image. To be divided by `count_pairs`.
     ce: cross-entropy summed over labelled pixels. To be divided by `count_labelled`.
 
-    Whatever autocast makes of the logits at the features' size, all that follows is in float32 (float64 stays).
+    After the logits at the features' size, where autocast may apply, everything is computed in float32 (or float64).
 
     Args:
         features: (B, C, h, w). text_seen: (K, C). prototypes: (P, C), P may be 0. alpha, beta: as `classify` takes.
         labels: (B, H, W), 0..K+P-1 or UNLABELLED.
-        nel_channels: how many of the channels NEL is of, the first ones: K+P is all, 0 that it is not wanted.
-        ce: whether cross-entropy is, which is of all of them.
+        nel_channels: how many of the first channels NEL uses: K+P for all, 0 for no NEL.
+        ce: whether to compute cross-entropy, which uses all channels.
 
     Returns:
-        Those under their names, scalars.
+        The scalars by name.
     """
     sums: dict[str, list[Tensor]] = {"nel": [], "ce": []}
     of_batch = classify(features, text_seen, prototypes, alpha, beta).permute(0, 2, 3, 1).contiguous()

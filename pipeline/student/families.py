@@ -1,4 +1,4 @@
-"""The named students: which encoder and head each is made of, with mmsegmentation's numbers."""
+"""The students by name: encoder and head of each, with mmsegmentation's hyperparameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ FAMILIES = {
 
 
 def family_of(model: str) -> Family:
-    """The family of `student.model`. UserError for a name that is none."""
+    """The family of `student.model`. UserError if the name is unknown."""
     if model.startswith("timm:"):
         return _timm(model.removeprefix("timm:"))
     if model not in FAMILIES:

@@ -73,7 +73,7 @@ class LightHamHead(Head):
     def __init__(self, in_channels: list[int], channels: int, width: int) -> None:
         super().__init__()
         if channels % GROUPS:
-            raise UserError(f"student.channels {channels}: SegNeXt's head takes multiples of {GROUPS}")
+            raise UserError(f"student.channels {channels}: SegNeXt's head needs a multiple of {GROUPS}")
         self.squeeze = conv_norm_relu(sum(in_channels[1:]), channels, groups=GROUPS)
         self.hamburger = Hamburger(channels)
         self.align = conv_norm_relu(channels, channels, groups=GROUPS)

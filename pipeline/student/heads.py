@@ -1,7 +1,6 @@
-"""Decode heads of closed-set segmenters, their last classifier replaced by a projection to CLIP's width.
+"""Decode heads of standard segmentation models, with the final classifier replaced by a projection to CLIP's width.
 
-`decode` gives what the last layer, `project`, takes. The parts are named as in mmsegmentation, so that its checkpoints
-fit.
+`decode` returns the input of the last layer, `project`. Modules are named as in mmsegmentation, so its checkpoints fit.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The student: a closed-set segmentation model whose last classifier became a projection to CLIP's width."""
+"""The student: a segmentation model with its final classifier replaced by a projection to CLIP's width."""
 
 import math
 from typing import Any
@@ -38,7 +38,7 @@ class Student(nn.Module):
         download = load_weights and config.weights == "timm"
         if download and not family.timm_name:
             raise UserError(
-                f"student.weights timm: timm has none of {config.model}; give a file of ImageNet weights, or none"
+                f"student.weights timm: timm has no weights for {config.model}; give an ImageNet weights file, or none"
             )
         drop_path = family.drop_path if config.drop_path is None else config.drop_path
         encoder = family.encoder(download, drop_path)
@@ -68,7 +68,7 @@ class Student(nn.Module):
         return self._crop(self.head.project(self._decode(pixels)[0]), pixels)
 
     def with_auxiliary(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """R, and the auxiliary head's features (B, C, h, w) at stride 16 where there is one."""
+        """R, and the auxiliary head's features (B, C, h, w) at stride 16 if it exists."""
         hidden, levels = self._decode(pixels)
         auxiliary = None
         if self.auxiliary_head:
@@ -76,17 +76,17 @@ class Student(nn.Module):
         return self._crop(self.head.project(hidden), pixels), auxiliary
 
     def classify(self, pixels: Tensor, text_features: Tensor) -> Tensor:
-        """Logits R . T (B, K, h, w) of text features (K, C).
+        """Logits R . T (B, K, h, w) for text features (K, C).
 
-        The projection to R and the product with T are one linear layer of K outputs: the classifier of the closed-set
-        model that the student was made from, and as fast.
+        The projection to R and the product with T are merged into one linear layer with K outputs, so this is as fast
+        as the original classifier.
         """
         last = self.head.project
         weight, bias = text_features @ last.weight[:, :, 0, 0], text_features @ last.bias
         return self._crop(nn.functional.conv2d(self._decode(pixels)[0], weight[:, :, None, None], bias), pixels)
 
     def _decode(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What the head gives to its last layer, padding included; and the encoder's levels."""
+        """The input of the head's last layer, including padding, and the encoder's levels."""
         height, width = pixels.shape[-2:]
         multiple = math.lcm(self.encoder.multiple, self.stride)
         padded = nn.functional.pad(pixels, (0, -width % multiple, 0, -height % multiple))
@@ -94,7 +94,7 @@ class Student(nn.Module):
         return self.head.decode(levels, tuple(side // self.stride for side in padded.shape[-2:])), levels
 
     def _crop(self, features: Tensor, pixels: Tensor, stride: int | None = None) -> Tensor:
-        """What lies below the image, without its padding."""
+        """Crop features to the image, without padding."""
         rows, columns = (-(-side // (stride or self.stride)) for side in pixels.shape[-2:])
         return features[..., :rows, :columns]
 

@@ -1,4 +1,4 @@
-"""Encoders that timm keeps: Swin, and any model of which it gives features."""
+"""Encoders from timm: Swin, and any model that supports `features_only`."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ TOKEN = 16  # pixels that a token of a plain ViT covers
 
 
 def create(name: str, pretrained: bool, **options: Any) -> Any:
-    """timm.create_model, for images of any size where the model can be told so.
+    """timm.create_model, for images of any size if the model supports it.
 
     Raises:
         UserError: no such model, or its weights cannot be had.
@@ -82,7 +82,7 @@ class TimmEncoder(nn.Module):
         strides, channels = info.reduction(), info.channels()
         self._levels = [level for level, stride in enumerate(strides) if stride >= 4]
         if not self._levels:
-            raise UserError(f"student.model timm:{name} has no features of stride 4 or more (strides {strides})")
+            raise UserError(f"student.model timm:{name} has no features with a stride of 4 or more (strides {strides})")
         self._patch = strides[-1] if len(set(strides)) == 1 and len(strides) > 1 else None
         self.channels = [channels[level] for level in self._levels]
         self.pyramid = None
@@ -112,7 +112,7 @@ class TimmEncoder(nn.Module):
             except Exception as error:  # assertions and shape errors: each model has its own
                 refusal = error
         raise UserError(
-            f"student.model timm:{name} does not take images of any size ({reason(refusal)}): choose another"
+            f"student.model timm:{name} does not accept images of every size ({reason(refusal)}): choose another"
         )
 
 

@@ -1,4 +1,4 @@
-"""Pretrained weights from local files. Nothing here unpickles code."""
+"""Pretrained weights from local files. Loading never runs code from a file."""
 
 import importlib.util
 import re
@@ -27,9 +27,9 @@ COUNTED = "num_batches_tracked"  # not in every checkpoint, and of no use
 
 
 def load_encoder(encoder: nn.Module, source: str) -> None:
-    """Fills an encoder from the package above or a file: of ImageNet, of mmsegmentation, or timm's own.
+    """Load an encoder from the package above or a file: ImageNet weights, mmsegmentation's, or timm's.
 
-    Only classifiers may be left over, and only the norms after Swin's levels may be missing.
+    Only classifiers may be unexpected, and only the norms after Swin's levels may be missing.
 
     Raises:
         UserError: no such file or package, or tensors that do not fit.
@@ -37,7 +37,7 @@ def load_encoder(encoder: nn.Module, source: str) -> None:
     if source == EFFICIENTNET_LITE0:
         if not isinstance(encoder, TimmEncoder):
             raise UserError(
-                f"student.weights {source} are another model's, timm:tf_efficientnet_lite0's: give a file, or none"
+                f"student.weights {source} belong to another model, timm:tf_efficientnet_lite0: give a file, or none"
             )
         model: Any = encoder.model
         _fill(model, by_position(model, _read(packaged_file())), source)
@@ -63,7 +63,7 @@ def load_encoder(encoder: nn.Module, source: str) -> None:
 
 
 def load_head(head: nn.Module, source: str, part: str) -> None:
-    """Fills a head, all but its last layer, from the `part` of an mmsegmentation segmenter that it is.
+    """Load a head, except its last layer, from the matching `part` of an mmsegmentation segmenter.
 
     `part` is decode_head or auxiliary_head; a file without it leaves the head as it is.
 
@@ -94,14 +94,14 @@ def _fill(module: nn.Module, state: State, source: str, may_lack: str = " ") -> 
 
 
 def _refuse(source: str, count: int, missing: list[str], unexpected: list[str], unfit: list[str]) -> None:
-    """UserError that names every key, or a few where most do not fit: those are another model's weights."""
+    """UserError that lists every wrong key, or a few if most do not fit (then the weights belong to another model)."""
     if len(missing) + len(unfit) > count // 2:
         raise UserError(
-            f"student.weights {source} are another model's: {count} tensors are needed, {len(missing)} are missing "
-            f"({', '.join(missing[:3])}), {len(unfit)} have another shape ({', '.join(unfit[:3])}), "
-            f"{len(unexpected)} are left over ({', '.join(unexpected[:3])}): give its own, or none"
+            f"student.weights {source} belong to another model: {count} tensors are needed, {len(missing)} are missing "
+            f"({', '.join(missing[:3])}), {len(unfit)} have the wrong shape ({', '.join(unfit[:3])}), "
+            f"{len(unexpected)} are unexpected ({', '.join(unexpected[:3])}): give this model's weights, or none"
         )
-    wrong = (("missing", missing), ("left over", unexpected), ("of another shape", unfit))
+    wrong = (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", unfit))
     found = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong if names)
     if found:
         raise UserError(f"student.weights {source} does not fit student.model: {found}")

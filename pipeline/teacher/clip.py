@@ -17,7 +17,7 @@ class FrozenClip:
     """CLS and dense tokens of images, and class features of names. Eval mode, fp32 weights, no gradients.
 
     Attributes:
-        model: open_clip's. Its table of positions is that of the last images' grid.
+        model: the open_clip model. Its position embeddings are those of the last images' grid.
         width: C, width of the joint embedding.
         stride: pixels along a side of a dense token.
         mean, std: the normalisation its images must have.
@@ -30,7 +30,7 @@ class FrozenClip:
 
         Args:
             channels_last: the image tower's memory format, faster for convolutions on a GPU.
-            compile: the image tower's blocks by torch.compile, each kind once.
+            compile: compile the image tower's blocks with torch.compile, each kind once.
 
         Raises:
             UserError: unknown model, missing or unfitting weights, a tower without dense tokens of this kind.
@@ -51,19 +51,19 @@ class FrozenClip:
         self.std: tuple[float, ...] = tuple(self.model.visual.image_std)
 
     def grid(self, size: int) -> int:
-        """Dense tokens along a side of `size` pixels. UserError if `size` is no multiple of the stride."""
+        """Dense tokens along a side of `size` pixels. UserError if `size` is not a multiple of the stride."""
         rest = size % self.stride
         if rest:
             nearest = [str(fit) for fit in (size - rest, size - rest + self.stride) if fit]
             raise UserError(
-                f"views.size {size} is no multiple of {self.stride}, the pixels of one token of teacher.model "
+                f"views.size {size} is not a multiple of {self.stride}, the token size in pixels of teacher.model "
                 f"{self._name}: use {' or '.join(nearest)}"
             )
         return size // self.stride
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """S, the model's own `encode_image`, and D by `teacher.dense`, both from one pass.
+        """S, the model's `encode_image`, and D as set by `teacher.dense`, in one forward pass.
 
         Args:
             pixels: (B, 3, H, W) normalised images; H and W are multiples of the stride and need not be equal.

@@ -19,7 +19,7 @@ NACLIP_STD = 5.0  # tokens
 
 
 class Block(NamedTuple):
-    """What the variants need of a block: its parts, for tokens x (B, N, W) that enter it.
+    """The parts of a block that the variants use, for input tokens x (B, N, W).
 
     Attributes:
         grid: rows and columns of the patches, which are the last tokens; class and register tokens come first.

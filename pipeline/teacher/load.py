@@ -66,7 +66,7 @@ def load(config: Teacher) -> Loaded:
 
 
 def weights_fingerprint(config: Teacher) -> dict[str, str]:
-    """What a cache's fingerprint says of the teacher: sha256 of local files, the name of anything else."""
+    """The teacher's part of a cache's fingerprint: sha256 of local files, names of everything else."""
     model = file_digest(_located(config.model)) if config.model.endswith(".json") else config.model
     if config.pretrained == "none":
         return {"model": model, "pretrained": "none: random weights, seed 0"}
@@ -106,7 +106,7 @@ def _architecture(config: Teacher) -> tuple[str, dict[str, Any]]:
     if name.startswith(HUB):
         if config.pretrained not in ("hub", "none"):
             raise UserError(
-                f"teacher.pretrained {config.pretrained!r}: a model of the hub brings its own weights: "
+                f"teacher.pretrained {config.pretrained!r}: a hub model includes its weights: "
                 "set teacher.pretrained=hub"
             )
         try:
@@ -129,7 +129,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"teacher.model: {name} is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= content.keys():
-        raise UserError(f"teacher.model: {name} is no open_clip config, which holds embed_dim, vision_cfg, text_cfg")
+        raise UserError(f"teacher.model: {name} is not an open_clip config with embed_dim, vision_cfg and text_cfg")
     return content
 
 
@@ -159,7 +159,7 @@ def _from_hub(config: Teacher) -> Any:
 
 def _unreachable(config: Teacher, error: Exception) -> UserError:
     return UserError(
-        f"teacher.model {config.model} is neither in the Hugging Face cache nor can it be loaded from the hub "
+        f"teacher.model {config.model} is not in the Hugging Face cache and cannot be loaded from the hub "
         f"({_reason(error)}): connect once, or give a JSON config and a local file as teacher.model and .pretrained"
     )
 
@@ -181,7 +181,7 @@ def _from_file(config: Teacher, name: str, architecture: dict[str, Any]) -> Any:
     if archive and not quick:
         existing = _twin(name) if _twin(name) in open_clip.list_models() else "ViT-B-16-quickgelu or the like"
         raise UserError(
-            f"teacher.pretrained {config.pretrained} is an archive of OpenAI's, trained with QuickGELU, but "
+            f"teacher.pretrained {config.pretrained} is an OpenAI archive, trained with QuickGELU, but "
             f"teacher.model {config.model} computes GELU: "
             + (f"use teacher.model={existing}" if named else 'set "quick_gelu": true in it')
         )
@@ -212,7 +212,7 @@ def _twin(name: str) -> str:
 
 
 def _refuse_other_activation(config: Teacher, quick: bool) -> None:
-    """open_clip would only warn, and the features be silently wrong."""
+    """UserError, where open_clip would only warn and compute wrong features."""
     twin = _twin(config.model)
     if twin not in open_clip.list_models() or not open_clip.is_pretrained_cfg(twin, config.pretrained):
         return
@@ -247,7 +247,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _from_openai_archive(path: Path, architecture: dict[str, Any]) -> Any:
-    """open_clip's loader guesses an architecture from the tensors' shapes: the one that was named counts."""
+    """Load into the named architecture; open_clip's loader would guess one from the tensors' shapes."""
     state = load_openai_model(str(path), precision="fp32", device="cpu").state_dict()
     model = open_clip.CLIP(**architecture)
     model.load_state_dict(state)

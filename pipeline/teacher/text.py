@@ -1,4 +1,4 @@
-"""Class features: prompts through the text tower, or a file that holds them, which is read without open_clip."""
+"""Class features: prompts encoded by the text tower, or read from a file without open_clip."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,7 +40,7 @@ def prompt_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
 def classifier(
     encode: Callable[[list[str]], Tensor], names: Sequence[Sequence[str]], templates: str | Sequence[str]
 ) -> Tensor:
-    """(K, C) unit-length rows, one a class: the ensemble of prompts of CLIP (Radford et al. 2021, section 3.1.4).
+    """(K, C) unit-length rows, one per class: CLIP's prompt ensemble (Radford et al. 2021, section 3.1.4).
 
     Args:
         encode: n texts -> features (n, C), of any length.
@@ -65,13 +65,13 @@ def read_text_features(path: Path, classes: int, width: int | None) -> np.ndarra
         width: C, or None for any.
 
     Raises:
-        UserError: the file cannot be read, or holds another shape, values that are not finite or a row of zeros.
+        UserError: the file cannot be read, or has the wrong shape, values that are not finite or a row of zeros.
     """
     features = np.asarray(_read(path))
     if features.ndim != 2 or features.dtype.kind != "f":
         raise UserError(f"text features {path} must be floats (classes, width), not {features.dtype} {features.shape}")
     if len(features) != classes:
-        raise UserError(f"text features {path} are of {len(features)} classes, but the dataset has {classes}")
+        raise UserError(f"text features {path} are for {len(features)} classes, but the dataset has {classes}")
     if width is not None and features.shape[1] != width:
         raise UserError(f"text features {path} are {features.shape[1]} wide, but the teacher's embedding is {width}")
     features = features.astype(np.float32)
@@ -92,7 +92,7 @@ def _read(path: Path) -> np.ndarray:
                 return tensors["text_features"]
             if len(tensors) == 1:
                 return next(iter(tensors.values()))
-            raise UserError(f"text features {path}: of {len(tensors)} tensors none is named text_features")
+            raise UserError(f"text features {path}: none of the {len(tensors)} tensors is named text_features")
     except OSError as error:
         raise UserError(f"text features: cannot read {path}: {error.strerror or error}") from error
     except (ValueError, EOFError, SafetensorError, TypeError, KeyError) as error:

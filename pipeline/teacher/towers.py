@@ -1,7 +1,7 @@
-"""Image towers: where each kind's dense tokens come from, and how it takes images of any size.
+"""Image towers: how each kind computes dense tokens and handles images of any size.
 
-The unmodified model makes S; on the way, the input of one of its modules (the `tap`) is captured, and D is computed
-from that. A token's own embedding is what the tower's pooling head makes of that token alone.
+The unmodified model computes S. In the same pass, the input of one of its modules (the `tap`) is captured, and D is
+computed from it: the embedding of a token is the tower's pooling head applied to that token alone.
 """
 
 import copy
@@ -56,7 +56,7 @@ def capture(module: nn.Module, method: str) -> Iterator[list[Captured]]:
 
 
 class Positions:
-    """A learned table of positions, resized from the original to each grid that is asked for."""
+    """Learned position embeddings, resized from the original table to any grid."""
 
     def __init__(self, table: Tensor, grid: Grid) -> None:
         """Table (N, W): rows of other tokens first, then those of `grid`."""
@@ -87,7 +87,7 @@ class Tower(ABC):
 
     @abstractmethod
     def fit(self, grid: Grid) -> None:
-        """Prepares the tower for images of `grid` times `stride` pixels. UserError if it takes none of that size."""
+        """Prepares the tower for images of `grid` times `stride` pixels. UserError if it does not accept this size."""
 
     @abstractmethod
     def dense(self, captured: Captured, grid: Grid) -> Tensor:
@@ -118,7 +118,7 @@ class OpenClipVit(Tower):
 
 
 class TimmVit(Tower):
-    """A ViT of timm's: EVA (rotary embeddings), SigLIP (attention pooling, no class token), PE, MobileCLIP, ViTamin."""
+    """A timm ViT: EVA (rotary embeddings), SigLIP (attention pooling, no class token), PE, MobileCLIP, ViTamin."""
 
     def __init__(self, visual: Any, variant: str) -> None:
         self._visual, self._variant = visual, VARIANTS[variant]
@@ -182,7 +182,7 @@ class MapSizes:
 
 
 class TimmMap(Tower):
-    """A trunk of timm's whose features are a map: D is what pooling head and projection make of each location alone.
+    """A timm trunk with a feature map: D is the pooling head and projection applied to each location separately.
 
     Convolutional trunks, and those transformers that keep rows and columns, such as Swin.
     """
@@ -214,8 +214,8 @@ class TimmMap(Tower):
         if found != (grid[0] - self._lost, grid[1] - self._lost):
             own = own_size(self.tap)
             raise UserError(
-                f"teacher.model {self._name}: its image tower ({type(self.tap).__name__}) does not take images of "
-                f"{size[0]} x {size[1]} pixels ({why}); its own size is {own[0]} x {own[1]}"
+                f"teacher.model {self._name}: its image tower ({type(self.tap).__name__}) does not accept images of "
+                f"{size[0]} x {size[1]} pixels ({why}); its default size is {own[0]} x {own[1]}"
             )
 
     def dense(self, captured: Captured, grid: Grid) -> Tensor:
@@ -251,7 +251,7 @@ def tower_of(visual: Any, config: Teacher) -> Tower:
     """The tower that `visual`, the image side of an open_clip model, is.
 
     Raises:
-        UserError: there is no way to its dense tokens, or not the one that teacher.dense asks for.
+        UserError: its dense tokens are not supported, or not with this teacher.dense.
     """
     trunk, kind = getattr(visual, "trunk", None), type(getattr(visual, "trunk", visual)).__name__
     mapped: Tower | None = None
@@ -269,18 +269,18 @@ def tower_of(visual: Any, config: Teacher) -> Tower:
             own_map = sizes.at(*own)
         except Exception as error:  # open_clip builds towers that cannot run
             raise UserError(
-                f"teacher.model {config.model}: its image tower ({kind}) cannot embed an image of its own size, "
+                f"teacher.model {config.model}: its image tower ({kind}) cannot embed an image of its default size, "
                 f"{own[0]} x {own[1]} ({reason(error)}): a trunk whose head widens its features needs timm_proj null"
             ) from error
         mapped = TimmMap(visual, config.model, sizes, own_map) if own_map else None
     if mapped is None:
         raise UserError(
-            f"teacher.model {config.model}: no way is known to the dense tokens of its image tower ({kind}): choose a "
+            f"teacher.model {config.model}: dense tokens are not supported for its image tower ({kind}): choose a "
             "ViT-*, EVA*, RN* or convnext_* model"
         )
     if config.dense != "plain":
         raise UserError(
-            f"teacher.dense={config.dense} is for ViTs, and the image tower of teacher.model {config.model} is none "
+            f"teacher.dense={config.dense} is for ViTs, and the image tower of teacher.model {config.model} is not one "
             f"({kind}): set teacher.dense=plain"
         )
     return mapped

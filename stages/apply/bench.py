@@ -1,4 +1,4 @@
-"""Inference timed: students alone, beside CLIP's own dense prediction and a pipeline with CLIP in the loop."""
+"""Times inference: students alone, CLIP's dense prediction, and a pipeline with CLIP in the loop."""
 
 import csv
 import platform
@@ -42,8 +42,8 @@ def bench_inference(
 ) -> list[Row]:
     """Times one image of `size` x `size`, from pixels to the class of every pixel, with random weights.
 
-    In every round each model runs once, one after the other, so that what slows the machine slows all of them; the
-    first round warms up and does not count. A ratio is the median of the rounds' ratios.
+    In every round each model runs once, so other load on the machine affects all of them alike. The first round is a
+    warm-up and does not count. A ratio is the median of the rounds' ratios.
     """
     torch.manual_seed(0)
     width = 512  # ViT-B/16's

@@ -1,4 +1,4 @@
-"""Evaluation: one prediction among all classes, scored on seen and unseen ones. The student runs alone."""
+"""Evaluation: one prediction over all classes, scored on seen and unseen ones. Only the student runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +52,7 @@ def student_predictor(student: Student, text_features: Tensor, config: Config) -
 
 
 def teacher_predictor(config: Config, device: str) -> Predictor:
-    """The teacher's own zero-shot dense prediction among the classes of `config.dataset`."""
+    """The teacher's zero-shot dense prediction over the classes of `config.dataset`."""
     from pipeline.teacher.clip import FrozenClip  # only here: nothing else in evaluation may load CLIP
 
     teacher = FrozenClip(config.teacher, device)
@@ -71,10 +71,10 @@ def dense_predictor(teacher: "FrozenClip", text_features: Tensor, config: Config
 
 
 def features_of(config: Config, run: Run, device: str) -> tuple[Config, Tensor]:
-    """Class features (K, C) for a run on `config.dataset`: the run's own, or new ones where other words are asked for.
+    """Class features (K, C) for a run on `config.dataset`: the run's, or new ones if the words differ.
 
-    Of a dataset with other classes than the run was trained on no class counts as seen or unseen, all are alike: the
-    configuration that is returned says so.
+    If the dataset's classes differ from those of the training, no class counts as unseen; the returned configuration
+    is changed accordingly.
     """
     trained, asked = run.config.dataset, config.dataset
     if all(
@@ -106,10 +106,10 @@ def evaluate_predictor(predict: Predictor, dataset: SegmentationDataset, gammas:
 
 
 def run_gamma(run: Run, data_root: Path = DATA) -> float:
-    """The gamma of a run: its settings' number, or what training chose for these weights.
+    """The gamma of a run: the number in its settings, or the one that training chose for these weights.
 
-    Of a run without one it is chosen now, if its images can be read below `data_root`; else it is 0, and a line says
-    so.
+    If the run has none, it is chosen now, provided its images can be read below `data_root`; otherwise it is 0, with a
+    warning.
     """
     asked = run.config.evaluate.gamma
     if isinstance(asked, str) and run.gamma is not None:
@@ -125,10 +125,10 @@ def run_gamma(run: Run, data_root: Path = DATA) -> float:
 
 
 def gamma_of(predict: Predictor, config: Config, data_root: Path, run: Run | None = None) -> float:
-    """The gamma that `config` asks for: that of `run`, whose student `predict` is, where both have `auto`.
+    """The gamma that `config` asks for; if it and `run` both have `auto`, the run's. `predict` is the run's student.
 
     Raises:
-        UserError: as `open_gamma_split`; but where it is `auto` gamma is 0 without training images, and a line says so.
+        UserError: as `open_gamma_split`; but with `auto` and no training images, gamma is 0, with a warning.
     """
     auto = config.evaluate.gamma == "auto"
     if auto and config.dataset.unseen and run and run.gamma is not None and run.config.evaluate.gamma == "auto":
@@ -143,12 +143,12 @@ def gamma_of(predict: Predictor, config: Config, data_root: Path, run: Run | Non
 
 
 def _without_gamma(name: str, error: UserError) -> float:
-    say(f"warning: gamma is 0: {name} holds none, and it cannot be chosen on images ({error})")
+    say(f"warning: gamma is 0: {name} has none, and it cannot be chosen on images ({error})")
     return 0.0
 
 
 def evaluate(predict: Predictor, config: Config, data_root: Path, run: Run | None = None) -> tuple[float, Scores]:
-    """Gamma, as `gamma_of` has it, and scores on the split `evaluate.split`.
+    """Gamma, from `gamma_of`, and scores on the split `evaluate.split`.
 
     Raises:
         UserError: there is no such split; or as `gamma_of`.

@@ -1,4 +1,4 @@
-"""A run as a folder to take away: ONNX and torch.export programs, weights, class features, and a model card."""
+"""Exports a run to a folder: ONNX and torch.export programs, weights, class features, and a model card."""
 
 import json
 import shutil
@@ -30,10 +30,10 @@ Inputs = tuple[Tensor, Tensor]
 
 
 def export(run: Run, output: Path, precision: Literal["fp32", "fp16"] = "fp32") -> dict[str, float]:
-    """Writes the folder `output`, which must be empty, and checks both programs on sizes that they were not made at.
+    """Write the folder `output`, which must be empty, and check both programs on sizes other than those of tracing.
 
-    Swin's programs take images of one size, views.size x views.size: torch does not get to the end of its windows'
-    masks at sizes that it does not know.
+    Swin's programs take images of one size, views.size x views.size: torch cannot export its window masks for unknown
+    sizes.
 
     Returns:
         The largest difference of ONNX Runtime's and of the program's logits from the student's, by file.
@@ -45,7 +45,7 @@ def export(run: Run, output: Path, precision: Literal["fp32", "fp16"] = "fp32") 
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ModuleNotFoundError as error:
-        raise UserError(f"export needs {error.name}: pip install -e '.[export]' where clip-zss lies") from error
+        raise UserError(f"export needs {error.name}: run pip install -e '.[export]' in the clip-zss folder") from error
     if output.exists() and any(output.iterdir()):
         raise UserError(f"--output {output} is not empty: choose another folder, or delete it")
     output = output.absolute()  # `.` has no name
@@ -65,7 +65,7 @@ def export(run: Run, output: Path, precision: Literal["fp32", "fp16"] = "fp32") 
 
 
 def _write(run: Run, folder: Path, precision: Literal["fp32", "fp16"]) -> dict[str, float]:
-    """What `export` says, in a folder that is there."""
+    """Write the export to an existing folder."""
     import onnxruntime
 
     model = Portable(run.student, DTYPES[precision]).eval()
@@ -95,7 +95,7 @@ def _write(run: Run, folder: Path, precision: Literal["fp32", "fp16"]) -> dict[s
     for name, difference in found.items():
         if not difference <= TOLERANCE[precision]:
             raise UserError(
-                f"nothing is exported: {name} differs from the student by {difference:.1e} of its largest logit, more "
+                f"nothing was exported: {name} differs from the student by {difference:.1e} of its largest logit, more "
                 f"than {TOLERANCE[precision]:.0e}" + ("; try --precision fp32" if precision == "fp16" else "")
             )
     gamma = run_gamma(run)
@@ -127,7 +127,7 @@ def _dynamic(model: Portable, any_size: bool) -> dict[str, dict[int, Any]]:
 
 
 def _difference(model: Portable, other: Any, shapes: Sequence[Shape]) -> float:
-    """The largest one, as a share of the largest logit."""
+    """The largest difference, as a fraction of the largest logit."""
     worst = 0.0
     for shape in shapes:
         inputs = _inputs(model, shape)

@@ -1,4 +1,4 @@
-"""Gamma, chosen on images: those of training, which know no unseen class, or a split that has masks of them."""
+"""Chooses gamma on images: training images, without unseen classes, or a split that has masks of them."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +27,7 @@ GAMMAS = 60  # candidates on `holdout`: quantiles of the margins on 20 images, a
 
 
 def open_gamma_split(config: Config, data_root: Path) -> SegmentationDataset | None:
-    """The images that `evaluate.gamma` has gamma chosen on; None where it is a number or no class is unseen.
+    """The split to choose gamma on; None if `evaluate.gamma` is a number or no class is unseen.
 
     Raises:
         UserError: the dataset has no such split, or `holdout` has no unseen pixel.
@@ -38,12 +38,12 @@ def open_gamma_split(config: Config, data_root: Path) -> SegmentationDataset | N
     if asked == "auto":
         return open_split(dataset, data_root, "train")
     if "holdout" not in dataset.splits:
-        raise UserError(f"evaluate.gamma=holdout needs a split `holdout` in dataset {dataset.name}: auto needs none")
+        raise UserError(f"evaluate.gamma=holdout: dataset {dataset.name} has no split `holdout`: use auto")
     split = open_split(dataset, data_root, "holdout")
     if not any(np.isin(split.mask(row), dataset.unseen_indices).any() for row in range(len(split))):
         raise UserError(
             f"evaluate.gamma=holdout: no mask of split `holdout` of dataset {dataset.name} has a pixel of an unseen "
-            "class: take other images, auto or a number"
+            "class: use other images, auto or a number"
         )
     return split
 
@@ -59,9 +59,8 @@ def choose_gamma(predict: "Predictor", config: Config, split: SegmentationDatase
 def gamma_of_training(predict: "Predictor", split: SegmentationDataset) -> float:
     """The gamma of `keeping_gamma` on up to `IMAGES` training images: cheap, a few seconds even on a CPU.
 
-    Masks are read as training reads them, without unseen classes. Images that cannot be read are left out. Where there
-    is nothing to choose by gamma is 0, and a line says so: no pixel is unannotated, or none that is annotated has its
-    class for the best of the seen ones.
+    Masks are read as in training, without unseen classes. Unreadable images are skipped. Gamma is 0, with a warning, if
+    no pixel is unannotated, or if no annotated pixel is classified correctly among the seen classes.
     """
     rows = np.unique(np.linspace(0, len(split) - 1, IMAGES).astype(int)).tolist()
     found = []
@@ -75,8 +74,8 @@ def gamma_of_training(predict: "Predictor", split: SegmentationDataset) -> float
     if not annotated.all():
         gamma = keeping_gamma(margins[annotated], predicted[annotated].astype(int), truth[annotated].astype(int))
     if gamma is None:
-        lack = "unannotated pixels" if len(truth) and annotated.all() else "annotated pixels that the student knows"
-        say(f"warning: gamma is 0: the training images looked at in {split.root} have no {lack} to choose it by")
+        lack = "unannotated pixels" if len(truth) and annotated.all() else "annotated pixels classified correctly"
+        say(f"warning: gamma is 0: the training images looked at in {split.root} have no {lack} to choose it from")
         return 0.0
     return gamma
 
@@ -91,7 +90,7 @@ def _pixels(logits: ClassLogits, mask: np.ndarray, config: Dataset) -> np.ndarra
 
 
 def gamma_of_holdout(predict: "Predictor", split: SegmentationDataset) -> float:
-    """The gamma of the best hIoU on a split by its masks of unseen classes, never on the split that is reported."""
+    """The gamma with the best hIoU on a split with masks of unseen classes, never on the reported split."""
     seen, unseen = split.config.seen_indices, split.config.unseen_indices
     rows = range(0, len(split), max(1, len(split) // 20))
     margins = np.concatenate([seen_margins(predict(split.image(row)), seen, unseen) for row in rows])

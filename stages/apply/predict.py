@@ -1,4 +1,4 @@
-"""One's own photos in one's own words, by a trained student.
+"""Segments your own photos with your own words, using a trained student.
 
 >>> from stages.apply.predict import Segmenter
 >>> segmenter = Segmenter.load("runs/scenes-001")
@@ -50,15 +50,15 @@ def segment(predict: Predictor, image: np.ndarray, words: Vocabulary, gamma: flo
 
 
 class Segmenter:
-    """A trained student that segments images among any words.
+    """A trained student that segments images into any classes.
 
     Attributes:
-        classes: the training vocabulary, which is used where no words are given.
-        gamma: subtracted from the logits of classes that the run saw masks of.
+        classes: the training classes, used if no words are given.
+        gamma: subtracted from the logits of classes with masks in training.
     """
 
     def __init__(self, run: Run, gamma: float | None = None) -> None:
-        """`gamma`: by default that of the run, as `run_gamma` has it."""
+        """`gamma`: by default that of the run, see `run_gamma`."""
         self.run = run
         self.classes = run.config.dataset.classes
         self.gamma = run_gamma(run) if gamma is None else gamma
@@ -66,31 +66,31 @@ class Segmenter:
 
     @classmethod
     def load(cls, run: str | Path, device: str = "auto", gamma: float | None = None) -> "Segmenter":
-        """The student of the run in this folder. UserError if there is none."""
+        """Load the student of the run in this folder. UserError if there is none."""
         return cls(load_run(Path(run), choose_device(device)), gamma)
 
     def __call__(
         self, image: np.ndarray | Image.Image | str | Path, classes: Sequence[str] | None = None
     ) -> np.ndarray:
-        """Segments one image.
+        """Segment one image.
 
         Args:
-            image: (H, W, 3) uint8 RGB, a PIL image, or a file's path; these two as `read_photo` reads a file.
-            classes: K words, synonyms as in `cow|bull|calf`. New ones meet CLIP's text tower once; their features are
-                kept below caches/text/.
+            image: (H, W, 3) uint8 RGB, a PIL image, or a file's path; the last two are converted as in `read_photo`.
+            classes: K words, synonyms as in `cow|bull|calf`. CLIP's text tower encodes new ones once; their features
+                are kept in caches/text/.
 
         Returns:
-            (H, W) uint8: for each pixel the index in `classes`.
+            (H, W) uint8: index into `classes` for each pixel.
 
         Raises:
-            UserError: words as in `parse_words`; no image; new words, but no text tower.
+            UserError: invalid words (see `parse_words`), not an image, or new words but no text tower.
         """
         if isinstance(image, str | Path):
             image = read_photo(Path(image))
         elif isinstance(image, Image.Image):
             image = rgb(image, "the image")
         elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise UserError(f"an image array is (H, W, 3) uint8, RGB, not {image.shape} {image.dtype}")
+            raise UserError(f"an image array must be (H, W, 3) uint8, RGB, not {image.shape} {image.dtype}")
         words = self.vocabulary(classes)
         return segment(student_predictor(self.run.student, words.features, words.config), image, words, self.gamma)
 
@@ -109,24 +109,27 @@ def predict(
 ) -> tuple[int, list[str]]:  # fmt: skip
     """Writes PHOTO.overlay.png and PHOTO.mask.png (indices of the classes) of every photo to the folder `output`.
 
-    What stands there of the photo already is deleted.
+    Existing outputs of the same photo are deleted.
 
     Args:
         photos: files, or folders of them.
-        rle: PHOTO.rle.json too: COCO's uncompressed run lengths of every class that was found.
-        compare: PHOTO.compare.png too: the teacher's own dense prediction beside the student's. Loads CLIP.
-        show_attention: PHOTO.attention.png too: what GLM attends to for CLIP's CLS token of the photo. Loads CLIP.
+        rle: also write PHOTO.rle.json, COCO's uncompressed run lengths of every predicted class.
+        compare: also write PHOTO.compare.png, the teacher's dense prediction next to the student's. Loads CLIP.
+        show_attention: also write PHOTO.attention.png, where GLM attends for the photo's CLS token. Loads CLIP.
 
     Returns:
-        How many photos were segmented, and of each that could not be read, or its results written, why.
+        The number of segmented photos, and the reason for each that could not be read or written.
     """
     passed_over: list[str] = []
     files = find_photos(photos, passed_over)
     if passed_over:
-        say(f"{len(passed_over)} files are left out, by their endings or as links; {passed_over[0]} is the first")
+        first = f"the first: {passed_over[0]}"
+        say(f"{len(passed_over)} subfolders, files of other formats or repeated links are ignored; {first}")
     name, times = Counter(file.name for file in files).most_common(1)[0]
     if times > 1:
-        raise UserError(f"{times} of the photos are called {name}, and so would be what is written: run them apart")
+        raise UserError(
+            f"{times} photos are named {name}, so their results would overwrite each other: run them separately"
+        )
     output.mkdir(parents=True, exist_ok=True)
     words = segmenter.vocabulary(classes)
     device = str(segmenter.run.text_features.device)
@@ -136,7 +139,7 @@ def predict(
     with progress_bar("predict", len(files), "photos") as advance:
         for file in files:
             stem = str(output / file.name)
-            try:  # whatever happens to this photo, the others are done
+            try:  # whatever happens to this photo, continue with the others
                 for ending in WRITTEN:
                     if os.path.lexists(stem + ending):
                         os.unlink(stem + ending)
@@ -160,7 +163,7 @@ def predict(
                 failures.append(str(error))
             except OSError as error:
                 why = error.strerror or error
-                failures.append(f"photo {file}: cannot write all its results ({why}): rename it, or mend {output}")
+                failures.append(f"photo {file}: cannot write its results ({why}): rename it, or check {output}")
             advance()
     return len(files) - len(failures), failures
 
@@ -205,7 +208,7 @@ def coco_rle(mask: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _save_mask(mask: np.ndarray, path: Path) -> None:
-    """With the overlay's colours as its palette."""
+    """Write the mask with the overlay's colours as its palette."""
     picture = Image.fromarray(mask)
     picture.putpalette(palette().tobytes())
     picture.save(path)

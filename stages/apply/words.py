@@ -1,4 +1,4 @@
-"""Words that a user wants to segment by, and their features: CLIP is only asked for those that are new to a run."""
+"""The user's words and their text features. CLIP is only loaded for words that are new to a run."""
 
 import os
 import re
@@ -24,10 +24,10 @@ MOST_CLASSES = 255  # as in the masks of a dataset
 
 
 def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Class name -> its names in prompts: "cow|bull|calf" is the class cow by three names.
+    """Class name -> its names in prompts: "cow|bull|calf" is the class cow with three names.
 
     Raises:
-        UserError: none, one that no class of a dataset may have, one twice, or more than 255.
+        UserError: no words, a name that no class of a dataset may have, a duplicate, or more than 255.
     """
     parsed: dict[str, tuple[str, ...]] = {}
     for word in words:
@@ -36,9 +36,9 @@ def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
             for name in names:
                 check_name(name, "--classes")
         except ValueError as error:
-            raise UserError(f"{error}; write names with commas between, synonyms with | ({word!r})") from error
+            raise UserError(f"{error} (in {word!r}); separate names by commas, synonyms by |") from error
         if names[0] in parsed:
-            raise UserError(f"--classes: {names[0]!r} is there twice")
+            raise UserError(f"--classes: {names[0]!r} is listed twice")
         parsed[names[0]] = names
     if not 1 <= len(parsed) <= MOST_CLASSES:
         raise UserError(f"--classes: {len(parsed)} classes; give 1 to {MOST_CLASSES}")
@@ -46,25 +46,29 @@ def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def read_words(classes: str) -> list[str]:
-    """What --classes says: words between commas or line ends, or the lines of the text file of that name."""
+    """Parse --classes: words separated by commas or line ends, or the lines of a text file."""
     if not os.path.isfile(classes):  # Path.is_file raises where the words are too long for a path
         if re.fullmatch(r"[^,|\n]*\.[A-Za-z]\w{1,4}\s*", classes) or os.path.isdir(os.path.dirname(classes)):
-            raise UserError(f"--classes {classes}: there is no such text file; it would have one class a line")
+            raise UserError(
+                f"--classes {classes}: no such text file; write one class per line, or names between commas"
+            )
         return re.split("[,\n]", classes)
     try:
         return [line for line in Path(classes).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise UserError(f"--classes {classes} is no text file ({error.reason}): one class a line, in UTF-8") from error
+        raise UserError(
+            f"--classes {classes} is not a UTF-8 text file ({error.reason}): write one class per line"
+        ) from error
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Classes that were asked for.
+    """The requested classes.
 
     Attributes:
         config: the run's, with these classes as its dataset's.
         features: (K, C).
-        seen, unseen: indices of those that the run saw masks of, and of the others.
+        seen, unseen: indices of the classes with masks in training, and of the others.
     """
 
     config: Config
@@ -78,10 +82,10 @@ class Vocabulary:
 
 
 def vocabulary(run: Run, words: Sequence[str]) -> Vocabulary:
-    """Names of the training vocabulary keep the run's features and need no CLIP; others meet its text tower, once.
+    """Training classes keep the run's features and do not need CLIP; its text tower encodes other words once.
 
     Raises:
-        UserError: as `parse_words`; or there is no text tower.
+        UserError: as `parse_words`, or there is no text tower.
     """
     if isinstance(words, str):
         raise UserError(f"classes are a list of words, such as [{words!r}], not one text")

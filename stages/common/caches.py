@@ -1,4 +1,4 @@
-"""Which cache a command works on, and whether it fits what the command asks for."""
+"""Chooses the cache a command works on, and checks that it matches the command's settings."""
 
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ def choose_cache(cache: str | None, dataset: str | None) -> Cache:
         if dataset is None or opened.manifest.settings["dataset"]["name"] == dataset:
             return opened
     wanted = f" --dataset {dataset}" if dataset else ""
-    raise UserError(f"no complete cache below {CACHES}/: run precompute{wanted} first, or name one by --cache")
+    raise UserError(f"no complete cache in {CACHES}/: run precompute{wanted} first, or choose one with --cache")
 
 
 def split_settings(config: StageOne) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Stage one's settings: what decides the content of a cache, and the rest, where files lie and other splits.
+    """Split stage one's settings: those that determine a cache's content, and the rest (file locations, other splits).
 
-    A cache stays good when its dataset gets another test split or moves to another folder. Nor does the number of views
-    decide what a view holds: a cache that lacks some is extended; its manifest says how many there are.
+    A cache stays valid if its dataset gets another test split or moves. The number of views does not change the content
+    of a view either: a cache with too few is extended, and its manifest says how many there are.
     """
     content = as_settings(config)
     del content["views"]["count"]
@@ -42,16 +42,16 @@ def split_settings(config: StageOne) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def cached_settings(manifest: Manifest) -> dict[str, Any]:
-    """The settings that a cache was made with, for `resolve` to start from."""
+    """The settings of a cache, as the base for `resolve`."""
     settings = {key: value for key, value in manifest.settings.items() if key != "files"}
     return merge(merge(settings, manifest.context), {"views": {"count": manifest.views}})
 
 
 def check_cache(cache: Cache, config: Config, dataset: SegmentationDataset) -> None:
-    """Refuses a cache that was made from other settings or images than `config` and `dataset`, or lacks views.
+    """Reject a cache that was made from other settings or images than `config` and `dataset`, or lacks views.
 
     Raises:
-        UserError: naming every setting that differs.
+        UserError: lists every differing setting.
     """
     made_from = {key: value for key, value in cache.manifest.settings.items() if key != "files"}
     differences = different_settings(made_from, split_settings(config.stage_one)[0])

@@ -1,4 +1,4 @@
-"""Datasets on disk: what is there, what is wrong with it, file by file."""
+"""Opens datasets on disk and checks them file by file."""
 
 import os
 from collections.abc import Iterator
@@ -17,20 +17,20 @@ from stages.common.progress import progress_bar, say
 
 
 def open_split(config: Dataset, data_root: Path, split: str) -> SegmentationDataset:
-    """The split, with a warning if it has not the number of images that the dataset's YAML expects."""
+    """Open a split; warn if it does not have the number of images that the dataset's YAML expects."""
     dataset = SegmentationDataset(config, data_root, split)
     if len(dataset) != dataset.expected:
-        say(f"warning: {_miscount(dataset)}; `datasets check {config.name}` says what is missing")
+        say(f"warning: {_miscount(dataset)}; run `datasets check {config.name}` to see what is missing")
     return dataset
 
 
 def _miscount(dataset: SegmentationDataset) -> str:
-    return f"{dataset.root}: split {dataset.split} has {len(dataset)} images, {dataset.expected} are expected"
+    return f"{dataset.root}: split {dataset.split} has {len(dataset)} images, expected {dataset.expected}"
 
 
 @dataclass
 class Check:
-    """What `check` found. `pixels` and `images`: (K,) int64, how often each class occurs; warnings may be meant."""
+    """The result of `check`. `pixels` and `images`: (K,) int64 counts of each class; warnings may be intended."""
 
     pixels: np.ndarray
     images: np.ndarray
@@ -41,11 +41,11 @@ class Check:
 
 
 def check(config: Dataset, data_root: Path) -> Check:
-    """Reads every image and mask of every split; each fault is one line that names the file.
+    """Read every image and mask of every split; each fault is one line that names the file.
 
-    A fault is a missing split list or folder, an id listed twice, a split of another size than expected, an image of
-    two splits, an image or mask that is missing, damaged or of a wrong mode, a mask of another size than its image, a
-    value that is no class. Doubts about pairs, and files that are passed over, are warnings, one line for each kind.
+    A fault is a missing split list or folder, a duplicate id, a split of unexpected size, an image in two splits, an
+    image or mask that is missing, damaged or of the wrong mode, a mask and image of different sizes, or a mask value
+    that is neither a class nor ignored. Suspicious pairs and ignored files are warnings, one line for each kind.
     """
     found = Check(np.zeros(len(config.classes), np.int64), np.zeros(len(config.classes), np.int64))
     split_of: dict[Path, str] = {}
@@ -67,7 +67,7 @@ def check(config: Dataset, data_root: Path) -> Check:
         split_of = images | split_of
         doubts: dict[str, list[Path]] = {}
         if others := [Path(name) for name in dataset.passed_over]:
-            doubts["files beside the images are left out, by their endings or as links"] = others
+            doubts["files next to the images are ignored, because of their extension or as repeated links"] = others
         with progress_bar(f"check {split}", len(dataset), "images") as advance:
             for row, read in enumerate(_read_all(dataset)):
                 advance()
@@ -88,7 +88,7 @@ def check(config: Dataset, data_root: Path) -> Check:
 
 
 def _read_all(dataset: SegmentationDataset) -> Iterator[tuple[np.ndarray, list[str]] | str]:
-    """For every row the pixels of each class, (256,), and doubts, or what is wrong. Decoding runs in threads."""
+    """For every row, the pixel count of each class, (256,), and doubts; or the error. Decoding runs in threads."""
 
     def read(row: int) -> tuple[np.ndarray, list[str]] | str:
         try:

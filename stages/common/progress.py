@@ -1,4 +1,4 @@
-"""What the stages print: one line at a time, and progress bars with rate and time left."""
+"""Output of the stages: single lines, and progress bars with rate and remaining time."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ output = Console(soft_wrap=True)
 
 
 def say(line: str) -> None:
-    """One line of news, to stderr; results go to stdout by `output`."""
+    """Print one line to stderr; results go to stdout through `output`."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -66,7 +66,7 @@ class _Lines:
 
 @contextmanager
 def progress_bar(name: str, total: int | None = None, unit: str = "", done: int = 0) -> Iterator[Callable[..., None]]:
-    """A bar on stderr; a line every half a minute, and one at the end, where that is no terminal.
+    """A progress bar on stderr; if that is not a terminal, a line every 30 s and one at the end.
 
     The yielded function advances it: `advance(count, note="...")`.
     """

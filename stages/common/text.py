@@ -1,4 +1,4 @@
-"""Class features of a dataset: read from a file, or made once by the teacher's text tower and kept."""
+"""Class features of a dataset: read from a file, or computed once by the teacher's text tower and kept."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from stages.common.progress import progress_bar
 
 
 class TextTower(Protocol):
-    """FrozenClip, or what asks one elsewhere."""
+    """FrozenClip, or a proxy for one in another process."""
 
     def text_features(self, names: Sequence[Sequence[str]], templates: str | Sequence[str]) -> Tensor:
         """As FrozenClip's."""
@@ -27,9 +27,9 @@ def class_features(config: Config, teacher: Callable[[], TextTower], width: int 
     """(K, C) float32, unit length: one row for each class of `config.dataset`.
 
     Args:
-        teacher: called only if the features must be made. They are kept below caches/text/ under the fingerprint of the
-            teacher's weights, the prompts and the templates.
-        width: C where it is known, to refuse a file of another teacher.
+        teacher: called only if the features must be computed. They are kept in caches/text/, under the fingerprint of
+            the teacher's weights, the prompts and the templates.
+        width: C if known, to reject a file for another teacher.
     """
     from pipeline.teacher.text import prompt_templates, read_text_features
 

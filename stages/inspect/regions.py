@@ -1,4 +1,4 @@
-"""What stage one found: pictures of pseudo labels, and how good they are where the hidden truth is known."""
+"""Pictures of pseudo labels, and their quality measured with the hidden true masks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ TITLES = ("image", "seen mask", "K-means regions, own numbers", "fused regions, 
 
 @dataclass(frozen=True)
 class PseudoLabelRow:
-    """One view. `coverage`: share of its tokens that are unannotated, hence pseudo-labelled. NaN purity: none is."""
+    """One view. `coverage`: fraction of unannotated, hence pseudo-labelled tokens. Purity is NaN if there are none."""
 
     image_id: str
     view: int
@@ -35,7 +35,7 @@ def _count(labels: np.ndarray) -> int:
 
 
 def describe(image_id: str, view: int, clusters: np.ndarray, groups: np.ndarray, truth: np.ndarray) -> PseudoLabelRow:
-    """The table's line of a view, from labels and true classes (G, G)."""
+    """The table row of a view, from labels and true classes (G, G)."""
     coverage = float((groups != IGNORE).mean())
     return PseudoLabelRow(image_id, view, _count(clusters), _count(groups), coverage, purity(groups, truth))
 
@@ -60,9 +60,9 @@ def table(config: Config, cache: Cache, data_root: Path, rows: list[int]) -> lis
 
 
 def sheet(config: Config, cache: Cache, data_root: Path, rows: list[int], path: Path) -> Path:
-    """Writes the contact sheet of the chosen images' first views to `path` (PNG).
+    """Write a contact sheet of the chosen images' first views to `path` (PNG).
 
-    The legend has the classes of the masks, unseen ones with a star; regions are numbered in each image.
+    The legend lists the classes in the masks, with a star for unseen ones; regions are numbered separately per image.
     """
     dataset = SegmentationDataset(config.dataset, data_root, "train")
     check_cache(cache, config, dataset)

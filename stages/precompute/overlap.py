@@ -1,4 +1,4 @@
-"""Work done ahead in threads, bounded, so that nobody waits; and how long each part took."""
+"""Bounded look-ahead in threads, so that the parts of stage one overlap; and the time each part takes."""
 
 import threading
 import time
@@ -13,10 +13,10 @@ _R = TypeVar("_R")
 
 
 def ahead(pool: Executor, function: Callable[[_T], _R], items: Iterable[_T], depth: int) -> Iterator[_R]:
-    """`function` of each item, in order, computed in `pool`.
+    """Yield `function` of each item, in order, computed in `pool`.
 
-    At most `depth` items are taken but not handed on: a slow consumer holds back the producer of `items`. What
-    `function` raises, the consumer gets in its place.
+    At most `depth` items are in flight, so a slow consumer holds back the producer of `items`. Exceptions of `function`
+    are raised in the consumer.
     """
     waiting: deque[Future[_R]] = deque()
     try:

@@ -1,4 +1,4 @@
-"""The PCA that a cache's dense tokens are stored by: fitted once, before the first shard, and kept in the cache."""
+"""The PCA for storing dense tokens: fitted once, before the first shard, and kept in the cache."""
 
 from itertools import islice
 
@@ -12,9 +12,9 @@ IMAGES, TOKENS = 64, 65_536  # in the sample, at most
 
 
 def fit_dense_pca(job: ShardJob) -> Pca | None:
-    """Runs on a worker: the PCA of the teacher's tokens of a sample; None where dense tokens are stored otherwise.
+    """Fit the PCA to a sample of the teacher's tokens, on a worker; None if dense tokens are not stored as components.
 
-    The sample is the first view of up to IMAGES images drawn by `views.seed`, and of their tokens up to TOKENS.
+    The sample is up to TOKENS tokens from the first views of up to IMAGES images, drawn with `views.seed`.
 
     Args:
         job: of all images; its shard is not made.

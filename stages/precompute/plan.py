@@ -1,4 +1,4 @@
-"""What stage one is about to do, said before it begins; and what it did, kept beside the cache."""
+"""The plan of stage one, printed before it starts, and its timing, kept with the cache."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ TIMING = "timing.json"  # beside the manifest, no part of the cache: two caches 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is still to be made.
+    """The remaining work.
 
     Attributes:
-        bytes: at most, as if nothing could be compressed but the rows of region tokens that no group has.
-        free: bytes that the store has left; None where there is no telling.
+        bytes: upper bound, without compression except for empty rows of region tokens.
+        free: free bytes in the store; None if unknown.
         seconds: estimated from a calibration on every worker.
     """
 
@@ -86,7 +86,7 @@ class Timing:
 
     @property
     def bottleneck(self) -> str:
-        """The part that its threads spend the most time in: the others wait for it."""
+        """The part with the most time per thread; the others wait for it."""
         return max(self._lanes, key=lambda part: self._seconds[part] / self._lanes[part])
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class TimedRun:
-    """One run of stage one, as timing.json has it. `seconds` are by the clock, `busy_seconds` summed over workers."""
+    """One run of stage one in timing.json. `seconds` is wall time; `busy_seconds` are summed over workers."""
 
     views: int
     seconds: float
@@ -116,7 +116,7 @@ _RUNS = TypeAdapter(list[TimedRun])
 
 
 def timed_runs(store: Store) -> list[TimedRun]:
-    """The runs that made a cache; none where the file is missing or damaged."""
+    """The runs that made a cache; empty if the file is missing or damaged."""
     try:
         return _RUNS.validate_json(store.read(TIMING))
     except (FileNotFoundError, ValidationError):
@@ -124,7 +124,7 @@ def timed_runs(store: Store) -> list[TimedRun]:
 
 
 def size(count: int) -> str:
-    """Bytes for people."""
+    """Format a number of bytes."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= factor:
             return f"{count / factor:.1f} {unit}"
@@ -132,7 +132,7 @@ def size(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Time for people."""
+    """Format a duration."""
     for unit, factor in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * factor:
             return f"{seconds / factor:.1f} {unit}"

@@ -1,6 +1,6 @@
-"""Pseudo labels again, and with them region tokens, from the dense tokens of a cache: without a pass of the teacher.
+"""Recomputes pseudo labels and region tokens from a cache's dense tokens, without running the teacher.
 
-They go to a cache of their own, which shares everything else with the one that the tokens are in.
+They are written to a new cache, which shares everything else with the one that has the tokens.
 """
 
 import faiss
@@ -26,26 +26,26 @@ MADE = (*LABELS, REGION_TOKENS)
 
 
 def recluster(config: Config, source: Cache, target: str | None = None) -> str:
-    """Makes the cache of labels by `config.pseudo_labels`, or completes it, or finds it complete.
+    """Make or complete the cache with labels for `config.pseudo_labels`.
 
-    Labels are those of the tokens as stored, of the views whose dense tokens are stored. The teacher is not loaded, nor
-    is an image or mask read: which tokens are annotated shows in the labels that there are.
+    Labels are computed from the stored tokens, for the views that have them. Neither the teacher, images nor masks are
+    read: the existing labels show which tokens are annotated.
 
     Args:
-        source: has dense tokens, or shares another cache's.
+        source: a cache that has dense tokens, or borrows them.
         target: the folder or URL; by default a folder below `caches/`, named after the fingerprint of the settings.
 
     Returns:
         The folder or URL of the new cache.
 
     Raises:
-        UserError: there are no dense tokens, or more than `pseudo_labels` is to differ.
+        UserError: there are no dense tokens, or settings other than `pseudo_labels` differ.
     """
     source = _owner(source)
     _check(config, source)
     views = min(config.views.count, source.manifest.array_views(DENSE_TOKENS))
     if views < config.views.count:
-        say(f"{source.location} holds dense tokens of {views} views: labels are made for these")
+        say(f"{source.location} has dense tokens for {views} views: labels are computed for these only")
     manifest = _describe(config, source, views)
     path = target or str(CACHES / f"{config.dataset.name}-{manifest.fingerprint[:12]}")
     with open_store(path).lock() as check_lock:
@@ -64,11 +64,11 @@ def recluster(config: Config, source: Cache, target: str | None = None) -> str:
 
 
 def _owner(cache: Cache) -> Cache:
-    """The cache that the dense tokens of `cache` lie in."""
+    """The cache that stores the dense tokens of `cache`."""
     if DENSE_TOKENS not in cache.names:
         raise UserError(
-            f"{cache.location} holds no dense tokens to make labels from: precompute one with --set "
-            "storage.dense_tokens=float16, say, or name another --cache"
+            f"{cache.location} has no dense tokens, which new labels need: precompute with --set "
+            "storage.dense_tokens=float16, or choose another --cache"
         )
     lender = cache.manifest.borrowed.get(DENSE_TOKENS)
     return cache if lender is None else open_cache(lender.cache)
@@ -83,13 +83,13 @@ def _check(config: Config, source: Cache) -> None:
         differences.append(f"views.count: cache {source.manifest.views}, asked {config.views.count}")
     if differences:
         raise UserError(
-            f"--only pseudo-labels takes all but pseudo_labels from {source.location} ({'; '.join(differences)}): drop "
+            f"--only pseudo-labels keeps all other settings of {source.location} ({'; '.join(differences)}): drop "
             "these settings, or --only"
         )
 
 
 def _describe(config: Config, source: Cache, views: int) -> Manifest:
-    """Its fingerprint is not that of a teacher's cache: stored tokens are not the teacher's to the last bit."""
+    """The fingerprint differs from that of a normal cache, as stored tokens are not bit-identical to the teacher's."""
     lender = source.manifest
     (width,), (grid, _) = (lender.arrays[name].tail for name in ("cls_tokens", "pseudo_labels"))
     specs = array_specs(width, grid, most_groups(config.pseudo_labels, grid), lender.shard_images, "none")
@@ -114,7 +114,7 @@ def _describe(config: Config, source: Cache, views: int) -> Manifest:
 def make_labels(
     source: Cache, path: str, manifest: Manifest, settings: PseudoLabels, index: int, first_view: int
 ) -> int:
-    """Computes and writes one whole shard of labels, or the views from `first_view` on, to the cache at `path`.
+    """Compute and write the labels of one shard, from view `first_view` on, to the cache at `path`.
 
     Returns:
         The number of images.

@@ -1,4 +1,4 @@
-"""Care of caches: what they hold, whether every byte is as it was written, and how to mend what is not."""
+"""Repairs damaged caches."""
 
 from pathlib import Path
 
@@ -12,15 +12,15 @@ from stages.precompute.stage import precompute
 
 
 def repair(location: str, data_root: Path, device: str) -> list[Damage]:
-    """Restores small files from their copies and recomputes bad shards, and those that were never computed.
+    """Restore small files from their copies and recompute bad and missing shards.
 
-    Labels that were made from another cache's tokens are made from them again, without the teacher.
+    Labels that were computed from another cache's tokens are recomputed from them, without the teacher.
 
     Returns:
         What was damaged.
 
     Raises:
-        UserError: there is no cache, both copies of a small file are lost, or the dataset is another by now.
+        UserError: there is no cache, both copies of a small file are lost, or the dataset has changed.
     """
     found = prepare_repair(location)
     manifest = info(location).manifest

@@ -1,9 +1,9 @@
-"""What a Dask worker does for stage one: it makes whole shards, with a teacher that is loaded once per process.
+"""The work of a Dask worker in stage one: it makes whole shards, with a teacher that is loaded once per process.
 
     read, decode, replay -> teacher -> seeds, K-means, fusion -> compress, write
 
-The parts overlap: images are read and batches labelled in threads, a bounded number ahead or behind, and while one
-shard is written the next one has the teacher.
+The parts overlap: images are read and batches labelled in threads, with bounded queues, and while one shard is written
+the teacher works on the next.
 """
 
 import threading
@@ -53,7 +53,7 @@ def part_lanes(device: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """All that a worker needs to make one whole shard; small, because Dask serialises it for every task."""
+    """Everything a worker needs to make one shard; small, because Dask serialises it for every task."""
 
     settings: str  # the resolved stage-one settings as JSON, with the cache's number of views
     fingerprint: str  # of the cache: weights may change at the same path while a cluster's worker lives on
@@ -86,7 +86,7 @@ class Sample(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Of a batch: the views' places, and by name what is stored of them, (B, ...) each."""
+    """The outputs for a batch: the views' positions, and the arrays to store by name, (B, ...) each."""
 
     places: list[tuple[int, int]]
     arrays: dict[str, np.ndarray]
@@ -138,7 +138,7 @@ class Worker:
         return samples, cls_tokens, dense_tokens
 
     def label(self, encoded: tuple[list[Sample], Tensor, Tensor]) -> Outputs:
-        """All that is stored but dense tokens."""
+        """Everything that is stored, except dense tokens."""
         samples, cls_tokens, dense_tokens = encoded
         unannotated = np.stack([sample.unannotated for sample in samples])
         clusters, groups = pseudo_labels(dense_tokens, unannotated, self.config.pseudo_labels)
@@ -172,9 +172,9 @@ def text_features(job: ShardJob, names: tuple[tuple[str, ...], ...], templates: 
 
 
 def calibrate(job: ShardJob) -> float:
-    """Seconds that a view takes here, from the teacher and the labels of a few views of the job's shard.
+    """Seconds per view here, measured by running the teacher and labelling on a few views of the job's shard.
 
-    Reading is left out: it is done ahead. 0 if none of the shard's images can be read and they may be left out.
+    Reading is not included, as it is done ahead. 0 if none of the shard's images can be read and they may be skipped.
     """
     worker = worker_of(job)
     count = job.precompute.batch_size if worker.device.startswith("cuda") else 2
@@ -197,7 +197,7 @@ def make_shard(job: ShardJob) -> Done:
         with watch("write"):
             store = open_store(job.cache)
             if store.holder() != job.holder:
-                raise UserError(f"{job.cache} is written by another precompute by now: this one stops")
+                raise UserError(f"{job.cache} is now being written by another precompute: this one stops")
             write_shard(job.cache, job.index, job.first_view, arrays, skipped)
     views = (job.stop - job.start - len(skipped)) * arrays["views"].shape[1]
     return Done(job.stop - job.start, views, watch.seconds)
@@ -257,7 +257,7 @@ def _store(outputs: Outputs, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _empty_arrays(worker: Worker, job: ShardJob) -> dict[str, np.ndarray]:
-    """What rows of images that cannot be read stay at: no label, and zeros."""
+    """Arrays as they stay for unreadable images: no label, and zeros."""
     arrays = {}
     for name, spec in worker.array_specs().items():
         views = max(0, spec.stored_views(worker.config.views.count) - job.first_view)

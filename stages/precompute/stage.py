@@ -41,7 +41,7 @@ from stages.precompute.workers import for_all, on_a_worker, on_every_worker, wor
 
 
 def cache_settings(config: StageOne, dataset: SegmentationDataset) -> dict[str, Any]:
-    """What a cache is fingerprinted by: the resolved settings and digests of the teacher's and the dataset's files."""
+    """The content of the fingerprint: the resolved settings and digests of the teacher's and the dataset's files."""
     files = {"dataset": dataset.digest(), **weights_fingerprint(config.teacher)}
     if config.dataset.text_features is not None:
         features = read_text_features(Path(config.dataset.text_features), len(config.dataset.classes), None)
@@ -57,11 +57,11 @@ def precompute(
     scheduler: str | None = None,
     dry_run: bool = False,
 ) -> str:
-    """Makes the cache that `config` describes, or completes it, or adds views to it, or finds it complete.
+    """Make the cache that `config` describes, complete it, or add views to it.
 
     Args:
         cache: its folder or URL; by default a folder below `caches/`, named after the settings' fingerprint.
-        device: of this machine's workers, or `auto` for a scheduler's, each of which then chooses.
+        device: for workers on this machine; with a scheduler, `auto`, and each worker chooses.
         scheduler: address of a running Dask scheduler, tcp://...; by default one is started here.
         dry_run: stop after the plan; no cache is written.
 
@@ -85,14 +85,14 @@ def precompute(
     if skipped:
         first = next(iter(skipped.values()))
         say(
-            f"{len(skipped)} images were left out ({store.show(MANIFEST)} lists them; the first: {first}); "
-            f"to try them again, delete the records below {store.show(SHARDS)} that name them"
+            f"{len(skipped)} images were skipped ({store.show(MANIFEST)} lists them; the first: {first}); "
+            f"to retry them, delete the records in {store.show(SHARDS)} that list them"
         )
     return path
 
 
 def _is_complete(path: str, name: str, views: int) -> bool:
-    """Nothing is missing or damaged but, perhaps, a shard's bytes, which training checks."""
+    """Whether nothing is missing or damaged, except possibly the bytes of shards, which training checks."""
     try:
         manifest = open_cache(path).manifest
     except UserError:
@@ -104,7 +104,7 @@ def _make(
     config: Config, data_root: Path, dataset: SegmentationDataset, settings: dict[str, Any], path: str, device: str,
     scheduler: str | None, dry_run: bool, check_lock: Callable[[], None],
 ) -> bool:  # fmt: skip
-    """Makes what is missing; whether it is not a dry run."""
+    """Make what is missing; False for a dry run."""
     store = open_store(path)
     views = _views(store, path, settings, config.views.count)
     base = ShardJob(
@@ -138,14 +138,14 @@ def _make(
         pca = stored_pca(path) or on_a_worker(client, fit_dense_pca, base)
         create_cache(path, manifest, dataset.ids, features, pca)
         if len(shards) < manifest.shards:
-            say(f"{path} holds {manifest.shards - len(shards)} of {manifest.shards} shards: continuing")
+            say(f"{path} has {manifest.shards - len(shards)} of {manifest.shards} shards: continuing")
         if jobs:
             _run(client, jobs, store, check_lock)
     return True
 
 
 def _views(store: Store, path: str, settings: dict[str, Any], asked: int) -> int:
-    """How many views the cache is to have: never fewer than it has. UserError if it was made from other settings."""
+    """Target number of views, never fewer than the cache has. UserError if it was made with other settings."""
     try:
         stored = trusted_manifest(store)
     except UserError:  # there is none; or it is lost, which `create_cache` says
@@ -155,7 +155,7 @@ def _views(store: Store, path: str, settings: dict[str, Any], asked: int) -> int
 
 
 class _TextTower:
-    """The teacher's text side, on a worker: the process that asks loads no model."""
+    """The teacher's text tower on a worker, so that this process loads no model."""
 
     def __init__(self, client: Client, job: ShardJob) -> None:
         self._client, self._job = client, job
@@ -167,7 +167,7 @@ class _TextTower:
 def _describe(
     client: Client, job: ShardJob, config: Config, dataset: SegmentationDataset, settings: dict[str, Any], views: int
 ) -> tuple[Manifest, np.ndarray]:
-    """The manifest as `create_cache` takes it, and the class features."""
+    """The manifest for `create_cache`, and the class features."""
     with progress_bar("loading the teacher"):
         width, arrays = on_a_worker(client, describe, job)
     features = class_features(config, lambda: _TextTower(client, job), width)

@@ -1,4 +1,4 @@
-"""Loaded by the Dask workers that `precompute` starts: Ctrl-C is for the main process, which ends them."""
+"""Loaded by the Dask workers that `precompute` starts: they ignore Ctrl-C; the main process stops them."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""Dask: worker processes of this machine, or a cluster that is there already, and shards handed out to them."""
+"""Dask: starts workers on this machine or joins a running cluster, and distributes shards."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +29,7 @@ def workers(scheduler: str | None, device: str, most: int) -> Iterator[Client]:
     """A client of the scheduler at this address, or of one started here with a worker per GPU or group of cores.
 
     Args:
-        most: there is no use for more local workers.
+        most: upper limit for local workers.
 
     Raises:
         UserError: no scheduler answers, or it has no workers.
@@ -39,15 +39,15 @@ def workers(scheduler: str | None, device: str, most: int) -> Iterator[Client]:
             client = Client(scheduler, timeout=_PATIENCE)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"--scheduler {scheduler}: no Dask scheduler answers there: start one by `dask scheduler`, or correct "
-                "the address, such as tcp://host:8786"
+                f"--scheduler {scheduler}: no Dask scheduler answers there: start one with `dask scheduler`, or "
+                "correct the address, such as tcp://host:8786"
             ) from error
         with client:
             try:
                 client.wait_for_workers(1, timeout=_PATIENCE)
             except TimeoutError as error:
                 raise UserError(
-                    f"--scheduler {scheduler} has no workers: start some by `dask worker {scheduler} --nthreads "
+                    f"--scheduler {scheduler} has no workers: start some with `dask worker {scheduler} --nthreads "
                     f"{SHARDS_AT_ONCE}`"
                 ) from error
             say(f"dashboard: {client.dashboard_link}")
@@ -72,8 +72,8 @@ def _local_cluster(count: int) -> LocalCluster:
         except RuntimeError as error:
             if attempt == _STARTS - 1:
                 raise UserError(
-                    f"the {count} Dask workers of this machine did not start, in {_STARTS} tries ({error}): see "
-                    "whether something kills them (memory?), or start some by hand and name them by --scheduler"
+                    f"the {count} Dask workers on this machine did not start in {_STARTS} tries ({error}): check "
+                    "whether they run out of memory, or start them by hand and pass --scheduler"
                 ) from error
     raise AssertionError
 
@@ -83,7 +83,7 @@ def worker_addresses(client: Client) -> list[str]:
 
 
 def on_every_worker(client: Client, task: Callable[[Any], _T], argument: object) -> list[_T]:
-    """`task(argument)` once for each worker, at the same time: on it, or on another one should it be lost."""
+    """Run `task(argument)` once per worker, in parallel; if a worker is lost, another one runs its task."""
     futures = [
         client.submit(task, argument, workers=[address], allow_other_workers=True, pure=False)
         for address in worker_addresses(client)
@@ -96,10 +96,10 @@ def on_a_worker(client: Client, task: Callable[..., _T], *arguments: object) -> 
 
 
 def for_all(client: Client, task: Callable[[Any], _T], jobs: Iterable[object]) -> Iterator[_T]:
-    """The results, as they come. A job whose worker dies is given to another one, three times.
+    """Yield results as they arrive. If a worker dies, its job is retried on another one, up to three times.
 
     Raises:
-        UserError: a job's worker died four times, or no worker is left. What the task raises.
+        UserError: a job's workers died four times, or no workers are left. Exceptions of the task are passed on.
     """
     waiting, running = iter(jobs), set[Future[Any]]()
     while True:
@@ -120,7 +120,7 @@ def _first_done(client: Client, running: set[Future[Any]]) -> set[Future[Any]]:
         except TimeoutError:
             if not client.nthreads():
                 raise UserError(
-                    "no worker is left, and none has come for a while: run the same command again, it continues"
+                    "no workers are left, and no new ones have joined: run the same command again to continue"
                 ) from None
 
 
@@ -134,8 +134,8 @@ def _value(future: Future[Any]) -> Any:
         return future.result()
     except KilledWorker as error:
         raise UserError(
-            "the workers of one task died four times (for want of memory?): lower storage.shard_images or "
-            "precompute.batch_size, or look into the workers' logs; then run the same command again, it continues"
+            "the workers of one task died four times (out of memory?): lower storage.shard_images or "
+            "precompute.batch_size, or check the workers' logs; then run the same command again to continue"
         ) from error
     except ModuleNotFoundError as error:
         raise UserError(f"the workers lack a package ({error}): install clip-zss where they run") from error

@@ -1,4 +1,4 @@
-"""Tables of runs that differ in a few settings: trained, scored, and compared with what the paper says."""
+"""Trains and scores tables of runs that differ in a few settings, and compares them with the paper's claims."""
 
 import csv
 import json
@@ -33,11 +33,11 @@ SCORES = {"seen": "mIoU seen", "unseen": "mIoU unseen", "hiou": "hIoU", "purity"
 
 @dataclass(frozen=True)
 class Result:
-    """One run, a line of the CSV. Percentages, but gamma; purity is that of the cache's pseudo labels.
+    """One run, a line of the CSV. Percentages, except gamma; purity is that of the cache's pseudo labels.
 
     `fingerprint` names the resolved settings, the cache, the student's first weights and the splits that are scored;
     `views` are those of the cache that training may use, `shown` how many it was shown, `teacher_passes` how many of
-    these met a live teacher. `commit` is the code's, where it is a checkout; + that files differed from it.
+    these met a live teacher. `commit` is the checkout's, with a + if files differed from it.
     """
 
     row: str
@@ -66,15 +66,15 @@ def ablate(
     output: Path,
     device: str,
 ) -> list[Path]:
-    """Runs every row with every seed, unless it is done, and writes OUTPUT/NAME.csv (after each), .md and .png.
+    """Run every row with every seed, unless it is done, and write OUTPUT/NAME.csv (after each run), .md and .png.
 
-    Done is what stands in a table in OUTPUT, or in runs/ablations, under its fingerprint: tables share what they have
-    in common. Every gamma is chosen as the row's `evaluate.gamma` says.
+    A run is done if its fingerprint is in a table in OUTPUT or in runs/ablations, so tables share common runs. Gamma is
+    chosen by the row's `evaluate.gamma`.
 
     Args:
         name, ablation, seeds: what is run.
-        settings_of: the configuration with these settings, as texts of `--set`.
-        command: how the table's reader can make it again.
+        settings_of: resolves a configuration from `--set` texts.
+        command: the command that reproduces the table.
         data_root, output, device: where.
 
     Returns:
@@ -133,8 +133,8 @@ def _result(row: str, seed: int, config: Config, data_root: Path, device: str, k
 def _of_now(found: Result) -> Result:
     if found.commit != commit():
         say(
-            f"{found.fingerprint} was made at commit {found.commit or 'unknown'}, this is {commit()}: delete it from "
-            "the tables and from runs/ablations to make it anew"
+            f"{found.fingerprint} was made at commit {found.commit or 'unknown'}, this is {commit()}: to redo it, "
+            "delete it from the tables and from runs/ablations"
         )
     return found
 
@@ -178,7 +178,7 @@ def write_csv(path: Path, results: Sequence[Result]) -> None:
 
 
 def read_csv(path: Path) -> list[Result]:
-    """What `write_csv` wrote."""
+    """Read a file written by `write_csv`."""
     with path.open(newline="") as file:
         return [_typed(line) for line in csv.DictReader(file)]
 
@@ -189,11 +189,11 @@ def scores_of(results: Sequence[Result], row: str, score: str) -> np.ndarray:
 
 
 def verdict(sign: Sign, results: Sequence[Result]) -> tuple[str, str, int]:
-    """Whether the sign holds, by how much (mean and range of the differences, seed by seed), and over how many seeds.
+    """Whether the claim holds, by how much (mean and range of the differences per seed), and over how many seeds.
 
-    Rows share a seed's order of images and, where they have the same modules, its first weights: what these do to both
-    is not in the difference. Beyond the seed spread: the better row's worst seed is above the other's best. Undecided:
-    some seeds are for the claim, some against it. Seeds that one row lacks do not count.
+    With the same seed, rows share the image order and, where modules are the same, the initial weights, so their effect
+    cancels in the difference. Beyond the seed spread: every seed of the better row scores above every seed of the
+    other. Undecided: some seeds support the claim and some contradict it. Seeds missing in one row do not count.
     """
     rows = [
         {result.seed: getattr(result, sign.score) for result in results if result.row == row}
@@ -224,7 +224,7 @@ def spread(values: np.ndarray, style: str = ".1f") -> str:
 
 
 def passes(results: Sequence[Result]) -> tuple[int, int]:
-    """Teacher passes that the runs took, a cache counted once, and those with the teacher live in each."""
+    """Teacher passes of the runs: each cache counts once, a live teacher in every run."""
     caches = {result.cache: 0 for result in results}
     for result in results:
         caches[result.cache] = max(caches[result.cache], result.views)
@@ -261,11 +261,11 @@ def markdown(command: str, ablation: Ablation, results: Sequence[Result]) -> str
 
 
 def _plot(path: Path, ablation: Ablation, results: Sequence[Result]) -> None:
-    """Every seed a dot, the mean a line."""
+    """Plot every seed as a dot and the mean as a line."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        say(f"{path.name} is not drawn: pip install -e '.[ablate]' where clip-zss lies")
+        say(f"{path.name} is not drawn: run pip install -e '.[ablate]' in the clip-zss folder")
         return
     rows = list(ablation.rows)
     figure = Figure(figsize=(9, 1.2 + 0.45 * len(rows)), layout="constrained")

@@ -1,4 +1,4 @@
-"""The whole pipeline on the embedded dataset: the teacher itself, a student by the paper's losses, and the default."""
+"""The whole pipeline on the embedded dataset: the teacher, a student with the paper's losses, and the default."""
 
 import os
 import platform
@@ -50,12 +50,12 @@ class Result:
 
 
 def demo(folder: Path, seeds: Sequence[int], assignments: Sequence[str], device: str) -> None:
-    """Runs everything and writes FOLDER/scenes.md, pseudo-labels.png and predictions.png.
+    """Run everything and write FOLDER/scenes.md, pseudo-labels.png and predictions.png.
 
-    A training that was begun before, with the same settings and cache, is gone on with.
+    A training that was started before with the same settings and cache is continued.
 
     Args:
-        seeds: training seeds; each trains the paper's method and the default against the one cache.
+        seeds: training seeds; for each, the paper's method and the default are trained on the same cache.
         assignments: `--set` texts for every step.
     """
     started = time.perf_counter()
@@ -71,7 +71,7 @@ def demo(folder: Path, seeds: Sequence[int], assignments: Sequence[str], device:
     pseudo = summary(table(config, cache, DATA, cache.kept_rows.tolist()))
     pictures = [sheet(config, cache, DATA, choose_rows(cache, [], PICTURES, seed=0), folder / "pseudo-labels.png")]
 
-    say("2/4 the baseline: the teacher's own dense prediction")
+    say("2/4 baseline: the teacher's dense prediction")
     teacher = teacher_predictor(config, device)
     teacher_gamma, teacher_scores = evaluate(teacher, config, DATA)
     results = [Result("teacher's dense tokens", "-", teacher_gamma, teacher_scores)]
@@ -108,7 +108,7 @@ def demo(folder: Path, seeds: Sequence[int], assignments: Sequence[str], device:
 
 
 def _predictions(config: Config, predictors: tuple[tuple[Predictor, float], ...], path: Path) -> Path:
-    """Test images beside the true mask, the student's prediction and the teacher's own."""
+    """Test images with the true mask, the student's prediction and the teacher's."""
     dataset = SegmentationDataset(config.dataset, DATA, config.evaluate.split)
     seen, unseen = config.dataset.seen_indices, config.dataset.unseen_indices
     rows, lines = range(0, len(dataset), max(1, len(dataset) // PICTURES)), []
@@ -128,7 +128,7 @@ def _predictions(config: Config, predictors: tuple[tuple[Predictor, float], ...]
 
 
 def _findings(results: Sequence[Result], pseudo: dict[str, float]) -> list[str]:
-    """The numbers that the demo is run for, one a line."""
+    """The demo's main results, one per line."""
     teacher = results[0].scores.hiou
     full = [r.scores for r in results if r.what == "student"]
     paper = [r.scores for r in results if r.what == PAPER]

@@ -1,4 +1,4 @@
-"""What a training step reads: views that workers make ready, and what the teacher said of them.
+"""The input of a training step: views prepared by loader workers, and the teacher's outputs for them.
 
 CLS tokens and pseudo labels of the whole dataset are in memory as they are stored, 2 KiB a view. Region tokens, where
 the loss needs them, are read with the view by the loader's workers. (The pictures of a validation read the cache too.)
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 
 class Teacher(Protocol):
-    """What a Batch holds of the teacher.
+    """The teacher's outputs in a Batch.
 
     CLS tokens (B, C) float32, pseudo labels (B, G, G) uint8 and, where `loss.local` is on, region tokens (B, M, C) int8
     of a loader's batch, on the device.
@@ -45,7 +45,7 @@ class Teacher(Protocol):
 
 
 class CachedTeacher:
-    """Looks them up; region tokens come with the loader's batch.
+    """Looks the outputs up in memory; region tokens come with the loader's batch.
 
     Attributes:
         cls_tokens: (N, V, C) float16.
@@ -67,7 +67,7 @@ class CachedTeacher:
 
 
 class Batches:
-    """A rank's batches, from iteration `first` on, in order: of each iteration its micro-batches; to be iterated once.
+    """A rank's batches in order from iteration `first` on, one list of micro-batches per iteration; iterate only once.
 
     Attributes:
         teacher: cached, or live, as `train.teacher` says.
@@ -85,7 +85,7 @@ class Batches:
             UserError: the cache has no image that could be read, or lacks an array.
         """
         if not len(cache.kept_rows):
-            raise UserError(f"cache {cache.location} holds no image that could be read: mend them and precompute again")
+            raise UserError(f"cache {cache.location} has no readable images: fix the image files and precompute again")
         self.asked = self.waited = 0.0
         self._mean, self._std, self._device = mean, std, device
         live = None
@@ -141,7 +141,7 @@ class Batches:
 
 
 def _readable(loaded: Iterator[dict[str, Tensor]]) -> Generator[dict[str, Tensor], None, None]:
-    """The loader's batches. Its workers wrap what they meet in their traceback: only its last line is the user's."""
+    """The loader's batches. Workers wrap errors in a traceback, of which only the last line is for the user."""
     try:
         yield from loaded
     except UserError as error:

@@ -1,6 +1,6 @@
-"""Checkpoints: one folder each, put in place whole, trusted only while every byte has its checksum.
+"""Checkpoints: one folder each, written atomically, and trusted only if all checksums match.
 
-checkpoints/000400/config.yaml, student.safetensors    what `evaluate` needs: the folder is a run by itself
+checkpoints/000400/config.yaml, student.safetensors    what `evaluate` needs: the folder is itself a run
 training.safetensors                all other tensors, under their path in the state
 state.json                          the state, with the names of its tensors in their place
 SHA256SUMS                          of the files above, as `sha256sum -c` reads it
@@ -31,26 +31,26 @@ class Checkpoints:
     """The checkpoints of one run, numbered by iteration."""
 
     def __init__(self, run: Path, keep: int) -> None:
-        """`keep`: how many of the last ones stay; the best one always does."""
+        """`keep`: how many of the last checkpoints to keep; the best one is always kept."""
         self.folder, self.keep = run / FOLDER, keep
 
     def path(self, iteration: int) -> Path:
         return self.folder / f"{iteration:06d}"
 
     def iterations(self) -> list[int]:
-        """Of all that are in place, ascending; damaged ones too."""
+        """Iterations of all checkpoints, ascending, including damaged ones."""
         return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit())
 
     def save(self, iteration: int, state: dict[str, Any], write_run: Callable[[Path], None]) -> None:
         """Returns when the checkpoint is on disk; a kill before that leaves none.
 
         Args:
-            iteration: a later one than those that are there.
+            iteration: later than all existing ones.
             state: nested dicts and lists of tensors and JSON values.
-            write_run: writes what makes the folder that it is given a run.
+            write_run: writes the files that make a folder a run.
 
         Raises:
-            UserError: the disk does not take it.
+            UserError: writing fails.
         """
         path = self.path(iteration)
         try:
@@ -70,19 +70,19 @@ class Checkpoints:
             flush(self.folder)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"cannot save {path} ({error}): free some space or mend the disk; then train --run "
-                f"{path.parents[1]} goes on"
+                f"cannot save {path} ({error}): free some space or fix the disk; then continue with train --run "
+                f"{path.parents[1]}"
             ) from error
 
     def prune(self, best: int | None) -> None:
-        """Deletes all but the last ones and `best`."""
+        """Delete all checkpoints except the last ones and `best`."""
         found = self.iterations()
         for iteration in found[: -self.keep]:
             if iteration != best:
                 _delete(self.path(iteration))
 
     def newest(self) -> dict[str, Any] | None:
-        """The state of the newest good checkpoint; later ones, which are damaged, are deleted. None: there are none.
+        """The state of the newest good checkpoint; later, damaged ones are deleted. None if there are no checkpoints.
 
         Raises:
             UserError: all are damaged.
@@ -99,17 +99,17 @@ class Checkpoints:
                 content = json.loads((path / STATE).read_text())
                 state: dict[str, Any] = _put_tensors(content, load_file(path / TENSORS))
                 return state
-            say(f"warning: checkpoint {path} is damaged ({reason}): going on from the one before")
+            say(f"warning: checkpoint {path} is damaged ({reason}): continuing from the previous one")
             reasons.append(reason)
         if reasons:
             raise UserError(
-                f"every checkpoint in {self.folder} is damaged: bring one back, or delete {self.folder} to begin anew"
+                f"every checkpoint in {self.folder} is damaged: restore one, or delete {self.folder} to start again"
             )
         return None
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with it, if anything is."""
+    """What is wrong with a checkpoint, if anything."""
     try:
         sums = [line.split("  ") for line in (checkpoint / SUMS).read_text().splitlines()]
         listed = {name: digest for digest, name in sums}
@@ -125,7 +125,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON, its tensors gone to `tensors` under dotted names: optimizer.state.12.exp_avg."""
+    """`value` as JSON, with its tensors moved to `tensors` under dotted names: optimizer.state.12.exp_avg."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return _TENSOR + name
@@ -138,7 +138,7 @@ def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `_take_tensors` took apart; keys that are numbers (an optimiser's parameters) are numbers again."""
+    """The inverse of `_take_tensors`; numeric keys (an optimiser's parameters) become numbers again."""
     if isinstance(value, str) and value.startswith(_TENSOR):
         return tensors[value.removeprefix(_TENSOR)]
     if isinstance(value, dict):
@@ -149,7 +149,7 @@ def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _delete(path: Path) -> None:
-    """Under another name first: a folder that is half deleted must not look like a checkpoint."""
+    """Rename before deleting: a half-deleted folder must not look like a checkpoint."""
     aside = path.with_name(".deleted")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)

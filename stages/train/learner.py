@@ -1,4 +1,4 @@
-"""A training step, and all that it changes, as one value that can be saved and restored to the bit."""
+"""The training step, and all state it changes, which can be saved and restored bit by bit."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ from stages.train.precision import Forward, gradient_scaler, student_forward
 
 @dataclass
 class Learner:
-    """Everything that decides how a training goes on, besides its settings.
+    """The complete state of a training, apart from its settings.
 
-    Samples follow from `iteration` alone, and so do random numbers: every step has its own seeds.
+    Samples and random numbers depend only on `iteration`: every step has its own seeds.
 
     Attributes:
         ema: the exponential moving average of the student's weights, where `train.ema` is on; norms' running statistics
             are the student's latest.
-        scaler: of float16 gradients.
-        iteration, iterations: steps taken, and of all of them.
-        gamma: of `best_student`; None until a validation has chosen it, and again once the student has learnt more.
+        scaler: for float16 gradients.
+        iteration, iterations: steps done, and steps in total.
+        gamma: of `best_student`; None until a validation chooses it, and again after the next step.
     """
 
     student: Student
@@ -52,15 +52,15 @@ class Learner:
 
     @property
     def best_student(self) -> Student:
-        """The student to evaluate and to keep: the average where there is one."""
+        """The student to evaluate and save: the moving average if it is on."""
         return self.ema.module if self.ema else self.student  # type: ignore[return-value]
 
     def step(self, parts: Sequence[Batch], ids: Sequence[str]) -> dict[str, float]:
-        """One iteration; the losses by name, and their `total`, as of the whole batch.
+        """Run one iteration; returns the losses by name and their `total`, for the whole batch.
 
         Args:
             parts: the batch, or this rank's share of it, whole or in micro-batches, whose losses are averaged.
-            ids: of all images of the dataset, for what cannot be trained on.
+            ids: of all images of the dataset, for error messages.
 
         Raises:
             UserError: a loss is NaN or infinite.
@@ -104,7 +104,7 @@ class Learner:
         return {**parts, "bank": self.criterion.bank.state(), "iteration": self.iteration, "gamma": self.gamma}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` returned, here or in another process."""
+        """Continue from what `state` returned, in this or another process."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         for parameter, moments in self.optimizer.state.items():
@@ -124,7 +124,7 @@ class Learner:
 
 
 def make_learner(config: Config, student: Student, criterion: Criterion, device: str) -> Learner:
-    """AdamW over student and criterion, and the schedule of `config.train`."""
+    """AdamW for student and criterion, with the schedule of `config.train`."""
     schedule = config.train
     factor = schedule.head_lr_factor or student.head_lr_factor
     optimizer = torch.optim.AdamW(

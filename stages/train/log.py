@@ -1,4 +1,4 @@
-"""What a run says while it trains: log.jsonl and scores.jsonl, TensorBoard, and Weights & Biases by option."""
+"""Logs of a training run: log.jsonl and scores.jsonl, TensorBoard, and optionally Weights & Biases."""
 
 import json
 import os
@@ -18,13 +18,13 @@ LOSSES, SCORES = "log.jsonl", "scores.jsonl"
 
 
 class RunLog:
-    """Continues the files of a run after iteration `start`; what they hold of later ones, which were lost, goes.
+    """Continues the files of a run after iteration `start`; lines of later, lost iterations are dropped.
 
-    The JSON lines hold no times: those of a resumed run equal an undisturbed one's byte for byte.
+    The JSON lines contain no times: a resumed run has the same bytes as an uninterrupted one.
     """
 
     def __init__(self, path: Path, config: Config, start: int, identity: str) -> None:
-        """`identity` is the run's name for Weights & Biases, where no other run may have it."""
+        """`identity` is the run's unique name for Weights & Biases."""
         self.path = path
         self._wandb = _start_wandb(path, config, identity) if config.train.wandb else None
         for name in (LOSSES, SCORES):
@@ -33,12 +33,12 @@ class RunLog:
         self._board = SummaryWriter(str(path), purge_step=start + 1 if start else None)
 
     def losses(self, iteration: int, losses: dict[str, float], lr: float) -> None:
-        """One step's; `lr` is that of the encoder."""
+        """Log one step's losses; `lr` is that of the encoder."""
         self._losses.write(json.dumps({"iteration": iteration, **losses, "lr": lr}) + "\n")
         self._scalars({**{f"loss/{name}": value for name, value in losses.items()}, "lr": lr}, iteration)
 
     def scores(self, iteration: int, split: str, shown: dict[str, float]) -> None:
-        """One validation's; it counts as done once this returns."""
+        """Log one validation's scores; it counts as done once this returns."""
         self._scalars({f"{split}/{name}": value for name, value in shown.items()}, iteration)
         with (self.path / SCORES).open("a") as file:
             file.write(json.dumps({"iteration": iteration, "split": split, **shown}) + "\n")
@@ -50,7 +50,7 @@ class RunLog:
             self._wandb.log({"iteration": iteration, name: import_wandb().Image(picture)})
 
     def flush(self) -> None:
-        """Returns when the losses are on disk."""
+        """Return when the losses are on disk."""
         _flush(self._losses)
         self._board.flush()
 
@@ -77,7 +77,7 @@ def is_validated(path: Path, iteration: int) -> bool:
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each line and where it ends in the file, up to one that is damaged or, after a kill, half written."""
+    """Each line and its end in the file, up to the first that is damaged or, after a kill, incomplete."""
     if not path.exists():
         return
     end = 0
@@ -94,7 +94,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def cut(path: Path, iteration: int) -> None:
-    """Drops what stands after the line of `iteration`."""
+    """Drop everything after the line of `iteration`."""
     ends = [end for line, end in _lines(path) if line["iteration"] <= iteration]
     if path.exists():
         os.truncate(path, max(ends, default=0))
@@ -106,7 +106,7 @@ def _flush(file: Any) -> None:
 
 
 def import_wandb() -> Any:
-    """The package, which is no dependency. UserError: it is not installed."""
+    """Import wandb, an optional package. UserError if it is not installed."""
     try:
         import wandb
     except ImportError as error:
@@ -115,7 +115,7 @@ def import_wandb() -> Any:
 
 
 def _start_wandb(path: Path, config: Config, identity: str) -> Any:
-    """The same run of Weights & Biases each time that this one is continued."""
+    """Start or continue this run in Weights & Biases."""
     run = import_wandb().init(
         project=config.train.wandb, id=identity, name=path.name, dir=str(path),
         config=as_settings(config), resume="allow",

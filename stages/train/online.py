@@ -1,7 +1,7 @@
-"""The teacher beside the student: what a cache spares, as a reference for its result and its speed.
+"""The teacher in the training loop: a reference for the cache's results and speed.
 
-It is stage one's teacher on stage one's views: the same code but for the cache's float16. Sums depend on the batch in
-their last bits, and so may a pseudo label that they decide.
+It is stage one's teacher on stage one's views, with the same code except for the cache's float16. The last bits of sums
+depend on the batch, and in rare cases so does a pseudo label.
 """
 
 from torch import Tensor, from_numpy
@@ -22,11 +22,11 @@ class LiveTeacher:
     """Encodes and labels every batch.
 
     Attributes:
-        live: what the loader must show it.
+        live: its input from the loader.
     """
 
     def __init__(self, config: Config, cache: Cache, device: str) -> None:
-        """UserError if the teacher's files are not those that `cache`, and with it the class features, were made by."""
+        """UserError if the teacher's files are not those that made `cache` and its class features."""
         for part, digest in weights_fingerprint(config.teacher).items():
             if cache.manifest.settings["files"][part] != digest:
                 raise UserError(

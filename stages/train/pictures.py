@@ -1,4 +1,4 @@
-"""Pictures of a student that is learning, of the same few images each time."""
+"""Pictures of the student during training, always of the same few images."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ COUNT, SIDE = 4, 128  # images, and pixels along the longer side of one
 
 
 def few(rows: Sequence[int] | np.ndarray) -> list[int]:
-    """`COUNT` of them, evenly spread."""
+    """Choose `COUNT` of them, evenly spaced."""
     step = max(1, len(rows) // COUNT)
     return [int(row) for row in rows[::step][:COUNT]]
 

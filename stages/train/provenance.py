@@ -1,4 +1,4 @@
-"""run.json: which cache, machine, packages and code each start of a run had."""
+"""run.json: the cache, machine, packages and code of each start of a run."""
 
 import json
 import platform
@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def record_start(run: Path, iteration: int, cache: str, fingerprint: str, device: str) -> str:
-    """Adds a start, from after `iteration`, to the run's record; returns a name for the run that no other has."""
+    """Add a start after `iteration` to the run's record; returns a unique name for the run."""
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "after_iteration": iteration,
@@ -49,7 +49,7 @@ def record_start(run: Path, iteration: int, cache: str, fingerprint: str, device
 
 
 def starts(run: Path) -> list[dict[str, Any]]:
-    """Those recorded so far; of a record that is damaged, none."""
+    """The recorded starts; empty if the record is damaged."""
     try:
         found = json.loads((run / FILE).read_text())["starts"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -58,18 +58,18 @@ def starts(run: Path) -> list[dict[str, Any]]:
 
 
 def last_start(run: Path) -> dict[str, Any] | None:
-    """None where no record says so."""
+    """The last recorded start, or None."""
     return next(reversed(starts(run)), None)
 
 
 def last_cache(run: Path) -> str | None:
-    """The location of the cache that the run was last started with; None where no record says so."""
+    """The location of the cache that the run was last started with, or None if it is not recorded."""
     last = last_start(run)
     return str(last["cache"]) if last else None
 
 
 def begun_with(config: Config, cache: Cache) -> Path | None:
-    """The newest run below runs/ that has these settings, but for FREE, and was begun with this cache, if any."""
+    """The newest run in runs/ that has these settings, except FREE, and was started with this cache, if any."""
     for file in sorted(RUNS.glob(f"*/{CONFIG}"), key=lambda file: file.stat().st_mtime, reverse=True):
         last = last_start(file.parent)
         same_cache = last and last["cache_fingerprint"] == cache.manifest.fingerprint
@@ -79,17 +79,17 @@ def begun_with(config: Config, cache: Cache) -> Path | None:
 
 
 def check_same_cache(run: Path, cache: Cache) -> None:
-    """UserError if the run was last started with a cache of other content."""
+    """UserError if the run was last started with a cache of different content."""
     last = last_start(run)
     if last and last["cache_fingerprint"] != cache.manifest.fingerprint:
         raise UserError(
-            f"--run {run} was begun with cache {last['cache']}, and {cache.location} holds something else: name "
-            "the first by --cache, or choose another --run"
+            f"--run {run} was started with cache {last['cache']}, and {cache.location} has other content: pass "
+            "the first as --cache, or choose another --run"
         )
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, and the files that differ from it, of the checkout whose root `folder` is; None where it is none."""
+    """Commit and changed files of the checkout with root `folder`; None if it is not a checkout."""
     try:
         if Path(_git(folder, "rev-parse", "--show-toplevel").strip()).resolve() != folder.resolve():
             return None  # installed somewhere below another project
@@ -101,7 +101,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 @cache
 def commit() -> str:
-    """Of this program, short, with a + where its files differ from it; empty where it is no checkout."""
+    """This program's short commit, with a + if files differ from it; empty if it is not a checkout."""
     state = git_state(CODE)
     return state["commit"][:12] + "+" * any(not line.startswith("??") for line in state["changed"]) if state else ""
 
@@ -112,7 +112,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Those of PACKAGES that are installed."""
+    """Versions of the installed PACKAGES."""
     found = {}
     for name in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Training by several processes, as torchrun starts them: `torchrun --nproc-per-node 8 cli.py train ...`."""
+"""Training with several processes, started by torchrun: `torchrun --nproc-per-node 8 cli.py train ...`."""
 
 import os
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ PATIENCE = timedelta(hours=3)  # of the other ranks, while the first one validat
 
 @contextmanager
 def ranks(device: str) -> Iterator[str]:
-    """Joins the other processes of torchrun, if there are any; yields this one's device.
+    """Join the other torchrun processes, if any; yields this process's device.
 
-    Each rank takes the GPU of its number on its machine; CPUs talk by gloo. Only the first one prints.
+    Each rank uses the GPU with its local rank; on CPUs, ranks communicate with gloo. Only the first rank prints.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
@@ -47,7 +47,7 @@ def wait_for_all() -> None:
 
 
 def everyone_has(text: str) -> str:
-    """The first rank's."""
+    """The first rank's value."""
     texts = [text]
     if world_size() > 1:
         dist.broadcast_object_list(texts)
@@ -55,12 +55,12 @@ def everyone_has(text: str) -> str:
 
 
 def anywhere(true: bool, device: str) -> bool:
-    """Whether it is true on any rank: all of them must go the same way."""
+    """Whether it is true on any rank, so that all ranks take the same branch."""
     return bool(averaged(torch.tensor(float(true), device=device)) > 0)
 
 
 def micro_batch(schedule: Train) -> int:
-    """Images that a rank takes at a time.
+    """Images per rank and micro-batch.
 
     Raises:
         UserError: the batch cannot be split evenly.
@@ -76,8 +76,9 @@ def micro_batch(schedule: Train) -> int:
     together = schedule.batch_size // schedule.accumulate
     if schedule.accumulate > 1:
         say(
-            f"train.accumulate {schedule.accumulate}: negatives of InfoNCE, centroids, NEL's and cross-entropy's "
-            f"counts and batch norm see {together} images at a time; {schedule.batch_size} at once learn otherwise"
+            f"train.accumulate {schedule.accumulate}: InfoNCE's negatives, centroids, the counts in NEL and "
+            f"cross-entropy, and batch norm see {together} images at a time; the result is not that of a batch of "
+            f"{schedule.batch_size}"
         )
     return together // world_size()
 

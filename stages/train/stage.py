@@ -1,4 +1,4 @@
-"""Stage two: a student learns from the cache and the images. Unless `train.teacher` says so, no teacher is loaded."""
+"""Stage two: trains a student on the cache and the images. The teacher is only loaded if `train.teacher` says so."""
 
 import time
 from contextlib import closing, nullcontext, suppress
@@ -32,16 +32,16 @@ LOG_EVERY = 20
 
 
 def train(config: Config, cache: Cache, data_root: Path, run: Path | None, device: str) -> Path:
-    """Trains the student of `config`, or goes on with it where `run` holds a training with these settings.
+    """Train the student of `config`, or continue if `run` contains a training with these settings.
 
-    Started by torchrun, each process takes its share of every batch, and the first one writes the run.
+    With torchrun, each process handles its share of every batch, and the first one writes the run.
 
     Returns:
         The run's folder: config.yaml, student.safetensors, log.jsonl, scores.jsonl, timing.jsonl, run.json,
         checkpoints/ and TensorBoard events.
 
     Raises:
-        SystemExit: a signal came; the run is saved. 0 after SIGTERM, 130 after Ctrl-C.
+        SystemExit: after a signal, with the run saved; 0 for SIGTERM, 130 for Ctrl-C.
     """
     with ranks(device) as own_device:
         return _train(config, cache, data_root, run, own_device)
@@ -141,14 +141,14 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
                     if due():
                         validate()
             except Stopped:
-                say(f"stopped and saved after iteration {learner.iteration}: train --run {path} goes on")
+                say(f"stopped and saved after iteration {learner.iteration}: to continue, run train --run {path}")
                 raise SystemExit(stop.exit_code) from None
         say(f"trained {schedule.iterations - first} iterations in {time.perf_counter() - started:.0f} s: {path}")
     return path
 
 
 class _Writer:
-    """What a run says of its steps."""
+    """Writes a run's logs and pictures."""
 
     def __init__(self, config: Config, path: Path, first: int, cache: Cache, device: str, batches: Batches) -> None:
         identity = record_start(path, first, cache.location, cache.manifest.fingerprint, device)
@@ -165,10 +165,10 @@ class _Writer:
 
 
 def _resume(learner: Learner, checkpoints: Checkpoints) -> bool:
-    """Puts the learner where the newest good checkpoint was; False where there is none.
+    """Restore the learner from the newest good checkpoint; False if there are no checkpoints.
 
     Raises:
-        UserError: no checkpoint is good, or they are of another version of this program.
+        UserError: no checkpoint is good, or they were written by another version of clip-zss.
     """
     state = checkpoints.newest()
     if state is None:
@@ -177,6 +177,6 @@ def _resume(learner: Learner, checkpoints: Checkpoints) -> bool:
         learner.restore(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{checkpoints.folder} is of another version of this program ({reason(error)}): choose another --run"
+            f"{checkpoints.folder} was written by another version of clip-zss ({reason(error)}): choose another --run"
         ) from error
     return True

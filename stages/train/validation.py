@@ -1,4 +1,4 @@
-"""Validation in the course of a training: gamma, scores at it, and pictures of the same few images each time."""
+"""Validation during training: chooses gamma, scores at it, and draws pictures of the same few images."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ from stages.train.stopping import Stop
 
 
 class Validation:
-    """Scores a student on one split; which of a run's validations are done, and which was the best, its log knows."""
+    """Scores a student on one split. The run's log records which validations are done and which was best."""
 
     def __init__(
         self, config: Config, dataset: SegmentationDataset, gamma_split: SegmentationDataset | None,
@@ -33,7 +33,7 @@ class Validation:
         self._scores = {line["iteration"]: line[self.names[-1]] for line in read_scores(log.path)}
 
     def choose_gamma(self, student: Student) -> float:
-        """The gamma that `evaluate.gamma` asks for; where it is `auto`, on a few training images: a matter of seconds.
+        """The gamma that `evaluate.gamma` asks for; `auto` uses a few training images and takes seconds.
 
         Leaves `student` in eval mode.
 
@@ -43,7 +43,7 @@ class Validation:
         return choose_gamma(self._until_stopped(student), self.config, self.gamma_split)
 
     def __call__(self, student: Student, iteration: int, gamma: float) -> None:
-        """Scores at `gamma`, which the best validation is chosen by, and at 0. Leaves `student` in eval mode.
+        """Scores at `gamma`, which select the best validation, and at 0. Leaves `student` in eval mode.
 
         Raises:
             Stopped: a signal came between two images.
@@ -76,5 +76,5 @@ class Validation:
 
     @property
     def best(self) -> int | None:
-        """The iteration of the highest hIoU (mIoU, where no class is unseen); the first of equals."""
+        """The iteration with the highest hIoU (or mIoU, if no class is unseen); the first in case of a tie."""
         return max(self._scores, key=self._scores.__getitem__, default=None)

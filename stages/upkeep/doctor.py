@@ -1,4 +1,4 @@
-"""Whether all of this program works on this machine: what is installed, and one image through every part of it."""
+"""Checks that clip-zss works on this machine: what is installed, and one image through every part."""
 
 import os
 import platform
@@ -32,7 +32,7 @@ from stages.train.stage import train
 
 @dataclass(frozen=True)
 class Finding:
-    """`fault`: the part does not work; otherwise `text` is what there is."""
+    """`fault`: the part does not work; otherwise `text` describes it."""
 
     part: str
     text: str
@@ -40,7 +40,7 @@ class Finding:
 
 
 def doctor(asked: str) -> Iterator[Finding]:
-    """Findings as they are made: packages, devices, room; then stage one, the cache's bytes, stage two, prediction."""
+    """Yield findings: packages, devices, disk space, then stage one, cache verification, stage two, prediction."""
     yield Finding("python", f"{platform.python_version()}, {platform.platform()}")
     yield Finding("packages", ", ".join(f"{name} {number}" for name, number in versions().items()))
     yield Finding("processor", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch")
@@ -68,7 +68,7 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _smoke(device: str) -> Iterator[Finding]:
-    """One scene through all of it, in a folder of its own below the working one, which is deleted."""
+    """Run one scene through everything, in a temporary folder in the working folder."""
     try:
         place = tempfile.TemporaryDirectory(prefix="clip-zss-doctor-", dir=".")
     except OSError as error:
@@ -125,7 +125,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """What the parts have to say of one image is of no interest."""
+    """Suppress the output of the parts."""
     before, console.quiet = console.quiet, True
     try:
         yield

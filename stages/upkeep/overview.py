@@ -1,4 +1,4 @@
-"""What lies below caches/ and runs/: how large it is, how far, how good, and in which settings it differs."""
+"""Lists the contents of caches/ and runs/: size, progress, scores, and differing settings."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +49,7 @@ E = TypeVar("E", bound=Entry)
 
 
 def caches() -> list[CacheEntry]:
-    """Of the folders below caches/, by name."""
+    """Entries for the folders in caches/, sorted by name."""
     entries: list[CacheEntry] = []
     settings: list[dict[str, str]] = []
     for manifest in sorted(CACHES.glob(f"*/{MANIFEST}")):
@@ -70,7 +70,7 @@ def caches() -> list[CacheEntry]:
 
 
 def runs() -> list[RunEntry]:
-    """Of the folders below runs/, those of `ablate` too, by name."""
+    """Entries for the folders in runs/, including those of `ablate`, sorted by name."""
     entries: list[RunEntry] = []
     settings: list[dict[str, str]] = []
     for path in _run_folders():
@@ -79,7 +79,8 @@ def runs() -> list[RunEntry]:
             flat = flat_settings(own)  # TypeError: what YAML allows and no setting of ours is
             entry = _run(path, own)
         except (UserError, KeyError, TypeError) as error:
-            fault = str(error) if isinstance(error, UserError) else f"no run of ours: {error} in {CONFIG} or {SCORES}"
+            ours = isinstance(error, UserError)
+            fault = str(error) if ours else f"not a run of clip-zss: {error} in {CONFIG} or {SCORES}"
             entry, flat = RunEntry(str(path), "?", _bytes(path), fault=fault), {}
         entries.append(entry)
         settings.append(flat)
@@ -107,7 +108,7 @@ def _run_folders() -> Iterator[Path]:
 
 
 def _with_differences(entries: list[E], settings: Sequence[dict[str, str]]) -> list[E]:
-    """Enters into `entries` the flat settings that are not the same in all those of one dataset."""
+    """Add to `entries` the flat settings that differ among the entries of a dataset."""
     for dataset in {entry.dataset for entry in entries}:
         own = {i: settings[i] for i, entry in enumerate(entries) if entry.dataset == dataset}
         names = sorted({name for values in own.values() for name in values})

@@ -1,4 +1,4 @@
-"""The verbs of `clip-zss cache`."""
+"""The commands of `clip-zss cache`."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -16,15 +16,13 @@ from stages.verbs.options import (
     resumable,
 )
 
-app = typer.Typer(
-    no_args_is_help=True, help="What a cache holds, whether every byte of it is as it was written, and how to mend it."
-)
-LocationArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Its folder or URL.")]
+app = typer.Typer(no_args_is_help=True, help="Inspect, verify and repair a cache.")
+LocationArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Cache folder or URL.")]
 
 
 @app.command("info")
 def cache_info(location: LocationArgument, json_file: JsonOption = None) -> None:
-    """What it was made from, how much of it is done, and its size.
+    """Show what a cache was made from, how much of it is done, and its size.
 
     Example: clip-zss cache info caches/scenes-1a2b3c4d5e6f
     """
@@ -37,9 +35,9 @@ def cache_info(location: LocationArgument, json_file: JsonOption = None) -> None
 
 @app.command("verify")
 def cache_verify(location: LocationArgument, json_file: JsonOption = None) -> None:
-    """Read every byte again and name each file that is missing or changed, or that nothing vouches for.
+    """Reread every byte and list each file that is missing, changed, or not listed in any record (stray).
 
-    Exit code 2 on damage. Example: clip-zss cache verify caches/scenes-1a2b3c4d5e6f
+    The exit code is 2 if anything is damaged. Example: clip-zss cache verify caches/scenes-1a2b3c4d5e6f
     """
     from cache.verify import verify
     from stages.verbs.report import damage_list
@@ -53,7 +51,7 @@ def cache_verify(location: LocationArgument, json_file: JsonOption = None) -> No
 
 @app.command("repair")
 def cache_repair(location: LocationArgument, data_root: DataRootOption = DATA, device: DeviceOption = "auto") -> None:
-    """Restore small files from their copies, and recompute the shards that are damaged or missing, and only those.
+    """Restore small files from their copies, and recompute only the damaged or missing shards.
 
     Example: clip-zss cache repair caches/scenes-1a2b3c4d5e6f --data-root ~/data
     """
@@ -66,7 +64,7 @@ def cache_repair(location: LocationArgument, data_root: DataRootOption = DATA, d
 
 @app.command("gc")
 def cache_gc(location: LocationArgument) -> None:
-    """Delete what kills left behind: temporary files, and files of shards that never were completed.
+    """Delete what killed runs left behind: temporary files and files of unfinished shards.
 
     Example: clip-zss cache gc caches/scenes-1a2b3c4d5e6f
     """

@@ -1,4 +1,4 @@
-"""The verbs of `clip-zss datasets`."""
+"""The commands of `clip-zss datasets`."""
 
 from typing import Annotated
 
@@ -8,15 +8,13 @@ from configs.errors import UserError
 from configs.load import resolve
 from stages.verbs.options import DATA, DataRootOption, JsonOption, print_result
 
-app = typer.Typer(
-    no_args_is_help=True, help="What datasets there are, where their files go, and what is wrong with them."
-)
+app = typer.Typer(no_args_is_help=True, help="List datasets, show where their files go, and check them.")
 DatasetArgument = Annotated[str, typer.Argument(metavar="NAME|FILE.yaml")]
 
 
 @app.command("list")
 def datasets_list() -> None:
-    """Every dataset known by name."""
+    """List the built-in datasets."""
     from stages.verbs.report import dataset_list
 
     dataset_list()
@@ -24,7 +22,7 @@ def datasets_list() -> None:
 
 @app.command("show")
 def datasets_show(name: DatasetArgument, data_root: DataRootOption = DATA) -> None:
-    """Where its files are looked for, its classes, their mask values and prompts, its seen and unseen split.
+    """Show a dataset's expected files, its classes with mask values and prompts, and its unseen splits.
 
     Example: clip-zss datasets show coco-stuff
     """
@@ -35,9 +33,9 @@ def datasets_show(name: DatasetArgument, data_root: DataRootOption = DATA) -> No
 
 @app.command("check")
 def datasets_check(name: DatasetArgument, data_root: DataRootOption = DATA, json_file: JsonOption = None) -> None:
-    """Read every image and mask; print a class histogram and what is missing, damaged, mis-sized or miscounted.
+    """Read every image and mask; print a class histogram and list files that are missing, damaged or inconsistent.
 
-    Exit code 2 on any fault. Example: clip-zss datasets check my-photos.yaml --data-root ~/photos
+    The exit code is 2 if anything is wrong. Example: clip-zss datasets check my-photos.yaml --data-root ~/photos
     """
     from stages.common.datasets import check
     from stages.verbs.report import check_report, check_table
@@ -48,5 +46,5 @@ def datasets_check(name: DatasetArgument, data_root: DataRootOption = DATA, json
     if found.faults:
         count = len(found.faults)
         raise UserError(
-            f"{config.name} has {count} fault{'s' if count > 1 else ''}, listed above: mend the files or the YAML"
+            f"{config.name} has {count} fault{'s' if count > 1 else ''}, listed above: fix the files or the YAML"
         )

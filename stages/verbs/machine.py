@@ -1,4 +1,4 @@
-"""The verbs that say what is here: runs, doctor."""
+"""The commands that report on this machine: runs, doctor."""
 
 from dataclasses import asdict
 
@@ -8,9 +8,9 @@ from stages.verbs.options import STDOUT, DeviceOption, JsonOption, print_result
 
 
 def runs(json_file: JsonOption = None) -> None:
-    """The caches below caches/ and the runs below runs/: how far, how large, how good, and where their settings differ.
+    """List the caches in caches/ and the runs in runs/: progress, size, best validation score, differing settings.
 
-    Scores are the best of a run's validations. Example: clip-zss runs --json - | jq '.runs[].score'
+    Example: clip-zss runs --json - | jq '.runs[].score'
     """
     from stages.upkeep.overview import caches
     from stages.upkeep.overview import runs as stage
@@ -25,7 +25,7 @@ def runs(json_file: JsonOption = None) -> None:
 
 
 def doctor(device: DeviceOption = "auto", json_file: JsonOption = None) -> None:
-    """Whether all of this works here: versions, GPUs, room, and one image through every part, in about half a minute.
+    """Check that everything works here: versions, GPUs, disk space, and one image through every part (about 30 s).
 
     Exit code 1 if a part fails. Example: clip-zss doctor --device cuda:1
     """

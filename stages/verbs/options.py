@@ -1,4 +1,4 @@
-"""Options that several verbs share, and what they mean."""
+"""Options shared by several commands, and what they mean."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from configs.schema import Config
 
 
 def check_json(json_file: Path | None) -> Path | None:
-    """Refuses, before the work, a file that could not be written after it."""
+    """Reject a file that could not be written, before any work is done."""
     if json_file and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json {json_file}: there is no folder {json_file.parent}, make it first")
     if json_file and json_file.is_dir():
@@ -25,40 +25,45 @@ def check_json(json_file: Path | None) -> Path | None:
 DatasetOption = Annotated[
     str | None,
     typer.Option(
-        "--dataset", metavar="NAME|FILE.yaml", help="Dataset; default: that of the cache or run, else scenes."
+        "--dataset", metavar="NAME|FILE.yaml", help="Dataset; default: that of the cache or run, otherwise scenes."
     ),
 ]
-DataRootOption = Annotated[Path, typer.Option("--data-root", metavar="DIR", help="Folder that holds the datasets.")]
+DataRootOption = Annotated[Path, typer.Option("--data-root", metavar="DIR", help="Folder that contains the datasets.")]
 CacheOption = Annotated[
     str | None,
     typer.Option(
         "--cache",
         metavar="DIR|URL",
-        help="Cache, a folder or s3://...; default: named by its settings (precompute), else the newest below caches/.",
+        help="Cache folder or URL; default: named after its settings (precompute), otherwise the newest in caches/.",
     ),
 ]
 RunOption = Annotated[
     Path | None,
-    typer.Option("--run", metavar="DIR", help="Run; default: a new one below runs/ (train), else the newest."),
+    typer.Option("--run", metavar="DIR", help="Run folder; default: a new one in runs/ (train), otherwise the newest."),
 ]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE.yaml", help="Settings; default: configs/experiments/DATASET.yaml."),
+    typer.Option("--config", metavar="FILE.yaml", help="Settings file; default: configs/experiments/DATASET.yaml."),
 ]
-SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="One setting; repeatable.")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting; repeatable.")
+]
 OnErrorOption = Annotated[
     Literal["stop", "skip"] | None,
-    typer.Option("--on-error", help="What to do at an image that cannot be read; default: stop."),
+    typer.Option("--on-error", help="What to do if an image cannot be read; default: stop."),
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of this stage.")]
 RunlocalOption = Annotated[
-    bool, typer.Option("--runlocal", help="A few small images and iterations: two minutes on a CPU, to try things.")
+    bool, typer.Option("--runlocal", help="Try it on a CPU in two minutes: a few small images, few iterations.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 JsonOption = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", help="The same as JSON; - prints it, in place of the table.", callback=check_json
+        "--json",
+        metavar="FILE",
+        help="Also write the result as JSON; - prints JSON instead of the table.",
+        callback=check_json,
     ),
 ]
 DATA = Path("data")
@@ -66,7 +71,7 @@ STDOUT = Path("-")
 
 
 def print_result(table: Callable[[], None], data: Any, json_file: Path | None) -> None:
-    """What a verb found: as a table, by `table`, and where asked for as JSON, in which NaN is null."""
+    """Print a result as a table, by calling `table`, and write it as JSON if requested; NaN becomes null."""
     if json_file != STDOUT:
         table()
     if json_file:
@@ -84,16 +89,16 @@ def print_result(table: Callable[[], None], data: Any, json_file: Path | None) -
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Ctrl-C ends the block with a line that says how to go on, and exit code 130, as shells have it."""
+    """On Ctrl-C, print how to continue and exit with code 130, as shells do."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("stopped: the same command goes on from here", err=True)
+        typer.echo("stopped: run the same command to continue", err=True)
         raise SystemExit(130) from None
 
 
 def with_flags(assignments: list[str], flags: dict[str, Any]) -> list[str]:
-    """Flags that are short for a setting come before `--set`, which is the more precise."""
+    """`assignments` after those of the flags, so that --set overrides a flag."""
     return [*(f"{key}={value}" for key, value in flags.items() if value is not None), *assignments]
 
 
@@ -107,7 +112,7 @@ def device_of(asked: str) -> str:
 def open_cache(
     cache: str | None, dataset: str | None, config: Path | None, assignments: list[str], runlocal: bool = False
 ) -> tuple[Any, Config]:
-    """The cache a command works on, and the configuration: the cache's settings under those that are asked for."""
+    """The cache a command works on, and the configuration: the cache's settings, overridden by the command's."""
     from stages.common.caches import cached_settings, choose_cache
 
     opened = choose_cache(cache, named_dataset(dataset, config))

@@ -1,4 +1,4 @@
-"""Tables that the verbs print to stdout."""
+"""Tables that the commands print to stdout."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ SCORE_NAMES = {"hiou": "hIoU", "miou": "mIoU"}
 
 
 def _print(line: str) -> None:
-    """One line as it is: names may hold what Rich takes for markup."""
+    """One line, printed literally: names may contain what Rich would read as markup."""
     output.print(line, highlight=False, markup=False)
 
 
@@ -53,7 +53,7 @@ def score_table(name: str, config: Config, gamma: float, scores: Scores) -> None
 
 
 def score_report(name: str, config: Config, gamma: float, scores: Scores) -> dict[str, Any]:
-    """The same as plain JSON values; null for a class that occurs nowhere, and for what needs unseen classes."""
+    """The same as plain JSON values; null for classes that do not occur, and for scores that need unseen classes."""
     values = dataclasses.asdict(scores)
     if not config.dataset.unseen:
         values |= {"miou_seen": None, "miou_unseen": None, "hiou": None}
@@ -63,7 +63,7 @@ def score_report(name: str, config: Config, gamma: float, scores: Scores) -> dic
 
 
 def pseudo_label_table(rows: Sequence[PseudoLabelRow]) -> None:
-    """One line a view, then the means."""
+    """One line per view, then the means."""
     table = _folded("image", "view", "K-means regions", "fused groups", "coverage", "purity")
     for row in rows:
         purity = "-" if math.isnan(row.purity) else f"{row.purity:.2f}"
@@ -87,7 +87,7 @@ def dataset_list() -> None:
 
 
 def dataset_layout(config: Dataset, data_root: Path) -> None:
-    """Where its files are looked for, its classes with their mask values and prompts, its named splits."""
+    """The dataset's expected files, its classes with mask values and prompts, its named splits."""
     root = data_root / config.root
     _print(f"{config.name}: {len(config.classes)} classes, {len(config.unseen)} of them unseen")
     _print(f"folder: {root}" + ("" if root.is_dir() else f" (not there; else {data_root} itself)"))

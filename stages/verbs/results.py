@@ -1,4 +1,4 @@
-"""The verbs that look at results: evaluate, predict, export, inspect-pseudolabels."""
+"""The commands that use results: evaluate, predict, export, inspect-pseudolabels."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -37,13 +37,13 @@ def evaluate(
     runlocal: RunlocalOption = False,
     device: DeviceOption = "auto",
     teacher_dense: Annotated[
-        bool, typer.Option("--teacher-dense", help="Score the teacher's own dense prediction instead.")
+        bool, typer.Option("--teacher-dense", help="Score the teacher's dense prediction instead.")
     ] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Score a run: pixel accuracy, mIoU of seen and unseen classes, their harmonic mean, IoU of every class.
+    """Score a run: pixel accuracy, mIoU of seen and unseen classes, hIoU (their harmonic mean), IoU of every class.
 
-    Another dataset than the run's is scored by mIoU over all its classes; their names meet the text tower once.
+    On another dataset than the run's, the score is mIoU over all its classes; CLIP's text tower encodes their names.
 
     Example: clip-zss evaluate --dataset pascal-voc --set evaluate.mode=slide --json scores.json
     """
@@ -78,25 +78,27 @@ def predict(
         typer.Option(
             "--classes",
             metavar="WORDS|FILE",
-            help="Words, with commas between, synonyms by |; or a text file, a class a line. Default: as trained.",
+            help="Class names separated by commas, synonyms by |; or a text file, one per line. Default: as trained.",
         ),
     ] = None,
     run: RunOption = None,
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where results go.")] = Path("predictions"),
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder for the results.")] = Path(
+        "predictions"
+    ),
     gamma: Annotated[
         float | None,
-        typer.Option("--gamma", help="Subtracted from seen classes' logits; default: that of the run."),
+        typer.Option("--gamma", help="Value subtracted from the logits of seen classes; default: the run's."),
     ] = None,
-    rle: Annotated[bool, typer.Option("--rle", help="COCO run lengths as JSON too.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="CLIP's own dense prediction beside; loads CLIP.")] = False,
+    rle: Annotated[bool, typer.Option("--rle", help="Also write COCO run lengths as JSON.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also show CLIP's dense prediction; loads CLIP.")] = False,
     attention: Annotated[
-        bool, typer.Option("--attention", help="What GLM attends to for CLIP's CLS token; loads CLIP.")
+        bool, typer.Option("--attention", help="Also show where GLM attends for CLIP's CLS token; loads CLIP.")
     ] = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Segment your own photos by your own words: an overlay with a legend and a mask of class indices for each.
+    """Segment your own photos with your own words: writes an overlay with a legend and an index mask for each photo.
 
-    Classes of the training need no CLIP; new words meet its text tower once. Photos of any kind and size.
+    Training classes do not need CLIP; its text tower encodes new words once. Photos can have any format and size.
 
     Example: clip-zss predict holiday/ --classes "cow|bull|calf, grass, sky" --output found
     """
@@ -111,24 +113,25 @@ def predict(
     words = None if classes is None else read_words(classes)
     done, failures = stage(segmenter, photos, words, output, rle, compare, attention)
     for line in failures:
-        typer.echo(f"left out: {line}", err=True)
+        typer.echo(f"skipped: {line}", err=True)
     if done:
         typer.echo(f"results: {output}")
     if failures:
         others = "; the others are done" if done else ""
-        raise UserError(f"{len(failures)} photos could not be done, listed above: mend them{others}")
+        raise UserError(f"{len(failures)} photos failed, listed above: correct them{others}")
 
 
 def export(
     run: RunOption = None,
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="A new folder.")] = Path("exported"),
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="New folder to write.")] = Path("exported"),
     precision: Annotated[
-        Literal["fp32", "fp16"], typer.Option("--precision", help="Of weights and sums; not of inputs and logits.")
+        Literal["fp32", "fp16"],
+        typer.Option("--precision", help="Precision of weights and arithmetic; inputs and logits stay fp32."),
     ] = "fp32",
 ) -> None:
-    """Take a run away: ONNX and torch.export programs, checked, with weights, class features and a model card.
+    """Export a run for deployment: checked ONNX and torch.export programs, weights, class features and a model card.
 
-    Class features are an input, so that words can change. Needs the extra `export` of clip-zss.
+    Class features are an input, so the classes can be changed later. Needs the extra `export` of clip-zss.
 
     Example: clip-zss export --run runs/scenes-001 --output my-model
     """
@@ -146,29 +149,32 @@ def inspect_pseudolabels(
     set_: SetOption = [],  # noqa: B006
     seed: SeedOption = None,
     image: Annotated[
-        list[str], typer.Option("--image", metavar="ID", help="Image to show; repeatable. Default: random ones.")
+        list[str], typer.Option("--image", metavar="ID", help="Image to show; repeatable. Default: random images.")
     ] = [],  # noqa: B006
     count: Annotated[
         int | None,
-        typer.Option("--count", min=1, help="How many random images; default: 200, of --terminal and --png 8."),
+        typer.Option("--count", min=1, help="Number of random images; default: 200, or 8 with --terminal or --png."),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the gallery goes.")] = Path(
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder for the gallery.")] = Path(
         "pseudo-labels"
     ),
-    terminal: Annotated[bool, typer.Option("--terminal", help="Print the table instead.")] = False,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Print a table instead.")] = False,
     json_file: Annotated[
         Path | None,
         typer.Option(
-            "--json", metavar="FILE", callback=check_json, help="The table, and as JSON; - prints that alone."
+            "--json",
+            metavar="FILE",
+            callback=check_json,
+            help="Print the table and write it as JSON; - prints only JSON.",
         ),
     ] = None,
     png: Annotated[
         Path | None, typer.Option("--png", metavar="FILE.png", help="Write a picture of a few images instead.")
     ] = None,
 ) -> None:
-    """Show what stage one found: a gallery for the browser, of regions, fused groups and masks. It needs no network.
+    """Write a gallery of the pseudo labels for the browser: regions, fused groups and masks. It works offline.
 
-    Where the cache holds dense tokens (--set storage.dense_tokens=float16), it fuses at any lambda and names groups.
+    If the cache has dense tokens (--set storage.dense_tokens=float16), the gallery can change lambda and name groups.
 
     Example: clip-zss inspect-pseudolabels --count 500 --output gallery
     """

@@ -1,4 +1,4 @@
-"""The verbs that make all of it and compare: demo, ablate."""
+"""The commands that run whole experiments: demo, ablate."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +22,14 @@ from stages.verbs.options import (
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where tables and pictures go.")] = Path(
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder for tables and pictures.")] = Path(
         "demo"
     ),
     seeds: Annotated[str, typer.Option("--seeds", help="Training seeds, separated by commas.")] = "0",
     set_: SetOption = [],  # noqa: B006
     device: DeviceOption = "auto",
 ) -> None:
-    """The whole pipeline on the embedded dataset, with and without local distillation, and the table of results.
+    """Run the whole pipeline on the embedded dataset, with and without local distillation, and write a results table.
 
     Example: clip-zss demo --seeds 0,1,2 --output benchmarks
     """
@@ -44,17 +44,19 @@ def demo(
 
 
 def ablate(
-    table: Annotated[str, typer.Argument(metavar="TABLE|FILE.yaml", help="A table of configs/ablations, or your own.")],
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many training seeds, from 0 on.")] = 3,
+    table: Annotated[
+        str, typer.Argument(metavar="TABLE|FILE.yaml", help="A table in configs/ablations, or your own file.")
+    ],
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of training seeds, counted from 0.")] = 3,
     dataset: DatasetOption = None,
     config: ConfigOption = None,
     data_root: DataRootOption = DATA,
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where CSV, table and plot go.")] = Path(
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder for CSV, table and plot.")] = Path(
         "ablations"
     ),
     device: DeviceOption = "auto",
 ) -> None:
-    """Train and score every row of a table, and say which of the paper's claims hold. Goes on where it was stopped.
+    """Train and score every row of a table, and report which of the paper's claims hold. Continues if interrupted.
 
     Example: clip-zss ablate losses --seeds 3 --output benchmarks/ablations
     """

@@ -108,7 +108,7 @@ def test_pca_size():
     assert [pca_size(name) for name in ("none", "float16", "int8", "pca-7")] == [None, None, None, 7]
     assert array_specs(8, 2, 5, 3, "pca-7")["dense_tokens"].tail == (2, 2, 7)
     for size in (8, 9, 300):
-        with pytest.raises(UserError, match=rf"storage.dense_tokens pca-{size}: .* C = 8 values: choose a K below 8"):
+        with pytest.raises(UserError, match=rf"storage.dense_tokens pca-{size}: .* C = 8 values: choose K below 8"):
             array_specs(8, 2, 5, 3, f"pca-{size}")
 
 
@@ -150,7 +150,7 @@ def test_the_cache_gives_them_decoded(encoded, encoding, tolerance):
 
 
 def test_a_cache_without_them_says_so(stage_one):
-    with pytest.raises(UserError, match="holds no dense_tokens"):
+    with pytest.raises(UserError, match="has no dense_tokens"):
         open_cache(stage_one(dense="none").run()).dense_tokens(0)
 
 
@@ -178,7 +178,7 @@ def test_another_machines_pca_cannot_replace_a_lost_one(encoded):
     for lost in (PCA_FILES[1], copy_key(PCA_FILES[1])):
         (stage.path / lost).unlink()
     stage.pca = random_pca(WIDTH, 2, seed=9)
-    with pytest.raises(UserError, match=r"pca_components/c.0.0 and its copy are damaged, and this machine makes other"):
+    with pytest.raises(UserError, match=r"pca_components/c.0.0 and its copy are damaged, and this machine computes"):
         stage.create()
 
 

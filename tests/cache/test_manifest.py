@@ -52,17 +52,17 @@ def test_check_settings(stage_one):
     stage = stage_one()
     check_settings(stage.path, stage.manifest, json.loads(json.dumps(stage.manifest.settings)))
     asked = {**stage.manifest.settings, "pseudo_labels": {"lambda": 0.7, "windows": [7, 3]}}
-    with pytest.raises(UserError, match=r"cache was made from other settings \(pseudo_labels.lambda: cache 0.8, asked"):
+    with pytest.raises(UserError, match=r"cache was made with other settings \(pseudo_labels.lambda: cache 0.8, asked"):
         check_settings(stage.path, stage.manifest, asked)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("format", 5, r"manifest.json has format 5, this version of CLIP-ZSS reads format 4: delete"),
+        ("format", 5, r"manifest.json has format 5, but this version of CLIP-ZSS reads format 4: delete"),
         ("images", None, r"manifest.json is damaged \(images: .*\): run cache repair"),
         ("shard_images", 0, r"manifest.json is damaged \(shard_images: .*\): run cache repair"),
-        ("settings", {"lambda": 0.7}, r"manifest.json was edited, its fingerprint does not fit its settings"),
+        ("settings", {"lambda": 0.7}, r"manifest.json was edited: its fingerprint does not match its settings"),
         ("unknown", 1, r"manifest.json is damaged \(unknown: .*\): run cache repair"),
     ],
 )
@@ -85,7 +85,7 @@ def test_caches_of_older_versions(stage_one, number):
     old = json.dumps(content).encode() if number == 2 else seal(content)
     for key in (MANIFEST, copy_key(MANIFEST)):
         (stage.path / key).write_bytes(old)
-    says = rf"has format {number}, this version of CLIP-ZSS reads format 4: delete .* and run precompute again$"
+    says = rf"has format {number}, but this version of CLIP-ZSS reads format 4: delete .* and run precompute again$"
     for action in (open_cache, verify, info, prepare_repair, gc, lambda _: stage.create()):
         with pytest.raises(UserError, match=says):
             action(stage.path)

@@ -113,7 +113,7 @@ def test_rows_and_arrays_that_do_not_exist(stage_one):
         with pytest.raises(IndexError):
             cache.read(name, 0, view)
     cache = open_cache(stage_one("without", dense="none").run())
-    with pytest.raises(UserError, match=r"without holds no dense_tokens \(it holds cls_tokens, kmeans_labels, .*\)"):
+    with pytest.raises(UserError, match=r"without has no dense_tokens \(it has cls_tokens, kmeans_labels, .*\)"):
         cache.load("dense_tokens")
     for row in (-1, 8):
         with pytest.raises(IndexError):
@@ -134,7 +134,7 @@ def test_incomplete_cache(stage_one):
     stage = stage_one()
     stage.create()
     stage.write(1)
-    with pytest.raises(UserError, match=r"1 of 3 shards are done: run precompute with the same settings again, it"):
+    with pytest.raises(UserError, match=r"1 of 3 shards are done: run precompute with the same settings again to"):
         open_cache(stage.path)
 
 
@@ -169,7 +169,7 @@ def test_damaged_shard(stage_one, damage, name):
     damage(file)
     cache = open_cache(stage.path)
     expected = (
-        f"{file} is missing or does not match its completion record: run cache repair, it recomputes only this shard"
+        f"{file} is missing or does not match its completion record: run cache repair, which recomputes only this shard"
     )
     assert refusal(lambda: cache.load(name)) == expected
     refused = 0
@@ -201,7 +201,7 @@ def test_valid_shard_of_other_values(stage_one):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fingerprint": "0" * 64}, r"00001.json belongs to a cache made from other settings: run cache repair, or"),
+        ({"fingerprint": "0" * 64}, r"00001.json belongs to a cache made with other settings: run cache repair, or"),
         ({"rows": [0, 3]}, r"00001.json describes other rows or arrays than the manifest: run cache repair, or"),
         ({"arrays": {}}, r"00001.json describes other rows or arrays than the manifest: run cache repair, or"),
         ({"views": 3}, r"00001.json describes other rows or arrays than the manifest: run cache repair, or"),

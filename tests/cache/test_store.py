@@ -63,7 +63,7 @@ def test_locations(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert absolute("caches/x") == str(tmp_path / "caches/x") and absolute("s3://bucket/x") == "s3://bucket/x"
     assert open_store(f"file://{tmp_path}/x").location == f"{tmp_path}/x"
-    with pytest.raises(UserError, match=r"nosuch://x is no location for a cache \(.*\): correct --cache"):
+    with pytest.raises(UserError, match=r"nosuch://x is not a valid cache location \(.*\): correct --cache"):
         open_store("nosuch://x")
 
 

@@ -216,7 +216,7 @@ SPLIT = {"images": "i/{id}.jpg", "masks": "m/{id}.png"}
 PATTERN = "must contain {id} once, no other braces, and * only as a final .*"
 NUMBERS = "write numbers and ranges such as 0-10, 12"
 VALUE = "write a number from 0 to 255, or a colour such as [128, 0, 64]"
-NAME = "is empty, has a space before or after it, or holds | or a line break"
+NAME = "must not be empty, start or end with a space, or contain | or a line break"
 QUOTES = ", not as text: put it in quotes"
 
 
@@ -245,45 +245,45 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         split(masks={"files": "n/{id}.png", "values": "0-4"}),
-        "values 0-4 are 5 values for 4 classes",
+        "values 0-4 has 5 values for 4 classes",
     ),
     (split(image="x"), "unknown setting splits.val.image; did you mean 'splits.val.images'?"),
     (split(count=0), "setting splits.val.count: Input should be greater than 0 (it is 0)"),
-    ({"unseen": "zs3"}, "unseen 'zs3' is none of unseen_splits (there is none)"),
+    ({"unseen": "zs3"}, "unseen 'zs3' is not in unseen_splits (there are none)"),
     (
         {"unseen": "zs", "unseen_splits": {"zs3": ["a"], "spnet": ["b"]}},
-        "unseen 'zs' is none of unseen_splits (spnet, zs3)",
+        "unseen 'zs' is not in unseen_splits (spnet, zs3)",
     ),
-    ({"classes": ["a", "b", "a", "d", "d"]}, "classes holds 'a' twice"),
+    ({"classes": ["a", "b", "a", "d", "d"]}, "classes lists 'a' twice"),
     (
         {"classes": ["cow", "tree"], "unseen": ["cows", "x"]},
-        "unseen names no class of the dataset: cows, x; did you mean 'cow'?",
+        "unseen lists names that are not classes of the dataset: cows, x; did you mean 'cow'?",
     ),
-    ({"unseen": ["a", "qqq"]}, "unseen names no class of the dataset: qqq"),
+    ({"unseen": ["a", "qqq"]}, "unseen lists names that are not classes of the dataset: qqq"),
     (
         {"classes": ["cow", "tree"], "unseen": [], "prompts": {"trees": ["tree"]}},
-        "prompts names no class of the dataset: trees; did you mean 'tree'?",
+        "prompts lists names that are not classes of the dataset: trees; did you mean 'tree'?",
     ),
-    ({"unseen_splits": {"few": ["qqq"]}}, "unseen_splits.few names no class of the dataset: qqq"),
+    ({"unseen_splits": {"few": ["qqq"]}}, "unseen_splits.few lists names that are not classes of the dataset: qqq"),
     ({"unseen": ["a", "b", "c", "d"]}, "at least one class must be seen"),
     ({"unseen": "all", "unseen_splits": {"all": ["a", "b", "c", "d"]}}, "at least one class must be seen"),
     ({"classes": [], "unseen": []}, "at least one class must be seen"),
     (
         {"classes": [f"c{index}" for index in range(256)], "unseen": []},
-        "more than 255 classes do not fit 8-bit masks, where 255 is no class",
+        "8-bit masks can hold at most 255 classes",
     ),
-    ({"templates": ["a {}", "a"]}, "templates must be one or more, each with {} for the class name"),
-    ({"values": "0-2"}, "values 0-2 are 3 values for 4 classes"),
+    ({"templates": ["a {}", "a"]}, "give one or more templates, each with {} for the class name"),
+    ({"values": "0-2"}, "values 0-2 has 3 values for 4 classes"),
     (
         {"values": "0-2, 1"},
-        "setting values: values '0-2, 1' must rise from 0 to at most 255, each once (it is '0-2, 1')",
+        "setting values: values '0-2, 1' must be ascending, between 0 and 255, without duplicates (it is '0-2, 1')",
     ),
     (
         {"values": "253-256"},
-        "setting values: values '253-256' must rise from 0 to at most 255, each once (it is '253-256')",
+        "setting values: values '253-256' must be ascending, between 0 and 255, without duplicates (it is '253-256')",
     ),
     ({"values": "none"}, f"setting values: values 'none': {NUMBERS} (it is 'none')"),
-    ({"values": 3}, "values 3 are 1 values for 4 classes"),
+    ({"values": 3}, "values 3 has 1 values for 4 classes"),
     ({"classes": ["a", True]}, f"setting classes.1: YAML reads this as yes, no, true or false{QUOTES} (it is True)"),
     ({"classes": ["a", 7]}, f"setting classes.1: YAML reads this as a number{QUOTES} (it is 7)"),
     ({"classes": ["a", None]}, f"setting classes.1: YAML reads this as nothing{QUOTES}"),
@@ -305,7 +305,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         f"prompts.a: the name 'x|y' {NAME}",
     ),
     ({"values": "0-3", "ignore_index": [7, 2]}, "2 is in values and in ignore_index: drop it from one of them"),
-    ({"ignore_index": list(range(253))}, "values 0-255 are 3 values for 4 classes"),
+    ({"ignore_index": list(range(253))}, "values 0-255 has 3 values for 4 classes"),
     ({"ignore_index": 256}, f"setting ignore_index.0: {VALUE} (it is 256)"),
     ({"ignore_index": [0, -1]}, f"setting ignore_index.1: {VALUE} (it is -1)"),
 ]
@@ -369,7 +369,7 @@ def test_names_with_spaces_and_accents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("a\nb\na\n", "classes holds 'a' twice"), ("\n", "at least one class")]
+    ("content", "message"), [("a\nb\na\n", "classes lists 'a' twice"), ("\n", "at least one class")]
 )
 def test_a_wrong_file_of_names(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text(content)

@@ -280,8 +280,8 @@ def test_the_source_of_a_wrong_value_is_named(tiny: str, write: Write) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"views.count": 2, "views.crop": "whole"}, "the whole image has one view only: set views.count to 1, or"),
-        ({"views.ratio": [2, 0.5]}, "views.ratio must be [least, most]"),
+        ({"views.count": 2, "views.crop": "whole"}, "views.crop whole gives only one view: set views.count to 1, or"),
+        ({"views.ratio": [2, 0.5]}, "views.ratio must be [minimum, maximum]"),
     ],
 )
 def test_views_that_contradict_each_other(settings: dict[str, Any], message: str, tiny: str) -> None:
@@ -343,7 +343,7 @@ def test_invalid_yaml_names_the_line(write: Write) -> None:
 def test_yaml_without_settings(content: str, kind: str, flag: str, write: Write) -> None:
     path = write("other.yaml", content)
     message = refusal(**{flag: path if flag == "config" else str(path)})
-    assert message == f"{path} must hold settings (key: value), not a {kind}"
+    assert message == f"{path} must contain settings (key: value), not a {kind}"
 
 
 @pytest.mark.parametrize("content", ["", "\n# nothing\n", "{}", "dataset: scenes"])

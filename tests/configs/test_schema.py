@@ -66,15 +66,15 @@ def test_seen_and_unseen_keep_the_classes_order() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"classes": ["a", "b", "a", "d"]}, "classes holds 'a' twice"),
-        ({"unseen": ["b", "e", "f"]}, "unseen names no class of the dataset: e, f"),
+        ({"classes": ["a", "b", "a", "d"]}, "classes lists 'a' twice"),
+        ({"unseen": ["b", "e", "f"]}, "unseen lists names that are not classes of the dataset: e, f"),
         ({"unseen": ["a", "b", "c", "d"]}, "at least one class must be seen"),
         ({"classes": [], "unseen": []}, "at least one class must be seen"),
-        ({"templates": ["a {}.", "a photo"]}, "templates must be one or more, each with {}"),
+        ({"templates": ["a {}.", "a photo"]}, "give one or more templates, each with {}"),
         ({"generator": "shapes"}, "Input should be 'scenes' or 'pascal-context'"),
         ({"ignore_index": "none"}, "write a number from 0 to 255, or a colour such as"),
         ({"ignore_index": ["none"]}, "write a number from 0 to 255, or a colour such as"),
-        ({"values": 3}, "values 3 are 1 values for 4 classes"),
+        ({"values": 3}, "values 3 has 1 values for 4 classes"),
     ],
 )
 def test_inconsistent_dataset(changes: dict[str, Any], message: str) -> None:
@@ -93,7 +93,7 @@ def test_consistent_dataset(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("classes", [256, 300])
 def test_more_classes_than_a_mask_can_hold(classes: int) -> None:
-    with pytest.raises(ValidationError, match="more than 255 classes"):
+    with pytest.raises(ValidationError, match="at most 255 classes"):
         Dataset.model_validate(DATASET | {"classes": [str(i) for i in range(classes)], "unseen": []})
 
 
@@ -125,7 +125,8 @@ NOT_RISING = ["3, 2", "0-5, 5", "4, 4", "256", "250-256", "2, 1-3"]
 def test_no_value_list(text: str) -> None:
     with pytest.raises(ValueError) as error:
         value_list(text)
-    said = "must rise from 0 to at most 255, each once" if text in NOT_RISING else "write numbers and ranges such as"
+    rising, numbers = "must be ascending, between 0 and 255, without duplicates", "write numbers and ranges such as"
+    said = rising if text in NOT_RISING else numbers
     assert said in str(error.value) and repr(text) in str(error.value)
 
 
@@ -195,5 +196,5 @@ def test_unseen_by_the_name_of_a_split() -> None:
 def test_a_training_without_losses_is_refused() -> None:
     off = {"global": False, "local": False, "nel": False, "ce": False}
     assert Loss.model_validate(off).bce
-    with pytest.raises(ValidationError, match="nothing is left to learn from"):
+    with pytest.raises(ValidationError, match="turn at least one on"):
         Loss.model_validate({**off, "bce": False})

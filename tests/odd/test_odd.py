@@ -135,7 +135,7 @@ def test_files_are_checked(files: World) -> None:
     output, _ = done(files, "datasets", "check", "train.yaml", code=2)
     faults = lines(output, "fault")
     for odd in FILES:
-        about = [fault for fault in faults if f"/{slug(odd)}." in fault.partition(" than ")[0]]
+        about = [fault for fault in faults if f"/{slug(odd)}." in fault.partition(" from ")[0]]
         assert len(about) == (odd.verdict == "named"), (odd, faults)
         assert odd.verdict != "named" or len(said(odd, faults, f"/{slug(odd)}.")) == 1, (odd, faults)
     warned = [odd for odd in FILES if odd.verdict == "warned"]
@@ -191,7 +191,7 @@ def test_predict_takes_a_folder_of_them(files: World) -> None:
     Image.fromarray(PICTURE).save(folder / long)
     (folder / "._a.jpg").write_bytes(b"\0\5\x16\7")
     _, errors = done(files, "predict", folder, "--run", "runs/odd", "--output", "found", code=2)
-    left_out = lines(errors, "left out")
+    left_out = lines(errors, "skipped")
     bad = [odd for odd in PHOTOS if odd.verdict == "named" and (folder / place(odd)).is_file()]
     bad += [odd for odd in PHOTOS if "a link to" in odd.what]
     for odd in bad:
@@ -226,7 +226,7 @@ def test_trees(odd: Tree, files: World, tmp_path: Path) -> None:
         _, errors = done(world, *verb, code=2 if bad else 0)
         assert not bad or said(odd, lines(errors, "error"))
     if odd.verdict == "named":
-        assert "1 images were left out" in done(world, *command, "--on-error", "skip")[1]
+        assert "1 images were skipped" in done(world, *command, "--on-error", "skip")[1]
     code = 2 if odd.verdict == "refused" else 0
     done(world, "inspect-pseudolabels", "--cache", "caches/odd", "--terminal", code=code)
     done(world, "inspect-pseudolabels", "--cache", "caches/odd", "--output", "gallery", code=code)

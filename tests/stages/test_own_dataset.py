@@ -157,7 +157,7 @@ def test_a_broken_image_stops_or_is_left_out(own: World) -> None:
         arguments = ("precompute", "--dataset", "my-photos.yaml", "--cache", "caches/broken", *SHORT)
         assert "photos/broken.png" in own.fails(*arguments)
         done = own.run(*arguments, "--on-error", "skip")
-        assert "2 images were left out" in done.stderr
+        assert "2 images were skipped" in done.stderr
         manifest = json.loads((own.folder / "caches" / "broken" / "manifest.json").read_text())
         assert set(manifest["skipped"]) == {"broken", "absent"}
         assert "photos/broken.png" in manifest["skipped"]["broken"]
@@ -168,6 +168,6 @@ def test_a_broken_image_stops_or_is_left_out(own: World) -> None:
         assert "left out" in own.fails("inspect-pseudolabels", "--cache", "caches/broken", "--image", "broken")
         own.run("inspect-pseudolabels", "--cache", "caches/broken", "--count", "99")
         again = own.run(*arguments)
-        assert "nothing to do" in again.stderr and "2 images were left out" in again.stderr
+        assert "nothing to do" in again.stderr and "2 images were skipped" in again.stderr
     finally:
         listing.write_text(whole)

@@ -133,7 +133,7 @@ def test_images_of_more_bits(mode: str, tree: Tree) -> None:
         np.testing.assert_array_equal(dataset.image(0), np.stack([grey] * 3, axis=2), strict=True)
     else:
         found = broken(lambda: dataset.image(0))
-        said = f"has 32-bit values (mode {mode}): convert it to 8 bits a channel"
+        said = f"has 32-bit values (mode {mode}): convert it to 8 bits per channel"
         assert found == f"image {tree.root / 'images' / name} {said}"
 
 
@@ -192,7 +192,7 @@ def test_what_a_pixel_value_means(
             assert np.unique(dataset.mask(value)).tolist() == [NONE]
         else:
             found = broken(lambda value=value: dataset.mask(value))  # type: ignore[misc]
-            assert found.startswith(f"mask {tree.mask_path(f'{value:03}')} holds {value}, which is no class and not ")
+            assert found.startswith(f"mask {tree.mask_path(f'{value:03}')} holds {value}, which is neither a class ")
 
 
 def test_masks_of_their_own_values_name_ignored_ones(tree: Tree) -> None:
@@ -388,7 +388,9 @@ def test_one_id_in_two_formats(tree: Tree) -> None:
     Image.fromarray(smooth()).save(tree.root / "images" / "1.jpg")
     dataset = tree.read({"images": "images/{id}.*"})
     message = broken(lambda: dataset.image(1))
-    assert message.startswith(f"{tree.root}/images/1.jpg and {tree.root}/images/1.png have one id: keep one, or write")
+    assert message.startswith(
+        f"{tree.root}/images/1.jpg and {tree.root}/images/1.png have the same id: keep one, or put"
+    )
     np.testing.assert_array_equal(dataset.image(0), pairs[0][0])
 
 
@@ -513,8 +515,8 @@ def test_no_folder(tree: Tree) -> None:
         (tree.data_root / "file").touch()
         message = refusal(lambda root=data_root: SegmentationDataset(config, root, "train"))  # type: ignore[misc]
         assert message == (
-            f"no folder {data_root / 'tiny' / 'images'} (nor {data_root / 'images'}): put dataset tiny there, or name "
-            "its folder by --data-root"
+            f"no folder {data_root / 'tiny' / 'images'} (nor {data_root / 'images'}): put dataset tiny there, or pass "
+            "its folder as --data-root"
         )
 
 
@@ -700,7 +702,7 @@ def test_mask_of_another_mode(mode: str, tree: Tree) -> None:
     tree.add(
         "a", image, Image.fromarray(mask.astype(np.uint16)) if mode == "I;16" else Image.fromarray(mask).convert(mode)
     )
-    expected = f"mask {tree.mask_path('a')} has mode {mode}: masks must be 8-bit, one class value a pixel"
+    expected = f"mask {tree.mask_path('a')} has mode {mode}: masks must be 8-bit, with one class value per pixel"
     if mode.startswith("RGB"):
         expected += ", or give `values` as a list of colours"
     assert broken(lambda: tree.read().training_pair(0)) == expected
@@ -715,8 +717,8 @@ def test_mask_with_a_class_too_many(place: tuple[int, int], value: int, ignore_i
     tree.add("a", image, mask)
     dataset = tree.read(ignore_index=ignore_index)
     expected = (
-        f"mask {tree.mask_path('a')} holds {value}, which is no class and not ignored: correct the file, or `values` "
-        f"and `ignore_index` of dataset tiny"
+        f"mask {tree.mask_path('a')} holds {value}, which is neither a class nor ignored: correct the file, or "
+        f"`values` and `ignore_index` of dataset tiny"
     )
     for read in (dataset.mask, dataset.pair, dataset.training_pair):
         assert broken(lambda read=read: read(0)) == expected  # type: ignore[misc]
@@ -725,14 +727,16 @@ def test_mask_with_a_class_too_many(place: tuple[int, int], value: int, ignore_i
 def test_every_wrong_value_is_named(tree: Tree) -> None:
     mask = np.array([[0, 9, 1], [77, 4, 9]], np.uint8)
     tree.add("a", np.zeros((2, 3, 3), np.uint8), mask)
-    assert " holds 9, 77, which is no class" in broken(lambda: tree.read().mask(0))
+    assert " holds 9, 77, which is neither a class" in broken(lambda: tree.read().mask(0))
 
 
 @pytest.mark.parametrize("size", [(7, 9), (9, 8), (1, 1)])
 def test_mask_of_another_size(size: tuple[int, int], tree: Tree) -> None:
     image, _ = draw_pair(np.random.default_rng(0), 9, 7)
     tree.add("a", image, np.zeros(size, np.uint8))
-    expected = f"mask {tree.mask_path('a')} is {size[1]} x {size[0]} but its image is 7 x 9: both must have one size"
+    expected = (
+        f"mask {tree.mask_path('a')} is {size[1]} x {size[0]} but its image is 7 x 9: both must have the same size"
+    )
     dataset = tree.read()
     assert broken(lambda: dataset.pair(0)) == broken(lambda: dataset.training_pair(0)) == expected
 
@@ -766,9 +770,9 @@ def test_masks_must_say_where(masks: Any) -> None:
     [
         ({"values": "0-3"}, "4 values for 5 classes"),
         ({"values": "0-5"}, "6 values for 5 classes"),
-        ({"values": "4-0"}, "must rise from 0 to at most 255"),
-        ({"values": "0-2, 2-3"}, "must rise from 0 to at most 255"),
-        ({"values": "252-256"}, "must rise from 0 to at most 255"),
+        ({"values": "4-0"}, "must be ascending, between 0 and 255"),
+        ({"values": "0-2, 2-3"}, "must be ascending, between 0 and 255"),
+        ({"values": "252-256"}, "must be ascending, between 0 and 255"),
         ({"values": "a-e"}, "write numbers and ranges"),
         ({"values": "-1-3"}, "write numbers and ranges"),
         ({"values": "1-5", "ignore_index": 3}, "3 is in values and in ignore_index"),
@@ -776,12 +780,12 @@ def test_masks_must_say_where(masks: Any) -> None:
         ({"ignore_index": [-1]}, "ignore_index"),
         ({"values": 3}, "1 values for 5 classes"),
         ({"values": 1.5}, "write numbers and ranges"),
-        ({"values": [4, 3, 2, 1, 0]}, "must rise from 0 to at most 255"),
+        ({"values": [4, 3, 2, 1, 0]}, "must be ascending, between 0 and 255"),
         ({"values": [True, 1, 2, 3, 4]}, "write a number from 0 to 255, or a colour such as"),
-        ({"values": ["#000000", 1, 2, 3, 4]}, "a list of colours such as"),
-        ({"values": [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 3], [0, 0, 0]]}, "a list of colours such as"),
+        ({"values": ["#000000", 1, 2, 3, 4]}, "a list of distinct colours such as"),
+        ({"values": [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 3], [0, 0, 0]]}, "a list of distinct colours such as"),
         ({"values": [[0, 0, 0], [0, 0, 256]]}, "write a number from 0 to 255, or a colour such as"),
-        ({"values": [[0, 0, 0], [0, 0, 1]]}, "values #000000, #000001 are 2 values for 5 classes"),
+        ({"values": [[0, 0, 0], [0, 0, 1]]}, "values #000000, #000001 has 2 values for 5 classes"),
         ({"ignore_index": list(range(252))}, "4 values for 5 classes"),
     ],
 )

@@ -38,7 +38,7 @@ def broken(file: Path) -> str:
 # --- what a decoder raises ---
 
 ERRORS = [
-    EOFError(), KeyError("x"), IndexError("list index out of range"), TypeError("a"), AssertionError(), MemoryError(),
+    EOFError(), KeyError("x"), IndexError("list index out of range"), TypeError("a"), AssertionError(),
     RecursionError("deep"), ZeroDivisionError("division"), struct.error("unpack"), SyntaxError("not a TIFF"),
     Exception(), OSError("image file is truncated"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"),
     OverflowError("too large"),
@@ -79,7 +79,7 @@ def test_what_the_system_says_is_no_fault_of_the_picture(tmp_path: Path, monkeyp
         raise PermissionError(13, "Permission denied", "a.png")
 
     monkeypatch.setattr(Image, "open", refuse)
-    said = f"photo {tmp_path}/a.png cannot be read (Permission denied): mend the file or its permissions"
+    said = f"photo {tmp_path}/a.png cannot be read (Permission denied): check the file and its permissions"
     assert broken(tmp_path / "a.png") == said
 
 
@@ -92,7 +92,7 @@ def test_a_picture_too_large(tmp_path: Path) -> None:
     data = bytearray(stored("BMP"))
     data[18:26] = struct.pack("<ii", 60000, 60000)
     (tmp_path / "a.bmp").write_bytes(data)
-    assert "has too many pixels to be read (" in broken(tmp_path / "a.bmp")
+    assert "has too many pixels (" in broken(tmp_path / "a.bmp")
 
 
 @pytest.mark.slow
@@ -213,13 +213,13 @@ LISTED = ["0.png", "0.jpg", "images/0.png", "images/0", "./0", "0 1", "0, masks/
 @pytest.mark.parametrize("pattern", ["images/{id}.*", "images/{id}.png"])
 @pytest.mark.parametrize("line", LISTED)
 def test_a_list_of_file_names(line: str, pattern: str, tree: Tree) -> None:
-    """The line that is meant is said; "./0" happens to be right where the ending is in the pattern."""
+    """The line that is meant is said; "./0" happens to be right."""
     tree.fill(np.random.default_rng(0), 2, 3, 5)
     tree.write("list.txt", f"{line}\n1\n")
     dataset = tree.read({"images": pattern, "ids": "list.txt"})
-    if line == "./0" and pattern.endswith(".png"):
+    if line == "./0":
         assert dataset.image(0).shape == (3, 5, 3)
         return
     with pytest.raises(BrokenFile) as error:
         dataset.pair(0)
-    assert f"the split list says {line!r} where '0' is an id ({{id}} in {pattern})" in str(error.value)
+    assert f"the split list says {line!r}, but the id is '0' ({{id}} in {pattern})" in str(error.value)

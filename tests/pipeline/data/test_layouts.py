@@ -250,7 +250,7 @@ def test_values_of_no_class(name: str, tmp_path: Path) -> None:
         values = np.full((3, 4), next(iter(CODINGS[name])), np.uint8)
         values[2, 3] = value
         layout.values(PLACES[name][1].format("x/one"), values)
-        with pytest.raises(BrokenFile, match=f"holds {value}, which is no class and not ignored") as error:
+        with pytest.raises(BrokenFile, match=f"holds {value}, which is neither a class nor ignored") as error:
             layout.read("val").mask(0)
         assert str(layout.root / PLACES[name][1].format("x/one")) in str(error.value)
 

@@ -346,7 +346,7 @@ def test_head_of_another_width(sources: dict[str, Any], tmp_path: Path) -> None:
     torch.save(SEGMENTERS["segformer-b0"](sources["segformer-b0"]), file)
     with pytest.raises(UserError) as error:
         Student(StudentConfig(model="segformer-b0", weights=str(file), channels=CHANNELS // 2), WIDTH)
-    assert f"{file} (decode_head) are another model's" in str(error.value)
+    assert f"{file} (decode_head) belong to another model" in str(error.value)
 
 
 def test_swins_merging_is_mmsegmentations(sources: dict[str, Any], tmp_path: Path) -> None:

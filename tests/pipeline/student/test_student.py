@@ -199,7 +199,7 @@ def test_auxiliary_is_swins(model: str) -> None:
 @pytest.mark.parametrize("model", ["segformer-b0", "segnext-t"])
 def test_weights_that_timm_has_not(model: str) -> None:
     """But where a checkpoint follows nothing is looked for."""
-    with pytest.raises(UserError, match=rf"^student.weights timm: timm has none of {model}; give a file"):
+    with pytest.raises(UserError, match=rf"^student.weights timm: timm has no weights for {model}; give an ImageNet"):
         student(model, weights="timm")
     assert isinstance(student(model, load_weights=False, weights="timm"), Student)
 

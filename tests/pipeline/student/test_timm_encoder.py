@@ -137,13 +137,13 @@ def test_no_level_of_stride_4_or_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only finer levels: nothing to decode."""
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, out_indices=[0], **options))
-    with pytest.raises(UserError, match=r"^student.model timm:test_resnet has no features of stride 4 or more"):
+    with pytest.raises(UserError, match=r"^student.model timm:test_resnet has no features with a stride of 4 or more"):
         TimmEncoder("test_resnet", False, 0.0)
 
 
 @pytest.mark.parametrize("name", ["pit_ti_224", "levit_128s", "convit_tiny"])
 def test_models_of_one_size_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match=rf"^student.model timm:{name} does not take images of any size \(.+\)"):
+    with pytest.raises(UserError, match=rf"^student.model timm:{name} does not accept images of every size \(.+\)"):
         TimmEncoder(name, False, 0.0)
 
 

@@ -198,11 +198,11 @@ def official() -> State:
     [
         ([FIRST], [], [], f"missing: {OURS[FIRST]}"),
         ([FIRST, SECOND], [], [], f"missing: {OURS[FIRST]}, {OURS[SECOND]}"),
-        ([], ["extra.weight"], [], "left over: extra.weight"),
-        ([], ["extra.weight", "more"], [], "left over: extra.weight, more"),
-        ([], ["headless.weight", "norms.bias"], [], "left over: headless.weight, norms.bias"),  # no classifiers
-        ([], [], [FIRST], f"of another shape: {OURS[FIRST]}"),
-        ([SECOND], ["more"], [FIRST], f"missing: {OURS[SECOND]}; left over: more; of another shape: {OURS[FIRST]}"),
+        ([], ["extra.weight"], [], "unexpected: extra.weight"),
+        ([], ["extra.weight", "more"], [], "unexpected: extra.weight, more"),
+        ([], ["headless.weight", "norms.bias"], [], "unexpected: headless.weight, norms.bias"),  # no classifiers
+        ([], [], [FIRST], f"of the wrong shape: {OURS[FIRST]}"),
+        ([SECOND], ["more"], [FIRST], f"missing: {OURS[SECOND]}; unexpected: more; of the wrong shape: {OURS[FIRST]}"),
     ],
 )
 def test_every_key_that_does_not_fit_is_named(
@@ -235,7 +235,7 @@ def test_other_families_name_theirs(
 def test_parts_that_no_segmenter_has_are_named(official: State, tmp_path: Path) -> None:
     state = {f"backbone.{key}": tensor for key, tensor in official.items() if not key.startswith("head.")}
     file = save(state | {"neck.convs.0.weight": torch.zeros(2)}, tmp_path / "weights.pth")
-    assert "left over: neck.convs.0.weight" in refusal(file, "segformer-b0")
+    assert "unexpected: neck.convs.0.weight" in refusal(file, "segformer-b0")
 
 
 @pytest.mark.parametrize("lacks", ["stem.0.weight", "stages.1.blocks.0.mlp.fc1.bias"])
@@ -245,11 +245,10 @@ def test_keys_of_timms_models_are_named_too(lacks: str, tmp_path: Path) -> None:
     start = f"student.weights {tmp_path / 'weights.pth'} does not fit student.model: "
     assert refusal(save(state, tmp_path / "weights.pth")) == f"{start}missing: {lacks}"
     file = save(state | {lacks: bias, "stages.9.x": bias}, tmp_path / "weights.pth")
-    assert refusal(file) == f"{start}left over: stages.9.x"
+    assert refusal(file) == f"{start}unexpected: stages.9.x"
     file = save(state | {lacks: torch.zeros(3)}, tmp_path / "weights.pth")
-    assert (
-        refusal(file) == f"{start}of another shape: {lacks.replace('stem.0', 'stem_0').replace('stages.1', 'stages_1')}"
-    )
+    expected = lacks.replace("stem.0", "stem_0").replace("stages.1", "stages_1")
+    assert refusal(file) == f"{start}of the wrong shape: {expected}"
 
 
 @pytest.mark.parametrize("other", ["segformer-b1", "segnext-t", "timm:test_resnet"])
@@ -258,13 +257,15 @@ def test_weights_of_another_model(other: str, tmp_path: Path) -> None:
     encoder = make(other, "none").encoder
     state = write(mit_official(encoder)) if other == "segformer-b1" else encoder.state_dict()
     message = refusal(save(state, tmp_path / "weights.pth"), "segformer-b0")
-    assert message.startswith(f"student.weights {tmp_path / 'weights.pth'} are another model's: 176 tensors are needed")
+    assert message.startswith(
+        f"student.weights {tmp_path / 'weights.pth'} belong to another model: 176 tensors are needed"
+    )
     assert len(message) < 600
 
 
 @pytest.mark.parametrize("model", ["segformer-b0", "segnext-t", "swin-t", "timm:test_vit"])
 def test_no_tensors_at_all(model: str, tmp_path: Path) -> None:
-    assert "are another model's" in refusal(save({"state_dict": {}}, tmp_path / "weights.pth"), model)
+    assert "belong to another model" in refusal(save({"state_dict": {}}, tmp_path / "weights.pth"), model)
 
 
 def test_heads_name_their_keys(tmp_path: Path) -> None:
@@ -274,7 +275,7 @@ def test_heads_name_their_keys(tmp_path: Path) -> None:
     state |= {"decode_head.odd": torch.zeros(1), "backbone.any": torch.zeros(1)}
     file = save(state, tmp_path / "weights.pth")
     with pytest.raises(
-        UserError, match=r"\(decode_head\) does not fit .*: missing: fusion_conv.1.bias; left over: odd$"
+        UserError, match=r"\(decode_head\) does not fit .*: missing: fusion_conv.1.bias; unexpected: odd$"
     ):
         load_head(student.head, str(file), "decode_head")
     before = {key: tensor.clone() for key, tensor in student.head.state_dict().items()}
@@ -357,7 +358,9 @@ def test_packaged_weights() -> None:
 @packaged
 @pytest.mark.parametrize("model", ["timm:test_convnext", "segformer-b0", "segnext-t", "swin-t"])
 def test_packaged_weights_for_another_encoder(model: str) -> None:
-    assert refusal(EFFICIENTNET_LITE0, model).startswith(f"student.weights {EFFICIENTNET_LITE0} are another model's")
+    assert refusal(EFFICIENTNET_LITE0, model).startswith(
+        f"student.weights {EFFICIENTNET_LITE0} belong to another model"
+    )
 
 
 def test_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,5 +163,5 @@ def test_size_that_the_patches_do_not_divide(size: int, fitting: str, teacher: F
     for call in (lambda: teacher.grid(size), lambda: teacher.encode(draw_pixels(1, 32, size))):
         with pytest.raises(UserError) as error:
             call()
-        assert str(error.value).startswith(f"views.size {size} is no multiple of 8, ")
+        assert str(error.value).startswith(f"views.size {size} is not a multiple of 8, ")
         assert str(error.value).endswith(f"tiny-vit.json: use {fitting}")

@@ -93,7 +93,7 @@ def test_openai_archive_refused(tmp_path: Path) -> None:
     message = refusal(Teacher(model=config.model, pretrained=str(file)))
     assert message.endswith(f'teacher.model {config.model} computes GELU: set "quick_gelu": true in it')
     message = refusal(Teacher(model="ViT-B-16", pretrained=str(file)))
-    assert message.startswith(f"teacher.pretrained {file} is an archive of OpenAI's, trained with QuickGELU")
+    assert message.startswith(f"teacher.pretrained {file} is an OpenAI archive, trained with QuickGELU")
     assert message.endswith("use teacher.model=ViT-B-16-quickgelu")
     assert "-quickgelu" in refusal(Teacher(model="EVA02-B-16", pretrained=str(file)))
     other = write(tmp_path, OPENAI | {"embed_dim": 24}, {})
@@ -216,7 +216,7 @@ def test_hub_model_without_weights(offline: Path) -> None:
     put(offline, "org/tiny", {"open_clip_config.json": json.dumps({"model_cfg": ARCHITECTURE}).encode()})
     for model in ("hf-hub:org/tiny", "hf-hub:org/other"):
         message = refusal(Teacher(model=model))
-        assert message.startswith(f"teacher.model {model} is neither in the Hugging Face cache nor ")
+        assert message.startswith(f"teacher.model {model} is not in the Hugging Face cache and cannot be ")
         assert "connect once" in message and "local file" in message
 
 

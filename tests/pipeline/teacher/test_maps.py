@@ -135,7 +135,7 @@ def test_from_json_and_safetensors(tmp_path: Path) -> None:
     torch.testing.assert_close(cls_token, theirs.encode_image(pixels).detach(), rtol=0, atol=0)
     assert dense.shape == (1, 3, 2, 512) and dense.dtype == torch.float32
     assert teacher.text_features([["circle"], ["star", "asterisk"]], "single").shape == (2, 512)
-    with pytest.raises(UserError, match=r"views\.size 80 is no multiple of 32, "):
+    with pytest.raises(UserError, match=r"views\.size 80 is not a multiple of 32, "):
         teacher.grid(80)
 
 
@@ -146,7 +146,7 @@ def test_a_trunk_that_does_not_pad(tmp_path: Path) -> None:
     assert_like_slow(teacher, pixels, "inception_v3", lost=2)
     dense = teacher.encode(pixels)[1][0]
     assert torch.equal(dense[0], dense[1]) and torch.equal(dense[:, -1], dense[:, -2])
-    with pytest.raises(UserError, match="does not take images of 64 x 64 pixels"):
+    with pytest.raises(UserError, match="does not accept images of 64 x 64 pixels"):
         teacher.encode(draw_pixels(1, 64))
 
 
@@ -164,8 +164,8 @@ def test_trunks_of_one_size(trunk: str, stride: int, why: str, tmp_path: Path) -
         teacher.encode(draw_pixels(1, own + stride, own))
     message = str(error.value)
     assert message.startswith(f"teacher.model {tmp_path / trunk}.json: its image tower (") and "\n" not in message
-    assert f"does not take images of {own + stride} x {own} pixels" in message and why in message
-    assert message.endswith(f"its own size is {own} x {own}")
+    assert f"does not accept images of {own + stride} x {own} pixels" in message and why in message
+    assert message.endswith(f"its default size is {own} x {own}")
 
 
 def test_what_a_trunk_says_of_its_stride_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_a_projection_that_does_not_fit_the_head(tmp_path: Path) -> None:
     name.write_text(json.dumps(architecture("mobilenetv3_small_050")))
     message = refusal(Teacher(model=str(name), pretrained="none", dense="plain"))
     assert message.startswith(
-        f"teacher.model {name}: its image tower (MobileNetV3) cannot embed an image of its own size"
+        f"teacher.model {name}: its image tower (MobileNetV3) cannot embed an image of its default size"
     )
     assert message.endswith("needs timm_proj null")
 

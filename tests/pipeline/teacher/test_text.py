@@ -84,7 +84,7 @@ def refusal(path: Path, classes: int = 3, width: int | None = 4) -> str:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (features(4), "of 4 classes, but the dataset has 3"),
+        (features(4), "for 4 classes, but the dataset has 3"),
         (features(3, 5), "5 wide, but the teacher's embedding is 4"),
         (features()[0], "must be floats"),
         (features()[None], "must be floats"),
@@ -113,7 +113,7 @@ def test_other_files(tmp_path: Path) -> None:
     assert "cannot" in refusal(tmp_path / "nowhere.safetensors")
     assert "must be a .npy or a .safetensors" in refusal(tmp_path / "features.pt")
     save_file({"a": features(), "b": features()}, tmp_path / "two.safetensors")
-    assert "none is named text_features" in refusal(tmp_path / "two.safetensors")
+    assert "none of the 2 tensors is named text_features" in refusal(tmp_path / "two.safetensors")
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")

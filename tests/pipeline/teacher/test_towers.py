@@ -184,7 +184,7 @@ def test_convolutional_towers_have_plain_tokens_only(kind: str, dense: str, tmp_
 def test_towers_without_dense_tokens(architecture: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text(json.dumps(architecture))
     message = refusal(Teacher(model=str(tmp_path / "other.json"), pretrained="none", dense="plain"))
-    assert message.startswith(f"teacher.model {tmp_path / 'other.json'}: no way is known to the dense tokens")
+    assert message.startswith(f"teacher.model {tmp_path / 'other.json'}: dense tokens are not supported")
     assert message.endswith("choose a ViT-*, EVA*, RN* or convnext_* model")
 
 

@@ -106,7 +106,7 @@ def test_no_label_of_an_unseen_class_is_read(copied: World, trained: Path) -> No
     ("mask", "lack"),
     [
         (lambda mask: 0 * mask, "no unannotated pixels"),
-        (lambda mask: 0 * mask + 255, "no annotated pixels that the student knows"),
+        (lambda mask: 0 * mask + 255, "no annotated pixels classified correctly"),
     ],
 )
 def test_nothing_to_choose_by_is_said(
@@ -190,7 +190,7 @@ def test_holdout_without_an_unseen_pixel_or_a_split_is_one_line(
     (tmp_path / "without.yaml").write_text(yaml.safe_dump(settings | {"dataset": dataset}))
     line = world.fails("train", "--config", tmp_path / "without.yaml", "--cache", "caches/tiny", *asked,
                        "--run", tmp_path / "run", "--set", "train.validate_on=val")  # fmt: skip
-    assert "needs a split `holdout` in dataset tiny" in line
+    assert "dataset tiny has no split `holdout`" in line
     assert not (tmp_path / "run").exists()  # before anything is trained
 
 

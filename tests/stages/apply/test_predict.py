@@ -133,8 +133,8 @@ def test_a_class_of_the_training_by_other_names_is_new(
 
 @pytest.mark.parametrize(
     ("classes", "message"),
-    [("cow,,grass", "the name .. is empty"), ("cow|", "the name .. is empty"), ("cow, cow", "is there twice"),
-     ("", "the name .. is empty"), (",".join(map(str, range(256))), "256 classes; give 1 to 255")],
+    [("cow,,grass", "'' must not be empty"), ("cow|", "'' must not be empty"), ("cow, cow", "is listed twice"),
+     ("", "'' must not be empty"), (",".join(map(str, range(256))), "256 classes; give 1 to 255")],
 )  # fmt: skip
 def test_wrong_words(classes: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -152,7 +152,7 @@ def test_words_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="0 classes"):
         parse_words(read_words(str(tmp_path / "empty.txt")))
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"bad\.txt is no text file"):
+    with pytest.raises(UserError, match=r"bad\.txt is not a UTF-8 text file"):
         read_words(str(tmp_path / "bad.txt"))
 
 
@@ -229,9 +229,9 @@ def test_odd_photos_give_a_result_or_a_line(world: World, trained: Path, tmp_pat
     (folder / "notes.txt").write_text("no photo")
     done = world.run("predict", folder, "--run", trained, "--output", tmp_path / "out", "--rle", check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("left out: ")]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("skipped: ")]
     assert len(lines) == len(BROKEN) and all(any(name in line for line in lines) for name in BROKEN)
-    assert "5 photos could not be done" in done.stderr
+    assert "5 photos failed" in done.stderr
     for name, size in made.items():
         mask = Image.open(tmp_path / "out" / f"{name}.mask.png")
         assert mask.size == size and mask.mode == "P" and np.asarray(mask).max() < len(CLASSES)
@@ -338,7 +338,7 @@ def test_an_open_picture_is_read_like_its_file(segmenter: Segmenter, no_clip: No
 
 @pytest.mark.parametrize("image", [scene(0)[..., 0], scene(0) / 255, scene(0)[..., [0, 0, 1, 2]], scene(0)[:0]])
 def test_an_array_that_is_no_image_is_named(segmenter: Segmenter, no_clip: None, image: np.ndarray) -> None:
-    with pytest.raises(UserError, match=r"an image array is \(H, W, 3\) uint8"):
+    with pytest.raises(UserError, match=r"an image array must be \(H, W, 3\) uint8"):
         segmenter(image)
 
 
@@ -351,13 +351,11 @@ def test_a_folder_of_photos_has_other_things_too(tmp_path: Path) -> None:
 def test_what_cannot_be_found(world: World, trained: Path, tmp_path: Path) -> None:
     assert "no such photo" in world.fails("predict", tmp_path / "none.jpg", "--run", trained)
     (tmp_path / "empty").mkdir()
-    assert "holds no photo" in world.fails("predict", tmp_path / "empty", "--run", trained)
+    assert "contains no readable photo" in world.fails("predict", tmp_path / "empty", "--run", trained)
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         Image.fromarray(scene(0)).save(tmp_path / folder / "same.png")
-    assert "2 of the photos are called same.png" in world.fails(
-        "predict", tmp_path / "one", tmp_path / "two", "--run", trained
-    )
+    assert "2 photos are named same.png" in world.fails("predict", tmp_path / "one", tmp_path / "two", "--run", trained)
     assert find_photos([tmp_path / "one", tmp_path / "two" / "same.png"]) == [
         tmp_path / "one" / "same.png", tmp_path / "two" / "same.png",
     ]  # fmt: skip

@@ -113,11 +113,15 @@ FILE_FAULTS: dict[str, tuple[str, Damage, str]] = {
     "mask in colours": ("masks", rewrite(lambda m: np.stack([m] * 3, axis=2)), "mask {} has mode RGB: masks must be"),
     "mask of 16 bits": ("masks", rewrite(lambda m: m.astype(np.uint16)), "mask {} has mode I;16: masks must be 8-bit"),
     "mask of 1 bit": ("masks", rewrite(lambda m: m > 4), "mask {} has mode 1: masks must be 8-bit"),
-    "mask as JPEG": ("masks", lambda file: Image.open(file).save(file, "JPEG"), "mask {} is saved as JPEG, which "),
+    "mask as JPEG": (
+        "masks",
+        lambda file: Image.open(file).save(file, "JPEG"),
+        "mask {} is saved as JPEG, a lossy format ",
+    ),
     "mask of another size": ("masks", rewrite(lambda m: m[:-1]), "mask {} is 12 x 8 but its image is 12 x 9: both"),
     "mask turned": ("masks", rewrite(lambda m: m.T.copy()), "mask {} is 9 x 12 but its image is 12 x 9: both"),
-    "value between": ("masks", rewrite(one_value(3)), "mask {} holds 3, which is no class and not ignored: "),
-    "value beyond": ("masks", rewrite(one_value(255)), "mask {} holds 255, which is no class and not ignored: "),
+    "value between": ("masks", rewrite(one_value(3)), "mask {} holds 3, which is neither a class nor ignored: "),
+    "value beyond": ("masks", rewrite(one_value(255)), "mask {} holds 255, which is neither a class nor ignored: "),
 }
 
 
@@ -144,8 +148,8 @@ def test_one_broken_file_is_one_fault(name: str, tmp_path: Path) -> None:
 FILES = {"images": "images/{id}.png", "masks": "masks/{id}.png"}
 LATER = {kind: f"later/{pattern}" for kind, pattern in FILES.items()}
 SPLIT_FAULTS: dict[str, tuple[dict[str, Any], str, int]] = {
-    "fewer": ({"count": 3}, "{root}: split train has 2 images, 3 are expected", 2),
-    "more": ({"count": 1}, "{root}: split train has 2 images, 1 are expected", 2),
+    "fewer": ({"count": 3}, "{root}: split train has 2 images, expected 3", 2),
+    "more": ({"count": 1}, "{root}: split train has 2 images, expected 1", 2),
     "no list": ({"ids": "none.txt"}, "cannot read the split list {root}/none.txt: ", 0),
     "no second list": ({"ids": ["list.txt", "none.txt"]}, "cannot read the split list {root}/none.txt: ", 0),
     "empty list": ({"ids": "empty.txt"}, "the split list {root}/empty.txt is empty: ", 0),
@@ -193,7 +197,7 @@ def test_open_split_warns_of_a_miscount_only(tmp_path: Path, capsys: pytest.Capt
         config = Dataset(**described(tmp_path, splits={"train": FILES | {"count": count}}))
         assert len(datasets.open_split(config, tmp_path, "train")) == 1
         said = capsys.readouterr()
-        expected = f"warning: {tmp_path}/shelf: split train has 1 images, 2 are expected; `datasets check shelf` says"
+        expected = f"warning: {tmp_path}/shelf: split train has 1 images, expected 2; run `datasets check shelf` to see"
         assert said.out == "" and said.err.startswith(expected) == warned
         assert said.err.count("\n") == warned
 
@@ -260,8 +264,8 @@ def test_every_fault_of_one_tree(world: World) -> None:
     }
     described(world.folder, splits=splits)
     expected += [
-        "data/shelf: split fewer has 3 images, 4 are expected",
-        "data/shelf: split more has 3 images, 2 are expected",
+        "data/shelf: split fewer has 3 images, expected 4",
+        "data/shelf: split more has 3 images, expected 2",
         "splits fewer and more share 3 images, data/shelf/images/sound/0.png is the first: keep each in one",
         "cannot read the split list data/shelf/none.txt: ",
         "the split list data/shelf/empty.txt is empty: ",
@@ -366,7 +370,7 @@ def test_samples_of_real_datasets(name: str, folder: str, counts: dict[str, tupl
     if not root.is_dir():
         pytest.skip(f"no {root}")
     output, found = checked(world, name, "--data-root", root)
-    expected = [f"{root}: split {split} has {n} images, {full} are expected" for split, (n, full) in counts.items()]
+    expected = [f"{root}: split {split} has {n} images, expected {full}" for split, (n, full) in counts.items()]
     assert sorted(fault.split(";")[0] for fault in found) == sorted(expected)
     settings = Dataset(**dataset_settings(name))
     values = np.zeros(256, np.int64)

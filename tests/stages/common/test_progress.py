@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages import progress
+from stages.common import progress
 from stages.common.progress import console, progress_bar
 
 

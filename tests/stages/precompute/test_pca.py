@@ -158,5 +158,5 @@ def test_two_runs_give_the_same_bytes_and_one_that_goes_on_fits_nothing(
     small_world.run(*command, "caches/one")
     assert tree(caches / "one") == whole
     line = small_world.fails(*command, "caches/new", "--set", "storage.dense_tokens=pca-16")
-    assert "storage.dense_tokens pca-16: the teacher's tokens have only C = 16 values: choose a K below 16" in line
+    assert "storage.dense_tokens pca-16: the teacher's tokens have only C = 16 values: choose K below 16" in line
     assert not (caches / "new" / "manifest.json").exists()

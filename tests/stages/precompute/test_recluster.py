@@ -222,7 +222,7 @@ def test_other_encodings_and_fewer_views(here: World, encoding: str) -> None:
     source = write_source(here, here.folder / "caches" / "other", *settings)
     if encoding == "none":
         message = refusal("precompute", "--only", "pseudo-labels", "--cache", "caches/other")
-        assert "caches/other holds no dense tokens to make labels from: precompute one with --set" in message
+        assert "caches/other has no dense tokens, which new labels need: precompute with --set" in message
         return
     made = open_cache(only("--cache", "caches/other", "--lambda", "0.7"))
     assert made.manifest.views == 1 and "dense_tokens" in made.manifest.borrowed
@@ -257,7 +257,7 @@ def test_a_source_that_is_another_cache_now(here: World) -> None:
     assert "no cache at" in refusal("cache", "repair", str(path))
     write_source(here, here.folder / "caches" / "source", "pseudo_labels.lambda=0.5")
     message = refusal("cache", "repair", str(path))
-    assert "was made from other settings (files.dense_tokens: cache" in message
+    assert "was made with other settings (files.dense_tokens: cache" in message
 
 
 def test_training_on_it(here: World) -> None:

@@ -79,7 +79,7 @@ def test_a_worker_that_outlived_its_run_writes_nothing(here: World, tmp_path: Pa
     store = type(open_store(target))
     holders = iter(["the run that asked", *["another run"] * 9])
     monkeypatch.setattr(store, "holder", lambda self: next(holders))
-    with pytest.raises(UserError, match="is written by another precompute by now"):
+    with pytest.raises(UserError, match="is now being written by another precompute"):
         precompute(resolve(config=here.config), here.data, str(target), "cpu")
     with pytest.raises(UserError, match="incomplete, 0 of 3 shards"):
         open_cache(target)
@@ -137,7 +137,7 @@ def test_a_run_without_workers_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as cluster,
         Client(cluster) as client,
-        pytest.raises(UserError, match="no worker is left"),
+        pytest.raises(UserError, match="no workers are left"),
     ):
         list(for_all(client, _one_or_fail, [1]))
 
@@ -154,7 +154,7 @@ def test_workers_killed_while_they_start_are_started_again(monkeypatch: pytest.M
 
     monkeypatch.setattr(stages.precompute.workers, "LocalCluster", start)
     if failures == 3:
-        with pytest.raises(UserError, match=r"did not start, in 3 tries \(Nanny failed"), workers(None, "cpu", 2):
+        with pytest.raises(UserError, match=r"did not start in 3 tries \(Nanny failed"), workers(None, "cpu", 2):
             pass
     else:
         with workers(None, "cpu", 2) as client:

@@ -164,7 +164,7 @@ def test_fingerprints_know_first_weights_and_what_is_scored(world: World, tables
     [
         ({"rows": {"x": ["loss.globl=false"]}, "signs": []}, "did you mean 'loss.global'"),
         ({"rows": {}, "signs": []}, "rows"),
-        ({"signs": [{"claim": "c", "better": "al", "worse": "no GLM"}]}, "no row; did you mean 'all'"),
+        ({"signs": [{"claim": "c", "better": "al", "worse": "no GLM"}]}, "is not a row; did you mean 'all'"),
         ({"signs": [{"claim": "c", "better": "all", "worse": "no GLM", "score": "iou"}]}, "score"),
         ({"titel": "x"}, "did you mean 'title'"),
     ],

@@ -104,7 +104,7 @@ def test_another_number_of_ranks_goes_on(world: World, one: torch.Tensor) -> Non
 
 def test_micro_batches_train_and_say_what_they_are_not(world: World, one: torch.Tensor, capsys) -> None:
     train(world.folder, "micro", accumulate=2)
-    assert "train.accumulate 2: negatives of InfoNCE" in capsys.readouterr().err
+    assert "train.accumulate 2: InfoNCE's negatives" in capsys.readouterr().err
     found = losses(world.folder, "micro")
     assert found.isfinite().all() and not torch.allclose(found, one, rtol=1e-3)
 

@@ -76,7 +76,7 @@ def stopped(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("stopped") / "run"
     with signal_after(5, signal.SIGTERM):
         done = world.run(*train(world, run))
-    assert f"saved after iteration 5: train --run {run} goes on" in done.stderr
+    assert f"saved after iteration 5: to continue, run train --run {run}" in done.stderr
     return run
 
 
@@ -194,7 +194,7 @@ def test_another_cache_is_named(world: World, broken_off: Path) -> None:
         made = max((world.folder / "caches").glob("tiny-*"), key=lambda path: path.stat().st_mtime)
         made.rename(relabelled)
     line = world.fails("train", "--run", broken_off, "--cache", relabelled)
-    assert f"was begun with cache {world.folder}/caches/tiny" in line or "was begun with cache caches/tiny" in line
+    assert f"was started with cache {world.folder}/caches/tiny" in line or "was started with cache caches/tiny" in line
     assert "--cache" in line and steps(broken_off) == [1, 2, 3, 4, 5]
 
 

@@ -53,7 +53,7 @@ def test_runs_lists_caches_and_runs(messy: World) -> None:
 
     runs = {entry["path"]: entry for entry in found["runs"]}
     assert list(runs) == [f"runs/{name}" for name in ("ablations/begun", "broken", "dated", "one", "other")]
-    assert all("no run of ours" in runs[f"runs/{name}"]["fault"] for name in ("dated", "other"))
+    assert all("not a run of clip-zss" in runs[f"runs/{name}"]["fault"] for name in ("dated", "other"))
     best = max(json.loads(line)["hiou"] for line in (messy.folder / "runs/one/scores.jsonl").read_text().splitlines())
     good, begun = runs["runs/one"], runs["runs/ablations/begun"]
     assert (good["score"], good["score_name"], good["score_split"]) == (best, "hiou", "holdout")
