@@ -2,7 +2,7 @@
 
 import difflib
 import re
-import unicodedata
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PositiveInt, model_validator
@@ -14,13 +14,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def check_name(name: str, of: str) -> None:
-    """ValueError if it cannot name a class, in a YAML or in `predict --classes`."""
-    unprintable = {*map(unicodedata.category, name)} & {"Cc", "Cs", "Zl", "Zp"}
-    if not name or name != name.strip() or "|" in name or unprintable:
-        raise ValueError(
-            f"{of}: the name {name!r} must not be empty, start or end with a space, or contain | or a line break"
-        )
+def check_names(names: Iterable[str], of: str) -> None:
+    """ValueError if one cannot name a class, in a YAML or in `predict --classes`."""
+    for name in names:
+        if not name or name != name.strip() or re.search(r"[|\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", name):
+            raise ValueError(
+                f"{of}: the name {name!r} must not be empty, have outer spaces, or contain | or a line break"
+            )
 
 
 def pixel_value(value: Any) -> int | str:
@@ -34,24 +34,16 @@ def pixel_value(value: Any) -> int | str:
     raise ValueError("write a number from 0 to 255, or a colour such as [128, 0, 64]")
 
 
-def pixel_values(values: Any) -> Any:
-    """Text such as "0-10, 12", or colours; also written as one number or a list of numbers."""
+def pixel_values(values: Any) -> str:
+    """Text such as "0-10, 12" or "#000000, #800040", also written as a number, or a list of numbers or colours."""
     if isinstance(values, list | tuple):
-        found = tuple(pixel_value(value) for value in values)
-        if len({value for value in found if isinstance(value, str)}) == len(found) > 0:
-            return found
-        values = ", ".join(map(str, found)) if all(isinstance(value, int) for value in found) else None
-    text = str(values) if type(values) is int else values
-    if not isinstance(text, str):
-        raise ValueError(
-            "write numbers and ranges such as 0-10, 12, or a list of distinct colours such as [[128, 0, 64]]"
-        )
-    value_list(text)
+        values = ", ".join(str(pixel_value(value)) for value in values)
+    value_list(text := str(values).lower())
     return text
 
 
 PixelValue = Annotated[int | str, PlainValidator(pixel_value)]
-Values = Annotated[str | tuple[str, ...], BeforeValidator(pixel_values)]
+Values = Annotated[str, BeforeValidator(pixel_values)]
 
 
 class Masks(Section):
@@ -142,11 +134,9 @@ class Dataset(Section):
 
     @model_validator(mode="after")
     def _classes_are_consistent(self) -> "Dataset":
-        for name in self.classes:
-            check_name(name, "classes")
+        check_names(self.classes, "classes")
         for key, synonyms in self.prompts.items():
-            for name in synonyms:
-                check_name(name, f"prompts.{key}")
+            check_names(synonyms, f"prompts.{key}")
         if len(set(self.classes)) != len(self.classes):
             twice = next(name for name in self.classes if self.classes.count(name) > 1)
             raise ValueError(f"classes lists {twice!r} twice")
@@ -175,14 +165,13 @@ class Dataset(Section):
             raise ValueError(f"{both[0]} is in values and in ignore_index: drop it from one of them")
         return self
 
-    def value_of_class(self, values: Values | None) -> list[int] | list[str]:
+    def value_of_class(self, values: str | None) -> list[int] | list[str]:
         """The pixel values of the K classes, for masks coded by `values` (None: the dataset's)."""
         values = self.values if values is None else values
         not_ignored = [value for value in range(256) if value not in self.ignore_index][: len(self.classes)]
-        found = not_ignored if values is None else value_list(values) if isinstance(values, str) else list(values)
+        found = not_ignored if values is None else value_list(values)
         if len(found) != len(self.classes):
-            shown = values if isinstance(values, str) else ", ".join(values or ["0-255"])
-            raise ValueError(f"values {shown} has {len(found)} values for {len(self.classes)} classes")
+            raise ValueError(f"values {values or '0-255'} has {len(found)} values for {len(self.classes)} classes")
         return found
 
     @property
@@ -199,11 +188,14 @@ class Dataset(Section):
         return [self.prompts.get(name, (name,)) for name in self.classes]
 
 
-def value_list(text: str) -> list[int]:
-    """Parse "0-2, 5" to [0, 1, 2, 5]. ValueError unless the values are 8-bit, ascending and unique."""
+def value_list(text: str) -> list[int] | list[str]:
+    """Parse "0-2, 5" to [0, 1, 2, 5]. ValueError unless 8-bit, ascending and unique, or unique colours."""
+    colours = [part.strip() for part in text.split(",")]
+    if all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in colours) and len(set(colours)) == len(colours):
+        return colours
     parts = [re.fullmatch(r"\s*(\d{1,3})\s*(?:-\s*(\d{1,3})\s*)?", part) for part in text.split(",")]
     if not all(parts):
-        raise ValueError(f"values {text!r}: write numbers and ranges such as 0-10, 12")
+        raise ValueError(f"values {text!r}: write numbers and ranges such as 0-10, 12, or a list of distinct colours")
     ranges = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
     bounds = [bound for first, last in ranges for bound in (first - 1, last)]  # rises, but for ranges that touch
     if any(first > last for first, last in ranges) or bounds != sorted(bounds) or bounds[-1] > 255:

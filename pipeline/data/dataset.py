@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.dataset import Dataset, Masks, Values
+from configs.dataset import Dataset, Masks
 from configs.errors import UserError
-from pipeline.data.files import BrokenFile, files_in, is_picture, opened, rgb
-from pipeline.data.masks import IGNORE as IGNORE  # part of this module's interface
-from pipeline.data.masks import MaskReader, Palette, orientation, palette_of
+from pipeline.data.files import BrokenFile as BrokenFile  # part of this module's interface, like IGNORE
+from pipeline.data.files import files_in, is_picture, listing, opened, rgb
+from pipeline.data.masks import IGNORE as IGNORE
+from pipeline.data.masks import MaskReader, Palette, colours, orientation
 from pipeline.data.pascal_context import write_context_masks
 from pipeline.data.scenes import write_scenes
 
@@ -29,8 +30,7 @@ class SegmentationDataset:
     Attributes:
         ids: image ids, in the order of the split lists (or sorted, where ids come from file names).
         root: the dataset's folder: DATA_ROOT/<root of its YAML>, or DATA_ROOT itself if that folder does not exist.
-        passed_over: if ids come from file names, the files that were ignored: links to files that are listed already,
-            and for a pattern with a final `.*` files without an image extension.
+        passed_over: ignored files, if ids come from file names: repeated links, and other formats for a final `.*`.
         palettes: for each coding of masks, the palette that others are compared with, once it is known.
         seen_indices: which of all classes are seen, ascending.
         seen_lookup: (256,) uint8, class index -> index among the seen classes, IGNORE for unseen ones.
@@ -51,7 +51,7 @@ class SegmentationDataset:
         self.passed_over: list[str] = []
         self.ids = self._list_ids()[: config.limit]
         self._readers = {masks.values: MaskReader(config, masks.values) for masks in self._files.masks}
-        self.palettes: dict[Values | None, Palette] = {}
+        self.palettes: dict[str | None, Palette] = {}
         self.seen_lookup = np.full(256, IGNORE, np.uint8)
         self.seen_indices = config.seen_indices
         self.seen_lookup[self.seen_indices] = np.arange(len(self.seen_indices))
@@ -121,7 +121,7 @@ class SegmentationDataset:
         folder, name = os.path.split(path.removesuffix(".*"))
         if folder not in self._folders:
             by_name: dict[str, list[str]] = {}
-            for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+            for file in listing(folder):
                 if is_picture(file):
                     by_name.setdefault(os.path.splitext(file)[0], []).append(os.path.join(folder, file))
             self._folders[folder] = by_name  # threads read at the same time
@@ -137,7 +137,7 @@ class SegmentationDataset:
         files = self._candidates(pattern, image_id)
         if len(files) > 1 and len(set(map(os.path.realpath, files))) > 1:
             raise BrokenFile(f"{' and '.join(files)} have the same id: keep one, or put the extension in the pattern")
-        if not os.path.lexists(files[0]):
+        if not os.path.exists(files[0]):
             cure = "add it, or list only ids that have one (`ids`)"
             words = map(Path, re.split(r"[\s,;]+", image_id.replace("\\", "/")))  # the line may hold file names
             guesses = (str(guess) for word in words for guess in (word, word.with_suffix(""), word.name, word.stem))
@@ -176,15 +176,14 @@ class SegmentationDataset:
         path = self._the_file("mask", masks.files, row)
         return self._readers[masks.values](path, lambda: self._first_palette(masks.values))
 
-    def _first_palette(self, values: Values | None) -> Palette:
+    def _first_palette(self, values: str | None) -> Palette:
         """Of the first palette mask among those coded by `values`; there must be one."""
-        for row in range(len(self)):
+        for name, _, masks in map(self._mask_file, range(len(self))):
             if values in self.palettes:
                 break
-            path, _, masks = self._mask_file(row)
-            with suppress(BrokenFile):
-                if masks.values == values and (palette := palette_of(Path(path))) is not None:
-                    self.palettes[values] = Path(path), palette
+            with suppress(BrokenFile), opened(path := Path(name), "mask") as picture:
+                if masks.values == values and picture.mode == "P":
+                    self.palettes[values] = path, colours(picture)
         return self.palettes[values]
 
     def doubts(self, row: int) -> list[str]:
@@ -197,9 +196,7 @@ class SegmentationDataset:
             if tags[0] != tags[1] and (image.width == image.height or (tags[0] > 4) == (tags[1] > 4)):
                 found.append("masks have a different orientation tag from their images: check that they match")
             if self._readers[masks.values].clash(Path(path), mask, lambda: self._first_palette(masks.values)):
-                found.append(
-                    "masks have a different palette from the first: their indices are the classes, not their colours"
-                )
+                found.append("masks have a different palette from the first: classes are indices, not colours")
         return found
 
     def pair(self, row: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -26,19 +27,27 @@ class BrokenFile(UserError):
     """An image or mask that is missing, damaged, mis-sized or out of range; `--on-error skip` skips it."""
 
 
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"cannot list folder {error.filename}: {error.strerror}; check its permissions") from error
+
+
+def listing(folder: str) -> list[str]:
+    """Sorted names in the folder, none if it does not exist. UserError if it cannot be listed."""
+    try:
+        return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    except OSError as error:
+        _refuse(error)
+
+
 def files_in(folder: str, below: bool, again: list[str], ending: str = "") -> Iterator[str]:
     """Paths of the files in the folder, or also below it. Each real file once; further links to it go to `again`.
 
     Hidden files are ignored (macOS writes `._x.jpg` next to `x.jpg`), and output of `predict`, unless `ending` is one
     of its extensions.
     """
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"cannot list folder {error.filename}: {error.strerror}; check its permissions") from error
-
     todo, links, seen, top = [folder], list[str](), set[str](), os.path.realpath(folder)
     for start in todo:  # grows by links to folders, read last: files in the folder itself keep their own names
-        for path, folders, names in os.walk(start, onerror=refuse):
+        for path, folders, names in os.walk(start, onerror=_refuse):
             real = os.path.realpath(path)
             if real in seen or (path != folder and f"{top}/".startswith(f"{real}/")):  # a circle
                 again.append(path)
@@ -76,8 +85,6 @@ def decoding(name: str) -> Iterator[None]:
         yield
     except BrokenFile:
         raise
-    except FileNotFoundError as error:
-        raise BrokenFile(f"missing {name}: add it, or correct the link") from error
     except (Image.DecompressionBombError, MemoryError) as error:
         raise BrokenFile(f"{name} has too many pixels ({reason(error)}): resize it") from error
     except Exception as error:

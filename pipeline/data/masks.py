@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from configs.dataset import Dataset, Values
+from configs.dataset import Dataset
 from pipeline.data.files import BrokenFile, opened
 
 IGNORE = 255
@@ -18,14 +18,15 @@ Palette = tuple[Path, np.ndarray]  # a file and its (K, 3) uint8 colours
 class MaskReader:
     """Reads masks coded by `values`."""
 
-    def __init__(self, config: Dataset, values: Values | None) -> None:
+    def __init__(self, config: Dataset, values: str | None) -> None:
         codes = config.value_of_class(values)
         self._name, self._by_colour = config.name, isinstance(codes[0], str)
         self._meant = values is not None or config.values is not None
         self._modes = ("L", "P", "RGB", "RGBA") if self._by_colour else ("L", "P")
         self._lookup = np.full(2**24 if self._by_colour else 256, -1, np.int16)
-        self._lookup[[_code(v) for v in config.ignore_index if isinstance(v, str) == self._by_colour]] = IGNORE
-        self._lookup[[_code(v) for v in codes]] = np.arange(len(codes))
+        number = {value: int(str(value).replace("#", "0x"), 0) for value in (*codes, *config.ignore_index)}
+        self._lookup[[number[v] for v in config.ignore_index if isinstance(v, str) == self._by_colour]] = IGNORE
+        self._lookup[[number[v] for v in codes]] = np.arange(len(codes))
 
     def __call__(self, path: Path, first_palette: Callable[[], Palette]) -> np.ndarray:
         """(H, W) uint8 class indices, IGNORE where there is none; the mask's own orientation tag is applied.
@@ -36,9 +37,7 @@ class MaskReader:
         with opened(path, "mask") as picture:
             kind = str(picture.info.get("compression") if picture.format == "TIFF" else picture.format)
             if kind in _LOSSY:
-                raise BrokenFile(
-                    f"mask {path} is saved as {kind}, a lossy format that changes classes: create it again as PNG"
-                )
+                raise BrokenFile(f"mask {path} is saved as {kind}, which changes classes: create it again as PNG")
             spread = max((_SPREAD.get(tile[3], 1) for tile in getattr(picture, "tile", ())), default=1)
             upright = ImageOps.exif_transpose(picture)
             codes = self._codes(upright, path) // spread
@@ -58,10 +57,8 @@ class MaskReader:
     def _codes(self, picture: Image.Image, path: Path) -> np.ndarray:
         """(H, W) indices into the lookup; a colour is red * 65536 + green * 256 + blue."""
         if picture.mode not in self._modes:
-            other = ", or give `values` as a list of colours" if picture.mode in ("RGB", "RGBA") else ""
-            raise BrokenFile(
-                f"mask {path} has mode {picture.mode}: masks must be 8-bit, with one class value per pixel{other}"
-            )
+            wanted = "8-bit, with one class value per pixel, or RGB with colours as `values`"
+            raise BrokenFile(f"mask {path} has mode {picture.mode}: masks must be {wanted}")
         if not self._by_colour:
             return np.asarray(picture)
         if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
@@ -75,30 +72,21 @@ class MaskReader:
         """
         if picture.mode != "P" or self._by_colour:
             return ""
-        own, (first, known) = _colours(picture), first_palette()
+        own, (first, known) = colours(picture), first_palette()
         for i in np.flatnonzero(np.bincount(np.asarray(picture).ravel())):
             # Black after index 0 is usually padding.
             if i < min(len(own), len(known)) and (own[i] != known[i]).any() and (i == 0 or known[i].any()):
-                colours = f"index {i} is #{bytes(own[i]).hex()} instead of #{bytes(known[i]).hex()}"
-                return f"mask {path} has a different palette from {first}: {colours}"
+                differs = f"index {i} is #{bytes(own[i]).hex()} instead of #{bytes(known[i]).hex()}"
+                return f"mask {path} has a different palette from {first}: {differs}"
         return ""
 
 
-def _code(value: int | str) -> int:
-    return int(value[1:], 16) if isinstance(value, str) else value
-
-
-def palette_of(path: Path) -> np.ndarray | None:
-    """None for a mask without one. BrokenFile if it cannot be opened."""
-    with opened(path, "mask") as picture:
-        return _colours(picture) if picture.mode == "P" else None
-
-
-def _colours(picture: Image.Image) -> np.ndarray:
+def colours(picture: Image.Image) -> np.ndarray:
+    """(K, 3) uint8, the palette."""
     return np.array(picture.getpalette() or [], np.uint8).reshape(-1, 3)
 
 
 def orientation(picture: Image.Image) -> int:
     """The EXIF tag, 1 to 8; 1 if there is none. Also for HEIC, which is rotated when opened."""
     tag = picture.info.get("original_orientation") or picture.getexif().get(0x0112)
-    return int(tag) if tag in range(1, 9) else 1
+    return tag if isinstance(tag, int) and 1 <= tag <= 8 else 1

@@ -10,8 +10,7 @@ from PIL import Image
 from configs.dataset import Dataset
 from configs.errors import UserError
 from configs.schema import Config
-from pipeline.data.dataset import IGNORE, SegmentationDataset
-from pipeline.data.files import BrokenFile
+from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
 from pipeline.gamma import keeping_gamma
 from pipeline.inference import ClassLogits
 from pipeline.metrics import CalibratedStacking, best_of, seen_margins

@@ -6,7 +6,6 @@
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,8 +122,7 @@ def predict(
     passed_over: list[str] = []
     files = find_photos(photos, passed_over)
     if passed_over:
-        first = f"the first: {passed_over[0]}"
-        say(f"{len(passed_over)} subfolders, files of other formats or repeated links are ignored; {first}")
+        say(f"{len(passed_over)} subfolders, other files or repeated links are ignored, such as {passed_over[0]}")
     name, times = Counter(file.name for file in files).most_common(1)[0]
     if times > 1:
         raise UserError(
@@ -141,8 +139,7 @@ def predict(
             stem = str(output / file.name)
             try:  # whatever happens to this photo, continue with the others
                 for ending in WRITTEN:
-                    if os.path.lexists(stem + ending):
-                        os.unlink(stem + ending)
+                    Path(f"{stem}{ending}").unlink(missing_ok=True)
                 photo = read_photo(file)
                 mask = segmenter(photo, classes)
                 small = _small(photo)

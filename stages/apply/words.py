@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from configs.dataset import check_name
+from configs.dataset import check_names
 from configs.errors import UserError
 from configs.schema import Config
 from stages.common.runs import Run
@@ -33,8 +33,7 @@ def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for word in words:
         names = tuple(name.strip() for name in word.split("|"))
         try:
-            for name in names:
-                check_name(name, "--classes")
+            check_names(names, "--classes")
         except ValueError as error:
             raise UserError(f"{error} (in {word!r}); separate names by commas, synonyms by |") from error
         if names[0] in parsed:

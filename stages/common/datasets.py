@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.dataset import Dataset, Values
+from configs.dataset import Dataset
 from configs.errors import UserError
-from pipeline.data.dataset import IGNORE, SegmentationDataset
-from pipeline.data.files import BrokenFile
+from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
 from pipeline.data.masks import Palette
 from stages.common.progress import progress_bar, say
 
@@ -49,7 +48,7 @@ def check(config: Dataset, data_root: Path) -> Check:
     """
     found = Check(np.zeros(len(config.classes), np.int64), np.zeros(len(config.classes), np.int64))
     split_of: dict[Path, str] = {}
-    palettes: dict[Values | None, Palette] = {}
+    palettes: dict[str | None, Palette] = {}
     for split in config.splits:
         try:
             dataset = SegmentationDataset(config, data_root, split)
@@ -65,9 +64,8 @@ def check(config: Dataset, data_root: Path) -> Check:
             both = f"{split_of[shared[0]]} and {split}"
             found.faults.append(f"splits {both} share {len(shared)} images, {shared[0]} is the first: keep each in one")
         split_of = images | split_of
-        doubts: dict[str, list[Path]] = {}
-        if others := [Path(name) for name in dataset.passed_over]:
-            doubts["files next to the images are ignored, because of their extension or as repeated links"] = others
+        ignored = [Path(name) for name in dataset.passed_over]
+        doubts = {"files next to the images are ignored, because of their extension or as repeated links": ignored}
         with progress_bar(f"check {split}", len(dataset), "images") as advance:
             for row, read in enumerate(_read_all(dataset)):
                 advance()
@@ -82,8 +80,7 @@ def check(config: Dataset, data_root: Path) -> Check:
                 found.pixels += pixels
                 found.images += pixels > 0
                 found.unlabelled += int(counts[IGNORE])
-        for doubt, files in doubts.items():
-            found.warnings.append(f"split {split}: {len(files)} {doubt}; {files[0]} is the first")
+        found.warnings += [f"split {split}: {len(f)} {doubt}; {f[0]} is the first" for doubt, f in doubts.items() if f]
     return found
 
 

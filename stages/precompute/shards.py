@@ -28,8 +28,7 @@ from cache.store import open_store
 from cache.writer import stored_pca, write_shard
 from configs.errors import UserError
 from configs.schema import Precompute, StageOne
-from pipeline.data.dataset import IGNORE, SegmentationDataset
-from pipeline.data.files import BrokenFile
+from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
 from pipeline.data.views import draw_views, normalise, padding_colour, teacher_view
 from pipeline.pseudo_labels import pseudo_labels
 from pipeline.pseudo_labels.regions import most_groups, region_tokens

@@ -95,8 +95,7 @@ def dataset_layout(config: Dataset, data_root: Path) -> None:
         _print(f"{split}: {files.count or 'any number of'} images")
         _print(f"  images  {files.images}")
         for masks in files.masks:
-            own = masks.values if isinstance(masks.values, str | None) else ", ".join(masks.values)
-            _print(f"  masks   {masks.files}" + (f" (values {own})" if own else ""))
+            _print(f"  masks   {masks.files}" + (f" (values {masks.values})" if masks.values else ""))
         for listing in files.ids:
             _print(f"  ids     {listing}")
     values, ignored = config.value_of_class(None), ", ".join(map(str, config.ignore_index))
@@ -132,9 +131,8 @@ def check_table(config: Dataset, found: Check) -> None:
     if found.readable:
         output.print(table)
     _print(f"{found.readable:,} images, {found.unlabelled:,} pixels without a class")
-    for kind, lines in (("warning", found.warnings), ("fault", found.faults)):
-        for line in lines:
-            _print(f"{kind}: {line}")
+    for line in (*(f"warning: {line}" for line in found.warnings), *(f"fault: {line}" for line in found.faults)):
+        _print(line)
 
 
 def bench_table(rows: Sequence["Row"]) -> None:

@@ -214,9 +214,9 @@ def test_prompts() -> None:
 
 SPLIT = {"images": "i/{id}.jpg", "masks": "m/{id}.png"}
 PATTERN = "must contain {id} once, no other braces, and * only as a final .*"
-NUMBERS = "write numbers and ranges such as 0-10, 12"
+NUMBERS = "write numbers and ranges such as 0-10, 12, or a list of distinct colours"
 VALUE = "write a number from 0 to 255, or a colour such as [128, 0, 64]"
-NAME = "must not be empty, start or end with a space, or contain | or a line break"
+NAME = "must not be empty, have outer spaces, or contain | or a line break"
 QUOTES = ", not as text: put it in quotes"
 
 

@@ -703,8 +703,7 @@ def test_mask_of_another_mode(mode: str, tree: Tree) -> None:
         "a", image, Image.fromarray(mask.astype(np.uint16)) if mode == "I;16" else Image.fromarray(mask).convert(mode)
     )
     expected = f"mask {tree.mask_path('a')} has mode {mode}: masks must be 8-bit, with one class value per pixel"
-    if mode.startswith("RGB"):
-        expected += ", or give `values` as a list of colours"
+    expected += ", or RGB with colours as `values`"
     assert broken(lambda: tree.read().training_pair(0)) == expected
 
 
@@ -782,8 +781,8 @@ def test_masks_must_say_where(masks: Any) -> None:
         ({"values": 1.5}, "write numbers and ranges"),
         ({"values": [4, 3, 2, 1, 0]}, "must be ascending, between 0 and 255"),
         ({"values": [True, 1, 2, 3, 4]}, "write a number from 0 to 255, or a colour such as"),
-        ({"values": ["#000000", 1, 2, 3, 4]}, "a list of distinct colours such as"),
-        ({"values": [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 3], [0, 0, 0]]}, "a list of distinct colours such as"),
+        ({"values": ["#000000", 1, 2, 3, 4]}, "a list of distinct colours"),
+        ({"values": [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 3], [0, 0, 0]]}, "a list of distinct colours"),
         ({"values": [[0, 0, 0], [0, 0, 256]]}, "write a number from 0 to 255, or a colour such as"),
         ({"values": [[0, 0, 0], [0, 0, 1]]}, "values #000000, #000001 has 2 values for 5 classes"),
         ({"ignore_index": list(range(252))}, "4 values for 5 classes"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs.errors import UserError
 from pipeline.data.files import ENDINGS, BrokenFile, files_in
 from pipeline.data.photos import find_photos, read_photo
 from tests.pipeline.data.trees import Tree, draw_pair
@@ -93,6 +94,15 @@ def test_a_picture_too_large(tmp_path: Path) -> None:
     data[18:26] = struct.pack("<ii", 60000, 60000)
     (tmp_path / "a.bmp").write_bytes(data)
     assert "has too many pixels (" in broken(tmp_path / "a.bmp")
+
+
+def test_a_picture_that_needs_too_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    (tmp_path / "a.png").write_bytes(stored("PNG"))
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    assert "has too many pixels (MemoryError): resize it" in broken(tmp_path / "a.png")
 
 
 @pytest.mark.slow
@@ -203,8 +213,43 @@ def test_what_is_passed_over_is_known(tree: Tree) -> None:
 
 
 def test_a_photo_named_twice_is_one(tmp_path: Path) -> None:
-    (tmp_path / "a.png").touch()
-    assert find_photos([tmp_path, tmp_path / "a.png", tmp_path / "." / "a.png"]) == [tmp_path / "a.png"]
+    """Nothing is passed over without a word: links, other formats and subfolders."""
+    for name in ("a.png", "b.dng"):
+        (tmp_path / name).touch()
+    (tmp_path / "day").mkdir()
+    (tmp_path / "link.png").symlink_to("a.png")
+    passed_over: list[str] = []
+    given = [tmp_path, tmp_path / "a.png", tmp_path / "." / "a.png", tmp_path / "link.png"]
+    assert find_photos(given, passed_over) == [tmp_path / "a.png"]
+    assert {Path(path).name for path in passed_over} == {"b.dng", "day", "link.png"}
+
+
+def test_a_folder_that_cannot_be_listed(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree.fill(np.random.default_rng(0), 2, 3, 5)
+    tree.write("list.txt", "0\n1\n")
+
+    def refuse(folder: str) -> None:
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(UserError, match=r"cannot list folder .*/images: Permission denied; check its permissions"):
+        tree.read({"images": "images/{id}.*", "ids": "list.txt"}).image(0)
+
+
+@pytest.mark.parametrize("ids", [{}, {"ids": "list.txt"}])
+def test_images_may_share_a_mask_through_links(ids: dict[str, str], tree: Tree) -> None:
+    """Only images are each read once; a repeated link to one that is listed by name is read, too."""
+    tree.fill(np.random.default_rng(0), 2, 3, 5)
+    tree.write("list.txt", "0\n1\n2\n" if ids else "")
+    (tree.root / "images" / "2.png").symlink_to("0.png")
+    for name in ("1", "2"):
+        tree.mask_path(name).unlink(missing_ok=True)
+        tree.mask_path(name).symlink_to("0.png")
+    dataset = tree.read({"images": "images/{id}.*", "masks": "masks/{id}.*"} | ids)
+    assert dataset.ids == (["0", "1", "2"] if ids else ["0", "1"])
+    for row in range(len(dataset)):
+        np.testing.assert_array_equal(dataset.mask(row), dataset.mask(0))
+        assert dataset.image(row).shape == (3, 5, 3)
 
 
 LISTED = ["0.png", "0.jpg", "images/0.png", "images/0", "./0", "0 1", "0, masks/0.png", "images\\0.png", "0.PNG"]

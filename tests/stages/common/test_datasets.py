@@ -116,7 +116,7 @@ FILE_FAULTS: dict[str, tuple[str, Damage, str]] = {
     "mask as JPEG": (
         "masks",
         lambda file: Image.open(file).save(file, "JPEG"),
-        "mask {} is saved as JPEG, a lossy format ",
+        "mask {} is saved as JPEG, which ",
     ),
     "mask of another size": ("masks", rewrite(lambda m: m[:-1]), "mask {} is 12 x 8 but its image is 12 x 9: both"),
     "mask turned": ("masks", rewrite(lambda m: m.T.copy()), "mask {} is 9 x 12 but its image is 12 x 9: both"),

@@ -15,7 +15,7 @@ from cache.verify import verify
 from cache.writer import create_cache, stored_pca
 from configs.errors import UserError
 from configs.load import as_settings, resolve
-from pipeline.data.files import BrokenFile
+from pipeline.data.dataset import BrokenFile
 from stages.precompute.pca import fit_dense_pca
 from stages.precompute.shards import ShardJob, describe, make_shard, worker_of
 from tests.conftest import World, tree, write_world
