@@ -2,15 +2,48 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PositiveInt, model_validator
 
 
 class Section(BaseModel):
     """Unknown keys and numbers that are not finite are errors, and a resolved configuration is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def check_names(names: Iterable[str], of: str) -> None:
+    """ValueError if one cannot name a class, in a YAML or in `predict --classes`."""
+    for name in names:
+        if not name or name != name.strip() or re.search(r"[|\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", name):
+            raise ValueError(
+                f"{of}: the name {name!r} must not be empty, have outer spaces, or contain | or a line break"
+            )
+
+
+def pixel_value(value: Any) -> int | str:
+    """A grey value or palette index from 0 to 255, or a colour as "#rrggbb", also written [r, g, b]."""
+    if isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int and 0 <= v < 256 for v in value):
+        return "#" + bytes(value).hex()
+    if isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value):
+        return value.lower()
+    if type(value) is int and 0 <= value < 256:
+        return value
+    raise ValueError("write a number from 0 to 255, or a colour such as [128, 0, 64]")
+
+
+def pixel_values(values: Any) -> str:
+    """Text such as "0-10, 12" or "#000000, #800040", also written as a number, or a list of numbers or colours."""
+    if isinstance(values, list | tuple):
+        values = ", ".join(str(pixel_value(value)) for value in values)
+    value_list(text := str(values).lower())
+    return text
+
+
+PixelValue = Annotated[int | str, PlainValidator(pixel_value)]
+Values = Annotated[str, BeforeValidator(pixel_values)]
 
 
 class Masks(Section):
@@ -20,14 +53,7 @@ class Masks(Section):
     """
 
     files: str
-    values: str | None = None
-
-    @field_validator("values")
-    @classmethod
-    def _is_a_list_of_ranges(cls, values: str | None) -> str | None:
-        if values is not None:
-            value_list(values)
-        return values
+    values: Values | None = None
 
 
 class Split(Section):
@@ -70,9 +96,9 @@ class Split(Section):
 class Dataset(Section):
     """A dataset on disk, and the names and prompts of its classes.
 
-    The i-th of `values` ("0-10, 12-23") is the mask value of the i-th class; the default is the lowest values not in
-    `ignore_index`, whose pixels have no class. Any other value in a mask is an error. Masks with their own `values` may
-    assign a class to values in `ignore_index`.
+    The i-th of `values` ("0-10, 12-23", or a list of colours) is the mask value of the i-th class; the default is the
+    lowest values not in `ignore_index`, whose pixels have no class. Any other value in a mask is an error. Masks with
+    their own `values` may assign a class to values in `ignore_index`.
     """
 
     name: str = Field(pattern=r"^\w[\w.-]*$")  # names files
@@ -81,8 +107,8 @@ class Dataset(Section):
     splits: dict[str, Split]
     limit: PositiveInt | None = Field(None, description="only the first images of each split")
     classes: tuple[str, ...] = Field(description="names, or a text file of them, one a line, beside the YAML")
-    values: str | None = None
-    ignore_index: tuple[Annotated[int, Field(ge=0, le=255)], ...] = (255,)
+    values: Values | None = None
+    ignore_index: tuple[PixelValue, ...] = (255,)
     unseen: tuple[str, ...] = Field((), description="classes, or the name of one of `unseen_splits`")
     unseen_splits: dict[str, tuple[str, ...]] = {}
     prompts: dict[str, tuple[str, ...]] = Field({}, description="names of a class in prompts, averaged")
@@ -95,7 +121,7 @@ class Dataset(Section):
         if not isinstance(dataset, dict):
             return dataset
         dataset = {"root": dataset.get("name", "")} | dataset
-        if isinstance(dataset.get("ignore_index"), int):
+        if isinstance(dataset.get("ignore_index"), int | str):
             dataset["ignore_index"] = [dataset["ignore_index"]]
         if isinstance(dataset.get("prompts"), dict):
             dataset["prompts"] = {k: [v] if isinstance(v, str) else v for k, v in dataset["prompts"].items()}
@@ -108,6 +134,9 @@ class Dataset(Section):
 
     @model_validator(mode="after")
     def _classes_are_consistent(self) -> "Dataset":
+        check_names(self.classes, "classes")
+        for key, synonyms in self.prompts.items():
+            check_names(synonyms, f"prompts.{key}")
         if len(set(self.classes)) != len(self.classes):
             twice = next(name for name in self.classes if self.classes.count(name) > 1)
             raise ValueError(f"classes lists {twice!r} twice")
@@ -131,16 +160,16 @@ class Dataset(Section):
             raise ValueError("each class in prompts needs at least one name")
         for masks in (masks for split in self.splits.values() for masks in split.masks):
             self.value_of_class(masks.values)
-        both = set(self.value_of_class(None)) & set(self.ignore_index)
+        both = [value for value in self.value_of_class(None) if value in self.ignore_index]
         if both:
-            raise ValueError(f"{min(both)} is in values and in ignore_index: drop it from one of them")
+            raise ValueError(f"{both[0]} is in values and in ignore_index: drop it from one of them")
         return self
 
-    def value_of_class(self, values: str | None) -> list[int]:
+    def value_of_class(self, values: str | None) -> list[int] | list[str]:
         """The pixel values of the K classes, for masks coded by `values` (None: the dataset's)."""
         values = self.values if values is None else values
-        not_ignored = [value for value in range(256) if value not in self.ignore_index]
-        found = value_list(values) if values is not None else not_ignored[: len(self.classes)]
+        not_ignored = [value for value in range(256) if value not in self.ignore_index][: len(self.classes)]
+        found = not_ignored if values is None else value_list(values)
         if len(found) != len(self.classes):
             raise ValueError(f"values {values or '0-255'} has {len(found)} values for {len(self.classes)} classes")
         return found
@@ -159,11 +188,14 @@ class Dataset(Section):
         return [self.prompts.get(name, (name,)) for name in self.classes]
 
 
-def value_list(text: str) -> list[int]:
-    """Parse "0-2, 5" to [0, 1, 2, 5]. ValueError unless the values are 8-bit, ascending and unique."""
+def value_list(text: str) -> list[int] | list[str]:
+    """Parse "0-2, 5" to [0, 1, 2, 5]. ValueError unless 8-bit, ascending and unique, or unique colours."""
+    colours = [part.strip() for part in text.split(",")]
+    if all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in colours) and len(set(colours)) == len(colours):
+        return colours
     parts = [re.fullmatch(r"\s*(\d{1,3})\s*(?:-\s*(\d{1,3})\s*)?", part) for part in text.split(",")]
     if not all(parts):
-        raise ValueError(f"values {text!r}: write numbers and ranges such as 0-10, 12")
+        raise ValueError(f"values {text!r}: write numbers and ranges such as 0-10, 12, or a list of distinct colours")
     ranges = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
     bounds = [bound for first, last in ranges for bound in (first - 1, last)]  # rises, but for ranges that touch
     if any(first > last for first, last in ranges) or bounds != sorted(bounds) or bounds[-1] > 255:

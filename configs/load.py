@@ -164,6 +164,10 @@ def _explain(model: Any, errors: list[ErrorDetails]) -> str:
     message = message.removeprefix("Value error, ") + "".join(
         f", or {other.removeprefix('Input should be ')}" for other in others
     )
+    message = message.replace("a valid tuple", "a list")
+    if first["type"] == "string_type" and not isinstance(first["input"], list | tuple | dict):
+        kind = {bool: "yes, no, true or false", int: "a number", float: "a number", type(None): "nothing"}
+        message = f"YAML reads this as {kind.get(type(first['input']), 'a date')}, not as text: put it in quotes"
     if isinstance(value := first["input"], str | int | float):
         words = re.findall("'(.*?)'", " ".join(error.get("ctx", {}).get("expected", "") for error in tried))
         message += f" (it is {value!r}){suggest(str(value), words)}"

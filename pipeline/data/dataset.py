@@ -4,33 +4,24 @@ Masks on disk contain all classes. Unseen classes are hidden here and nowhere el
 mask that training sees (generalised zero-label: unseen pixels become "ignored").
 """
 
-import glob
 import hashlib
 import json
 import os
-import struct
+import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
-from pillow_heif import register_heif_opener
 
 from configs.dataset import Dataset, Masks
 from configs.errors import UserError
+from pipeline.data.files import BrokenFile as BrokenFile  # part of this module's interface, like IGNORE
+from pipeline.data.files import files_in, is_picture, listing, opened, rgb
+from pipeline.data.masks import IGNORE as IGNORE
+from pipeline.data.masks import MaskReader, Palette, colours, orientation
 from pipeline.data.pascal_context import write_context_masks
 from pipeline.data.scenes import write_scenes
-
-IGNORE = 255
-_SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads grey values of 2 and 4 bits over 0..255
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif")
-register_heif_opener()
-
-
-class BrokenFile(UserError):
-    """An image or mask that is missing, damaged, mis-sized or out of range; `--on-error skip` skips it."""
 
 
 class SegmentationDataset:
@@ -39,6 +30,8 @@ class SegmentationDataset:
     Attributes:
         ids: image ids, in the order of the split lists (or sorted, where ids come from file names).
         root: the dataset's folder: DATA_ROOT/<root of its YAML>, or DATA_ROOT itself if that folder does not exist.
+        passed_over: ignored files, if ids come from file names: repeated links, and other formats for a final `.*`.
+        palettes: for each coding of masks, the palette that others are compared with, once it is known.
         seen_indices: which of all classes are seen, ascending.
         seen_lookup: (256,) uint8, class index -> index among the seen classes, IGNORE for unseen ones.
     """
@@ -54,9 +47,11 @@ class SegmentationDataset:
         self.root = self._find_root(data_root)
         if config.generator == "pascal-context":
             write_context_masks(self.root)
-        self._scanned: dict[str, dict[str, str]] = {}
+        self._folders: dict[str, dict[str, list[str]]] = {}
+        self.passed_over: list[str] = []
         self.ids = self._list_ids()[: config.limit]
-        self._class_lookups = {masks.values: _class_lookup(config, masks.values) for masks in self._files.masks}
+        self._readers = {masks.values: MaskReader(config, masks.values) for masks in self._files.masks}
+        self.palettes: dict[str | None, Palette] = {}
         self.seen_lookup = np.full(256, IGNORE, np.uint8)
         self.seen_indices = config.seen_indices
         self.seen_lookup[self.seen_indices] = np.arange(len(self.seen_indices))
@@ -80,7 +75,7 @@ class SegmentationDataset:
 
     def _list_ids(self) -> list[str]:
         if not self._files.ids:
-            ids = sorted(self._scan(self._files.images))
+            ids = self._scan()
             source = f"{self.root} holds no file {self._files.images}"
         else:
             ids = []
@@ -102,34 +97,54 @@ class SegmentationDataset:
             raise UserError(f"split {self.split} of {self.root} lists {names} more than once: keep one of each")
         return ids
 
-    def _scan(self, pattern: str) -> dict[str, str]:
-        """Image id -> file below the root, of every file that matches the pattern."""
-        if pattern in self._scanned:
-            return self._scanned[pattern]
-        before, after = pattern.split("{id}")
-        matching = glob.escape(before) + ("**/*" if before.endswith("/") or not before else "*")
-        matching += after if after == ".*" else glob.escape(after)
-        found: dict[str, str] = {}
-        for path in glob.iglob(matching, root_dir=self.root, recursive=True):  # follows links, leaves out hidden files
-            ending = Path(path).suffix if after == ".*" else after
-            if after == ".*" and ending.lower() not in _IMAGE_SUFFIXES:
-                continue
+    def _scan(self) -> list[str]:
+        """The ids of all files that match the pattern of images, sorted."""
+        before, after = os.path.join(self.root, self._files.images).split("{id}")
+        found, again = set[str](), list[str]()
+        for path in files_in(os.path.dirname(before), before.endswith("/"), again, after):
+            ending = os.path.splitext(path)[1] if after == ".*" else after
             image_id = path[len(before) :].removesuffix(ending)
-            if image_id in found:
-                both = f"{found[image_id]} and {path}"
-                raise UserError(f"{self.root}: {both} have the same id: keep one, or put the extension in the pattern")
-            found[image_id] = path
-        self._scanned[pattern] = found
-        return found
+            if path.startswith(before) and path.endswith(ending) and image_id:
+                known = after != ".*" or is_picture(path)
+                found.add(image_id) if known else again.append(path)
+        self.passed_over = sorted(path for path in again if path.startswith(before))
+        return sorted(found)
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def _candidates(self, pattern: str, image_id: str) -> list[str]:
+        """The paths that an id can have: that of the pattern, or for a final `.*` the images with this name."""
+        path = os.path.join(self.root, pattern.replace("{id}", image_id))
+        if not pattern.endswith(".*"):
+            return [path]
+        folder, name = os.path.split(path.removesuffix(".*"))
+        if folder not in self._folders:
+            by_name: dict[str, list[str]] = {}
+            for file in listing(folder):
+                if is_picture(file):
+                    by_name.setdefault(os.path.splitext(file)[0], []).append(os.path.join(folder, file))
+            self._folders[folder] = by_name  # threads read at the same time
+        return self._folders[folder].get(name, [path])
+
     def _located(self, pattern: str, row: int) -> str:
         """A str, not a Path: training checks every file at the start, and making a Path takes longer than the check."""
-        name = pattern.replace("{id}", self.ids[row])
-        found = self._scan(pattern).get(self.ids[row], name) if pattern.endswith(".*") else name
-        return os.path.join(self.root, found)
+        return self._candidates(pattern, self.ids[row])[0]
+
+    def _the_file(self, kind: str, pattern: str, row: int) -> Path:
+        """The file of a row. BrokenFile, with the remedy, if there is none or there are several."""
+        image_id = self.ids[row]
+        files = self._candidates(pattern, image_id)
+        if len(files) > 1 and len(set(map(os.path.realpath, files))) > 1:
+            raise BrokenFile(f"{' and '.join(files)} have the same id: keep one, or put the extension in the pattern")
+        if not os.path.exists(files[0]):
+            cure = "add it, or list only ids that have one (`ids`)"
+            words = map(Path, re.split(r"[\s,;]+", image_id.replace("\\", "/")))  # the line may hold file names
+            guesses = (str(guess) for word in words for guess in (word, word.with_suffix(""), word.name, word.stem))
+            if meant := next((g for g in guesses if g and os.path.lexists(self._candidates(pattern, g)[0])), None):
+                cure = f"the split list says {image_id!r}, but the id is {meant!r} ({{id}} in {pattern})"
+            raise BrokenFile(f"missing {kind} {files[0]}: {cure}")
+        return Path(files[0])
 
     def image_path(self, row: int) -> Path:
         return Path(self._located(self._files.images, row))
@@ -150,33 +165,39 @@ class SegmentationDataset:
         return first
 
     def image(self, row: int) -> np.ndarray:
-        """(H, W, 3) uint8 RGB, upright."""
-        path = self.image_path(row)
+        """(H, W, 3) uint8 RGB, converted by `pipeline.data.files.rgb`."""
+        path = self._the_file("image", self._files.images, row)
         with opened(path, "image") as picture:
-            mode = picture.mode
-            if not mode.startswith(("I", "F")):
-                return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-        raise BrokenFile(f"image {path} has mode {mode}: convert it to 8 bits per channel")  # Pillow clips to white
+            return rgb(picture, f"image {path}")
 
     def mask(self, row: int) -> np.ndarray:
         """(H, W) uint8, class indices of *all* classes, IGNORE where there is none. For evaluation and reports."""
-        name, _, masks = self._mask_file(row)
-        path = Path(name)
-        with opened(path, "mask") as picture:
-            mode = picture.mode
-            spread = max((_SPREAD.get(tile[3], 1) for tile in getattr(picture, "tile", ())), default=1)
-            values = np.asarray(picture)
-        if mode not in ("L", "P"):
-            raise BrokenFile(f"mask {path} has mode {mode}: masks must be 8-bit, with one class value per pixel")
-        values = values // spread
-        mask = self._class_lookups[masks.values][values]
-        wrong = np.unique(values[mask < 0])
-        if len(wrong):
-            raise BrokenFile(
-                f"mask {path} holds {', '.join(map(str, wrong))}, which is neither a class nor ignored: correct the "
-                f"file, or `values` and `ignore_index` of dataset {self.config.name}"
-            )
-        return mask.astype(np.uint8)
+        masks = self._mask_file(row)[2]
+        path = self._the_file("mask", masks.files, row)
+        return self._readers[masks.values](path, lambda: self._first_palette(masks.values))
+
+    def _first_palette(self, values: str | None) -> Palette:
+        """Of the first palette mask among those coded by `values`; there must be one."""
+        for name, _, masks in map(self._mask_file, range(len(self))):
+            if values in self.palettes:
+                break
+            with suppress(BrokenFile), opened(path := Path(name), "mask") as picture:
+                if masks.values == values and picture.mode == "P":
+                    self.palettes[values] = path, colours(picture)
+        return self.palettes[values]
+
+    def doubts(self, row: int) -> list[str]:
+        """What looks like a mistake in a readable pair, but may be intended; the same text for all pairs."""
+        path, _, masks = self._mask_file(row)
+        found = []
+        with opened(self.image_path(row), "image") as image, opened(Path(path), "mask") as mask:
+            tags = orientation(image), orientation(mask)
+            # Sizes show a mismatch, except for square images, and if both tags or neither swap the sides.
+            if tags[0] != tags[1] and (image.width == image.height or (tags[0] > 4) == (tags[1] > 4)):
+                found.append("masks have a different orientation tag from their images: check that they match")
+            if self._readers[masks.values].clash(Path(path), mask, lambda: self._first_palette(masks.values)):
+                found.append("masks have a different palette from the first: classes are indices, not colours")
+        return found
 
     def pair(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Image and full mask, checked to have the same size."""
@@ -206,29 +227,9 @@ class SegmentationDataset:
         return [(name, _size(self._located(images, row)), self._mask_file(row)[1]) for row, name in enumerate(self.ids)]
 
 
-def _class_lookup(config: Dataset, values: str | None) -> np.ndarray:
-    """(256,) int16: pixel value -> class index, IGNORE, or -1 for an unknown value."""
-    lookup = np.full(256, -1, np.int16)
-    lookup[list(config.ignore_index)] = IGNORE
-    lookup[config.value_of_class(values)] = np.arange(len(config.classes))
-    return lookup
-
-
 def _size(path: str) -> int:
     """Bytes of the file, -1 if there is none."""
     try:
         return os.stat(path).st_size
     except (OSError, ValueError):  # ValueError, and some OSErrors: an id that can be the name of no file
         return -1
-
-
-@contextmanager
-def opened(path: Path, kind: str) -> Iterator[Image.Image]:
-    """Open an image; errors while decoding it inside the block become BrokenFile."""
-    try:
-        with Image.open(path) as picture:
-            yield picture
-    except FileNotFoundError as error:
-        raise BrokenFile(f"missing {kind} {path}: add it, or list only ids that have one (`ids`)") from error
-    except (OSError, SyntaxError, ValueError, RuntimeError, struct.error, Image.DecompressionBombError) as error:
-        raise BrokenFile(f"{kind} {path} is truncated or not an image ({error}): replace the file") from error

@@ -19,8 +19,8 @@ from torch import nn
 
 from configs.errors import UserError, writing
 from configs.schema import Config
-from pipeline.data.dataset import BrokenFile
-from pipeline.data.photos import WRITTEN, find_photos, read_photo, upright_rgb
+from pipeline.data.files import WRITTEN, BrokenFile, rgb
+from pipeline.data.photos import find_photos, read_photo
 from pipeline.data.views import normalise
 from pipeline.inference import short_side_to
 from pipeline.learning.glm import attention
@@ -29,7 +29,7 @@ from pipeline.pictures import contact_sheet, legend, lit, overlay, palette, stac
 from stages.apply.evaluate import Predictor, dense_predictor, run_gamma, student_predictor
 from stages.apply.words import Vocabulary, vocabulary
 from stages.common.devices import choose_device
-from stages.common.progress import progress_bar
+from stages.common.progress import progress_bar, say
 from stages.common.runs import Run, load_run
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Segmenter:
         if isinstance(image, str | Path):
             image = read_photo(Path(image))
         elif isinstance(image, Image.Image):
-            image = upright_rgb(image, "image")
+            image = rgb(image, "the image")
         elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(f"an image array must be (H, W, 3) uint8, RGB, not {image.shape} {image.dtype}")
         words = self.vocabulary(classes)
@@ -118,9 +118,12 @@ def predict(
         show_attention: also write PHOTO.attention.png, where GLM attends for the photo's CLS token. Loads CLIP.
 
     Returns:
-        The number of segmented photos, and the reason for each that could not be read.
+        The number of segmented photos, and the reason for each that could not be read or written.
     """
-    files = find_photos(photos)
+    passed_over: list[str] = []
+    files = find_photos(photos, passed_over)
+    if passed_over:
+        say(f"{len(passed_over)} subfolders, other files or repeated links are ignored, such as {passed_over[0]}")
     name, times = Counter(file.name for file in files).most_common(1)[0]
     if times > 1:
         raise UserError(
@@ -134,29 +137,32 @@ def predict(
     failures = []
     with progress_bar("predict", len(files), "photos") as advance:
         for file in files:
-            for ending in WRITTEN:
-                (output / f"{file.name}{ending}").unlink(missing_ok=True)
-            try:
+            stem = str(output / file.name)
+            try:  # whatever happens to this photo, continue with the others
+                for ending in WRITTEN:
+                    Path(f"{stem}{ending}").unlink(missing_ok=True)
                 photo = read_photo(file)
+                mask = segmenter(photo, classes)
+                small = _small(photo)
+                shown = overlay(small, _small(mask))
+                _save(stacked([Image.fromarray(shown), _legend([mask], words)]), Path(f"{stem}.overlay.png"))
+                _save_mask(mask, Path(f"{stem}.mask.png"))
+                if rle:
+                    with writing(Path(f"{stem}.rle.json")):
+                        Path(f"{stem}.rle.json").write_text(json.dumps(coco_rle(mask, words.names)) + "\n")
+                if by_teacher:
+                    other = segment(by_teacher, photo, words, 0.0)
+                    row = [small, overlay(small, _small(other)), shown]
+                    sheet = contact_sheet([row], ("photo", "teacher, dense", "student"), [file.name], 512)
+                    _save(stacked([sheet, _legend([other, mask], words)]), Path(f"{stem}.compare.png"))
+                if teacher and show_attention:
+                    weights = cls_attention(segmenter.run, teacher, photo)
+                    _save(Image.fromarray(lit(small, weights)), Path(f"{stem}.attention.png"))
             except BrokenFile as error:
                 failures.append(str(error))
-                continue
-            mask = segmenter(photo, classes)
-            _save_mask(mask, output / f"{file.name}.mask.png")
-            small = _small(photo)
-            shown = overlay(small, _small(mask))
-            _save(stacked([Image.fromarray(shown), _legend([mask], words)]), output / f"{file.name}.overlay.png")
-            if rle:
-                with writing(output / f"{file.name}.rle.json"):
-                    (output / f"{file.name}.rle.json").write_text(json.dumps(coco_rle(mask, words.names)) + "\n")
-            if by_teacher:
-                other = segment(by_teacher, photo, words, 0.0)
-                row = [small, overlay(small, _small(other)), shown]
-                sheet = contact_sheet([row], ("photo", "teacher, dense", "student"), [file.name], 512)
-                _save(stacked([sheet, _legend([other, mask], words)]), output / f"{file.name}.compare.png")
-            if teacher and show_attention:
-                weights = cls_attention(segmenter.run, teacher, photo)
-                _save(Image.fromarray(lit(small, weights)), output / f"{file.name}.attention.png")
+            except OSError as error:  # its name is too long, say; a full disk ends the command
+                why = error.strerror or error
+                failures.append(f"photo {file}: cannot write its results ({why}): rename it, or check {output}")
             advance()
     return len(files) - len(failures), failures
 

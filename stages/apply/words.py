@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from configs.dataset import check_names
 from configs.errors import UserError
 from configs.schema import Config
 from stages.common.runs import Run
@@ -26,13 +27,15 @@ def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Class name -> its names in prompts: "cow|bull|calf" is the class cow with three names.
 
     Raises:
-        UserError: no words, an empty one, a duplicate, or more than 255.
+        UserError: no words, a name that no class of a dataset may have, a duplicate, or more than 255.
     """
     parsed: dict[str, tuple[str, ...]] = {}
     for word in words:
         names = tuple(name.strip() for name in word.split("|"))
-        if not all(names):
-            raise UserError(f"--classes: {word!r} has an empty name; separate names by commas, synonyms by |")
+        try:
+            check_names(names, "--classes")
+        except ValueError as error:
+            raise UserError(f"{error} (in {word!r}); separate names by commas, synonyms by |") from error
         if names[0] in parsed:
             raise UserError(f"--classes: {names[0]!r} is listed twice")
         parsed[names[0]] = names
@@ -44,6 +47,10 @@ def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
 def read_words(classes: str) -> list[str]:
     """Parse --classes: words separated by commas or line ends, or the lines of a text file."""
     if not os.path.isfile(classes):  # Path.is_file raises where the words are too long for a path
+        if re.fullmatch(r"[^,|\n]*\.[A-Za-z]\w{1,4}\s*", classes) or os.path.isdir(os.path.dirname(classes)):
+            raise UserError(
+                f"--classes {classes}: no such text file; write one class per line, or names between commas"
+            )
         return re.split("[,\n]", classes)
     try:
         return [line for line in Path(classes).read_text(encoding="utf-8-sig").splitlines() if line.strip()]

@@ -11,6 +11,7 @@ import numpy as np
 from configs.dataset import Dataset
 from configs.errors import UserError
 from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
+from pipeline.data.masks import Palette
 from stages.common.progress import progress_bar, say
 
 
@@ -28,13 +29,14 @@ def _miscount(dataset: SegmentationDataset) -> str:
 
 @dataclass
 class Check:
-    """The result of `check`. `pixels` and `images`: (K,) int64 counts of each class."""
+    """The result of `check`. `pixels` and `images`: (K,) int64 counts of each class; warnings may be intended."""
 
     pixels: np.ndarray
     images: np.ndarray
     unlabelled: int = 0
     readable: int = 0
     faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def check(config: Dataset, data_root: Path) -> Check:
@@ -42,16 +44,18 @@ def check(config: Dataset, data_root: Path) -> Check:
 
     A fault is a missing split list or folder, a duplicate id, a split of unexpected size, an image in two splits, an
     image or mask that is missing, damaged or of the wrong mode, a mask and image of different sizes, or a mask value
-    that is neither a class nor ignored.
+    that is neither a class nor ignored. Suspicious pairs and ignored files are warnings, one line for each kind.
     """
     found = Check(np.zeros(len(config.classes), np.int64), np.zeros(len(config.classes), np.int64))
     split_of: dict[Path, str] = {}
+    palettes: dict[str | None, Palette] = {}
     for split in config.splits:
         try:
             dataset = SegmentationDataset(config, data_root, split)
         except UserError as error:
             found.faults.append(str(error))
             continue
+        dataset.palettes = palettes
         if len(dataset) != dataset.expected:
             found.faults.append(_miscount(dataset))
         images = dict.fromkeys(map(dataset.image_path, range(len(dataset))), split)
@@ -60,26 +64,32 @@ def check(config: Dataset, data_root: Path) -> Check:
             both = f"{split_of[shared[0]]} and {split}"
             found.faults.append(f"splits {both} share {len(shared)} images, {shared[0]} is the first: keep each in one")
         split_of = images | split_of
+        ignored = [Path(name) for name in dataset.passed_over]
+        doubts = {"files next to the images are ignored, because of their extension or as repeated links": ignored}
         with progress_bar(f"check {split}", len(dataset), "images") as advance:
-            for counts in _read_all(dataset):
+            for row, read in enumerate(_read_all(dataset)):
                 advance()
-                if isinstance(counts, str):
-                    found.faults.append(counts)
+                if isinstance(read, str):
+                    found.faults.append(read)
                     continue
+                counts, doubted = read
+                for doubt in doubted:
+                    doubts.setdefault(doubt, []).append(dataset.mask_path(row))
                 pixels = counts[: len(config.classes)]
                 found.readable += 1
                 found.pixels += pixels
                 found.images += pixels > 0
                 found.unlabelled += int(counts[IGNORE])
+        found.warnings += [f"split {split}: {len(f)} {doubt}; {f[0]} is the first" for doubt, f in doubts.items() if f]
     return found
 
 
-def _read_all(dataset: SegmentationDataset) -> Iterator[np.ndarray | str]:
-    """For every row, the pixel count of each mask value, (256,), or the error. Decoding runs in threads."""
+def _read_all(dataset: SegmentationDataset) -> Iterator[tuple[np.ndarray, list[str]] | str]:
+    """For every row, the pixel count of each class, (256,), and doubts; or the error. Decoding runs in threads."""
 
-    def read(row: int) -> np.ndarray | str:
+    def read(row: int) -> tuple[np.ndarray, list[str]] | str:
         try:
-            return np.bincount(dataset.pair(row)[1].ravel(), minlength=256)
+            return np.bincount(dataset.pair(row)[1].ravel(), minlength=256), dataset.doubts(row)
         except BrokenFile as error:
             return str(error)
 

@@ -112,12 +112,12 @@ def check_report(config: Dataset, found: Check) -> dict[str, Any]:
     return {
         "dataset": config.name, "readable": found.readable, "pixels_without_a_class": found.unlabelled,
         "classes": {name: {"images": images, "pixels": pixels} for name, images, pixels in counts},
-        "faults": found.faults,
+        "faults": found.faults, "warnings": found.warnings,
     }  # fmt: skip
 
 
 def check_table(config: Dataset, found: Check) -> None:
-    """The class histogram, if anything could be read, then every fault."""
+    """The class histogram, if anything could be read, then every warning and fault."""
     table = _folded("class", "", "images", "pixels", "share")
     total = max(int(found.pixels.sum()), 1)
     for name, images, pixels in zip(config.classes, found.images.tolist(), found.pixels.tolist(), strict=True):
@@ -126,8 +126,8 @@ def check_table(config: Dataset, found: Check) -> None:
     if found.readable:
         output.print(table)
     show(f"{found.readable:,} images, {found.unlabelled:,} pixels without a class")
-    for fault in found.faults:
-        show(f"fault: {fault}")
+    for line in (*(f"warning: {line}" for line in found.warnings), *(f"fault: {line}" for line in found.faults)):
+        show(line)
 
 
 def bench_table(rows: Sequence["Row"]) -> None:

@@ -122,7 +122,7 @@ def predict(
         show(f"results: {output}")
     if failures:
         others = "; the others are done" if done else ""
-        raise UserError(f"{len(failures)} photos could not be read, listed above: replace them{others}")
+        raise UserError(f"{len(failures)} photos failed, listed above: correct them{others}")
 
 
 def export(

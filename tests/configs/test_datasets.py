@@ -5,6 +5,7 @@ The lists are in ../shared/data/class_names (not part of the project); facts wit
 
 import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,10 @@ def test_prompts() -> None:
 
 SPLIT = {"images": "i/{id}.jpg", "masks": "m/{id}.png"}
 PATTERN = "must contain {id} once, no other braces, and * only as a final .*"
-NUMBERS = "write numbers and ranges such as 0-10, 12"
+NUMBERS = "write numbers and ranges such as 0-10, 12, or a list of distinct colours"
+VALUE = "write a number from 0 to 255, or a colour such as [128, 0, 64]"
+NAME = "must not be empty, have outer spaces, or contain | or a line break"
+QUOTES = ", not as text: put it in quotes"
 
 
 def split(**changes: Any) -> dict[str, Any]:
@@ -270,13 +274,40 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"templates": ["a {}", "a"]}, "give one or more templates, each with {} for the class name"),
     ({"values": "0-2"}, "values 0-2 has 3 values for 4 classes"),
-    ({"values": "0-2, 1"}, "values '0-2, 1' must be ascending, between 0 and 255, without duplicates"),
-    ({"values": "253-256"}, "values '253-256' must be ascending, between 0 and 255, without duplicates"),
-    ({"values": "none"}, f"values 'none': {NUMBERS}"),
+    (
+        {"values": "0-2, 1"},
+        "setting values: values '0-2, 1' must be ascending, between 0 and 255, without duplicates (it is '0-2, 1')",
+    ),
+    (
+        {"values": "253-256"},
+        "setting values: values '253-256' must be ascending, between 0 and 255, without duplicates (it is '253-256')",
+    ),
+    ({"values": "none"}, f"setting values: values 'none': {NUMBERS} (it is 'none')"),
+    ({"values": 3}, "values 3 has 1 values for 4 classes"),
+    ({"classes": ["a", True]}, f"setting classes.1: YAML reads this as yes, no, true or false{QUOTES} (it is True)"),
+    ({"classes": ["a", 7]}, f"setting classes.1: YAML reads this as a number{QUOTES} (it is 7)"),
+    ({"classes": ["a", None]}, f"setting classes.1: YAML reads this as nothing{QUOTES}"),
+    ({"classes": ["a", date(2020, 1, 1)]}, f"setting classes.1: YAML reads this as a date{QUOTES}"),
+    ({"unseen": [False]}, f"setting unseen.0: YAML reads this as yes, no, true or false{QUOTES} (it is False)"),
+    ({"prompts": {"a": ["a", 1.5]}}, f"setting prompts.a.1: YAML reads this as a number{QUOTES} (it is 1.5)"),
+    ({"name": 2012}, f"setting name: YAML reads this as a number{QUOTES} (it is 2012)"),
+    ({"classes": 5}, "setting classes: Input should be a list (it is 5)"),
+    (
+        {"classes": ["car|truck", "a"]},
+        f"classes: the name 'car|truck' {NAME}",
+    ),
+    ({"classes": ["sky ", "a"]}, f"classes: the name 'sky ' {NAME}"),
+    ({"classes": ["", "a"]}, f"classes: the name '' {NAME}"),
+    ({"classes": ["a\tb", "a"]}, f"classes: the name 'a\\tb' {NAME}"),
+    ({"prompts": {"a": ["a", " "]}}, f"prompts.a: the name ' ' {NAME}"),
+    (
+        {"prompts": {"a": ["x|y"]}},
+        f"prompts.a: the name 'x|y' {NAME}",
+    ),
     ({"values": "0-3", "ignore_index": [7, 2]}, "2 is in values and in ignore_index: drop it from one of them"),
     ({"ignore_index": list(range(253))}, "values 0-255 has 3 values for 4 classes"),
-    ({"ignore_index": 256}, "setting ignore_index.0: Input should be less than or equal to 255 (it is 256)"),
-    ({"ignore_index": [0, -1]}, "setting ignore_index.1: Input should be greater than or equal to 0 (it is -1)"),
+    ({"ignore_index": 256}, f"setting ignore_index.0: {VALUE} (it is 256)"),
+    ({"ignore_index": [0, -1]}, f"setting ignore_index.1: {VALUE} (it is -1)"),
 ]
 
 

@@ -255,8 +255,7 @@ def test_wrong_value_names_the_setting(setting: str, value: str, tiny: str) -> N
         ("evaluate.gamma=[1]", "Input should be a valid number, or 'auto' or 'holdout'"),
         (
             "dataset.templates=zegclap",
-            "Input should be 'single', 'zegclip' or 'imagenet', or a valid tuple (it is 'zegclap'); "
-            "did you mean 'zegclip'?",
+            "Input should be 'single', 'zegclip' or 'imagenet', or a list (it is 'zegclap'); did you mean 'zegclip'?",
         ),
         ("dataset.templates=[1, 2]", "Input should be 'single', 'zegclip' or 'imagenet', or a valid string"),
         (

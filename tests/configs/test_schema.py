@@ -73,9 +73,9 @@ def test_seen_and_unseen_keep_the_classes_order() -> None:
         ({"classes": [], "unseen": []}, "at least one class must be seen"),
         ({"templates": ["a {}.", "a photo"]}, "give one or more templates, each with {}"),
         ({"generator": "shapes"}, "Input should be 'scenes' or 'pascal-context'"),
-        ({"ignore_index": "none"}, "Input should be a valid tuple"),
-        ({"ignore_index": ["none"]}, "valid integer"),
-        ({"values": 3}, "valid string"),
+        ({"ignore_index": "none"}, "write a number from 0 to 255, or a colour such as"),
+        ({"ignore_index": ["none"]}, "write a number from 0 to 255, or a colour such as"),
+        ({"values": 3}, "values 3 has 1 values for 4 classes"),
     ],
 )
 def test_inconsistent_dataset(changes: dict[str, Any], message: str) -> None:

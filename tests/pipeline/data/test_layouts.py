@@ -14,7 +14,8 @@ from PIL import Image
 from configs.dataset import Dataset
 from configs.load import dataset_settings
 from configs.schema import CONFIGS
-from pipeline.data.dataset import BrokenFile, SegmentationDataset
+from pipeline.data.dataset import SegmentationDataset
+from pipeline.data.files import BrokenFile
 from pipeline.data.pascal_context import CATEGORIES
 from tests.reference import NONE, Array
 

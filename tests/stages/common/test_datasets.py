@@ -113,7 +113,11 @@ FILE_FAULTS: dict[str, tuple[str, Damage, str]] = {
     "mask in colours": ("masks", rewrite(lambda m: np.stack([m] * 3, axis=2)), "mask {} has mode RGB: masks must be"),
     "mask of 16 bits": ("masks", rewrite(lambda m: m.astype(np.uint16)), "mask {} has mode I;16: masks must be 8-bit"),
     "mask of 1 bit": ("masks", rewrite(lambda m: m > 4), "mask {} has mode 1: masks must be 8-bit"),
-    "image of 16 bits": ("images", rewrite(lambda i: i[..., 0] * np.uint16(9)), "image {} has mode I;16: convert it"),
+    "mask as JPEG": (
+        "masks",
+        lambda file: Image.open(file).save(file, "JPEG"),
+        "mask {} is saved as JPEG, which ",
+    ),
     "mask of another size": ("masks", rewrite(lambda m: m[:-1]), "mask {} is 12 x 8 but its image is 12 x 9: both"),
     "mask turned": ("masks", rewrite(lambda m: m.T.copy()), "mask {} is 9 x 12 but its image is 12 x 9: both"),
     "value between": ("masks", rewrite(one_value(3)), "mask {} holds 3, which is neither a class nor ignored: "),
