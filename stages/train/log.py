@@ -33,7 +33,8 @@ class RunLog:
             cut(path / name, start)
         self._losses = (path / LOSSES).open("a", buffering=1)
         threading.excepthook = _raised_again
-        self._board = SummaryWriter(str(path), purge_step=start + 1 if start else None)
+        with writing(path / BOARD):
+            self._board = SummaryWriter(str(path), purge_step=start + 1 if start else None)
 
     def losses(self, iteration: int, losses: dict[str, float], lr: float) -> None:
         """Log one step's losses; `lr` is that of the encoder."""

@@ -279,10 +279,10 @@ SEGMENTERS: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def assert_equal(source: nn.Module, loaded: nn.Module, prefix: str = "") -> None:
-    """Every tensor whose name begins with the prefix, but for a head's last layer."""
+    """Every tensor whose name begins with the prefix, but for a head's last layer and what calibration sets."""
     found = loaded.state_dict()
     for name, tensor in source.state_dict().items():
-        if name.startswith(prefix) and ".project." not in name and not name.endswith("num_batches_tracked"):
+        if name.startswith(prefix) and ".project." not in name and not name.endswith(("num_batches_tracked", "spread")):
             assert torch.equal(tensor, found[name]), name
 
 

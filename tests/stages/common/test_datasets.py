@@ -14,7 +14,7 @@ from rich.console import Console
 
 from configs.dataset import Dataset
 from configs.load import dataset_settings
-from stages.common import datasets
+from stages.common import datasets, progress
 from stages.verbs import report
 from tests.conftest import ROOT, World
 from tests.pipeline.data.trees import CLASSES, UNSEEN, draw_pair
@@ -326,7 +326,7 @@ def test_show(world: World) -> None:
 def test_show_cuts_no_pattern_and_takes_no_markup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a terminal of any width."""
     text = io.StringIO()
-    monkeypatch.setattr(report, "output", Console(file=text, width=60, soft_wrap=True))
+    monkeypatch.setattr(progress, "output", Console(file=text, width=60, soft_wrap=True))
     pattern = "[red]a/very/long/folder/that/fits/no/narrow/terminal/[/red]/{id}_leftImg8bit.png"
     config = Dataset(**described(tmp_path, splits={"train": {"images": pattern, "masks": [pattern, "m/{id}.*"]}}))
     report.dataset_layout(config, tmp_path / "[/bold]")
@@ -340,7 +340,8 @@ def test_markup_in_names_of_classes(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     config = Dataset(**described(tmp_path, **changes, splits={"train": FILES}))
     add(tmp_path / "shelf", "0", 0)
     text = io.StringIO()
-    monkeypatch.setattr(report, "output", Console(file=text, width=100, soft_wrap=True))
+    for module in (report, progress):
+        monkeypatch.setattr(module, "output", Console(file=text, width=100, soft_wrap=True))
     report.check_table(config, datasets.check(config, tmp_path))
     report.dataset_layout(config, tmp_path)
     for name in [*names, "[i]cat"]:

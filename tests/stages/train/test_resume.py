@@ -229,6 +229,7 @@ def test_ema_equals_the_slow_reference(world: World, tmp_path: Path, undisturbed
     assert len(weights) == STEPS
     averaged = load_file(undisturbed / "student.safetensors")
     assert averaged.keys() == weights[0].keys()
+    assert averaged.pop("spread").any()  # of the average itself, as calibrated
     moved = 0
     for name, found in averaged.items():
         expected = weights[0][name].double().numpy()

@@ -167,7 +167,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     file.write_text("old")
     with (
         mock.patch.object(stages.common.runs.os, "replace", side_effect=OSError(28, "no room")),
-        pytest.raises(OSError, match="no room"),
+        pytest.raises(UserError, match=r"found\.json \(no room\)"),
     ):
         print_result(lambda: None, [1, float("nan")], file)
     assert file.read_text() == "old"
