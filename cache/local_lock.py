@@ -58,5 +58,6 @@ def holder_of(path: Path) -> str:
 
 def _sign(descriptor: int) -> None:
     """Write process and host as SoftFileLock does, after a first byte that is locked on Windows: nobody can read it."""
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f" {os.getpid()}\n{socket.gethostname()}\n".encode())
+    with suppress(OSError):  # on a full disk the holder stays unknown; the next write names its file
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f" {os.getpid()}\n{socket.gethostname()}\n".encode())

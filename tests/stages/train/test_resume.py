@@ -104,11 +104,11 @@ def test_ctrl_c_saves_and_exits_130(world: World, undisturbed: Path, tmp_path: P
     assert result(tmp_path / "run") == result(undisturbed)
 
 
-@pytest.mark.parametrize(("at", "checks"), [(2, 3), (12, 12)])
+@pytest.mark.parametrize(("at", "checks"), [(2, 3), (12, 13), (22, 22)])
 def test_sigterm_in_a_validation_does_not_wait_for_its_end(
     world: World, undisturbed: Path, tmp_path: Path, at: int, checks: int
 ) -> None:
-    """Nor for that of gamma's choice before the checkpoint, on ten images; the validation then looks once more."""
+    """Nor for the calibration before the checkpoint, twice on ten images; the validation then looks once more."""
     seen = []
 
     def count(stop: Stop) -> None:
