@@ -32,22 +32,27 @@ def pixels(predict: Predictor, image: np.ndarray, mask: np.ndarray, classes: int
     return found[:, known], small[known]
 
 
-def hiou(found: Pixels, seen: list[int], unseen: list[int], gamma: float) -> float:
-    logits, labels = found
-    logits = logits.copy()
-    logits[seen] -= gamma
-    classes = len(logits)
-    confusion = np.bincount(labels.astype(int) * classes + logits.argmax(0), minlength=classes**2)
-    return scores(confusion.reshape(classes, classes), seen, unseen).hiou
+class Sides:
+    """Best seen and best unseen class of every pixel."""
 
+    def __init__(self, found: Pixels, seen: list[int], unseen: list[int]) -> None:
+        logits, self.labels = found
+        self.seen, self.unseen, self.classes = seen, unseen, len(logits)
+        self.best_seen = np.array(seen)[logits[seen].argmax(axis=0)]
+        self.best_unseen = np.array(unseen)[logits[unseen].argmax(axis=0)]
+        self.margins = logits[seen].max(axis=0) - logits[unseen].max(axis=0)
 
-def gamma_of(found: Pixels, seen: list[int], unseen: list[int], kept: float) -> float:
-    logits, labels = found
-    calibration.KEPT = kept
-    margins = logits[seen].max(0) - logits[unseen].max(0)
-    gamma = keeping_gamma(margins, logits[seen].argmax(0), np.searchsorted(seen, labels))
-    assert gamma is not None
-    return gamma
+    def hiou(self, gamma: float) -> float:
+        predicted = np.where(self.margins >= gamma, self.best_seen, self.best_unseen)
+        confusion = np.bincount(self.labels.astype(int) * self.classes + predicted, minlength=self.classes**2)
+        return scores(confusion.reshape(self.classes, self.classes), self.seen, self.unseen).hiou
+
+    def gamma(self, kept: float) -> float:
+        calibration.KEPT = kept
+        annotated = np.isin(self.labels, self.seen)
+        gamma = keeping_gamma(*(part[annotated] for part in (self.margins, self.best_seen, self.labels.astype(int))))
+        assert gamma is not None
+        return gamma
 
 
 def measure(run_path: Path, data_root: Path) -> list[str]:
@@ -59,7 +64,10 @@ def measure(run_path: Path, data_root: Path) -> list[str]:
     run.student.spread.zero_()
     predict, test = student_predictor(run.student, run.text_features, run.config), run.config.evaluate.split
     split = SegmentationDataset(config, data_root, "train")
-    trained = [pixels(predict, *pair, count) for pair in gamma_pairs(split)]
+    trained = [  # whose labels count the seen classes alone
+        (logits, np.array(seen)[labels])
+        for logits, labels in (pixels(predict, *pair, count) for pair in gamma_pairs(split))
+    ]
     split = SegmentationDataset(config, data_root, test)
     tested = [pixels(predict, *split.pair(row), count) for row in range(len(split))]
     own, other = (
@@ -68,10 +76,9 @@ def measure(run_path: Path, data_root: Path) -> list[str]:
     )
     cells = []
     for weight in WEIGHTS:
-        of_train, of_test = ((logits - weight * spread, labels) for logits, labels in (own, other))
-        gammas = [0, *(gamma_of(of_train, seen, unseen, kept) for kept in KEPT)]
-        shown = [hiou(of_test, seen, unseen, gamma) for gamma in gammas]
-        shown.append(max(hiou(of_test, seen, unseen, gamma) for gamma in GAMMAS))
+        of_train, of_test = (Sides((logits - weight * spread, labels), seen, unseen) for logits, labels in (own, other))
+        shown = [of_test.hiou(gamma) for gamma in (0, *map(of_train.gamma, KEPT))]
+        shown.append(max(map(of_test.hiou, GAMMAS)))
         cells.append(", ".join(f"{value:.1f}" for value in shown))
     return cells
 
