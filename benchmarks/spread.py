@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline import gamma as calibration
 from pipeline.data.dataset import IGNORE, SegmentationDataset
-from pipeline.gamma import keeping_gamma
+from pipeline.gamma import SPREAD, keeping_gamma
 from pipeline.metrics import scores
 from stages.apply.evaluate import Predictor, student_predictor
 from stages.apply.gamma import STEP, gamma_pairs
@@ -47,10 +46,10 @@ class Sides:
         confusion = np.bincount(self.labels.astype(int) * self.classes + predicted, minlength=self.classes**2)
         return scores(confusion.reshape(self.classes, self.classes), self.seen, self.unseen).hiou
 
-    def gamma(self, kept: float) -> float:
-        calibration.KEPT = kept
+    def gamma(self, keep: float) -> float:
         annotated = np.isin(self.labels, self.seen)
-        gamma = keeping_gamma(*(part[annotated] for part in (self.margins, self.best_seen, self.labels.astype(int))))
+        parts = (part[annotated] for part in (self.margins, self.best_seen, self.labels.astype(int)))
+        gamma = keeping_gamma(*parts, keep)
         assert gamma is not None
         return gamma
 
@@ -60,7 +59,7 @@ def measure(run_path: Path, data_root: Path) -> list[str]:
     config = run.config.dataset
     seen, unseen, count = config.seen_indices, config.unseen_indices, len(config.classes)
     text = run.text_features.numpy()
-    spread = np.sqrt(((text @ run.student.spread.numpy()) * text).sum(1))[:, None] / calibration.SPREAD
+    spread = np.sqrt(((text @ run.student.spread.numpy()) * text).sum(1))[:, None] / SPREAD
     run.student.spread.zero_()
     predict, test = student_predictor(run.student, run.text_features, run.config), run.config.evaluate.split
     split = SegmentationDataset(config, data_root, "train")

@@ -24,8 +24,8 @@ def feature_covariance(features: Iterable[np.ndarray]) -> np.ndarray:
     return products / max(count, 1) - np.multiply.outer(mean, mean)
 
 
-def keeping_gamma(margins: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> float | None:
-    """The largest gamma at which the seen classes keep `KEPT` of their mean accuracy on annotated training pixels.
+def keeping_gamma(margins: np.ndarray, predicted: np.ndarray, truth: np.ndarray, keep: float = KEPT) -> float | None:
+    """The largest gamma at which the seen classes keep `keep` of their mean accuracy on annotated training pixels.
 
     On its training images, a student separates seen and unseen pixels further than on other images. A gamma that
     balances them there would take far too much from the seen classes elsewhere, so it is chosen where the margins of
@@ -45,5 +45,5 @@ def keeping_gamma(margins: np.ndarray, predicted: np.ndarray, truth: np.ndarray)
     share = 1 / np.bincount(truth)[truth[own]]  # of a pixel in its class: all classes count alike
     falling = np.argsort(-margins[own], kind="stable")
     kept = np.cumsum(share[falling])
-    last = np.searchsorted(kept, KEPT * kept[-1] * (1 - 1e-9))  # sums of equal shares are rounded
+    last = np.searchsorted(kept, keep * kept[-1] * (1 - 1e-9))  # sums of equal shares are rounded
     return float(margins[own][falling[last]])

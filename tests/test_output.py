@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, World
-from tests.stages.precompute.test_faults import mount
+from tests.stages.precompute.test_faults import disk_of
 
 ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
@@ -78,12 +78,8 @@ def test_training_outlives_whoever_reads_its_news(world: World, tmp_path: Path) 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system that is full but for a few files' names."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if not mount("-t", "tmpfs", "-o", "size=16k", "tmpfs", folder):
-        pytest.skip("a small file system cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with disk_of("16k", tmp_path / "disk", "-l") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize(

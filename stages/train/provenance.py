@@ -67,10 +67,12 @@ def last_start(run: Path) -> dict[str, Any] | None:
 def last_cache(run: Path) -> str | None:
     """The location of the cache that the run was last started with, or None if it is not recorded."""
     last = last_start(run)
-    if last is None or "://" in last["cache"]:
-        return str(last["cache"]) if last else None
-    # Named from the run, the working folder or one above the run: both may have been moved with a folder they lie in.
+    if last is None:
+        return None
     name = str(last["cache"])
+    if "://" in name:
+        return name
+    # Named from the run, the working folder or one above the run: both may have been moved with a folder they lie in.
     places = [place_of(name, run), name, *(place_of(name, folder) for folder in run.absolute().parents)]
     return next((place for place in places if Path(place).is_dir()), places[0 if name.startswith("..") else 1])
 

@@ -18,12 +18,12 @@ PATIENCE = timedelta(hours=3)  # of the other ranks, while the first one validat
 
 @contextmanager
 def ranks(device: str) -> Iterator[str]:
-    """Join the other torchrun processes, if any; yields this process's device. UserError: they cannot be joined.
+    """Join the other torchrun processes, if any; yields this process's device.
 
     Each rank uses the GPU with its local rank; on CPUs, ranks communicate with gloo. Only the first rank prints.
 
     Raises:
-        UserError: the device cannot be used by several processes.
+        UserError: they cannot be joined, or the device cannot be used by several processes.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield device

@@ -23,15 +23,21 @@ def mount(*arguments: str | Path) -> bool:
     return bool(shutil.which("mount")) and subprocess.run(["mount", *arguments], capture_output=True).returncode == 0
 
 
+@contextmanager
+def disk_of(size: str, folder: Path, *options: str) -> Iterator[Path]:
+    """A file system of so many bytes; `options` of umount."""
+    folder.mkdir()
+    if not mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder):
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", *options, folder], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 20 kB; the world's cache takes about 180, of which shards 22 at most."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if not mount("-t", "tmpfs", "-o", "size=20k", "tmpfs", disk):
-        pytest.skip("a small file system cannot be mounted here")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    """The world's cache takes about 180 kB, of which shards 22 at most."""
+    with disk_of("20k", tmp_path / "disk") as disk:
+        yield disk
 
 
 def test_a_disk_that_gets_full(world: World, small_disk: Path) -> None:
