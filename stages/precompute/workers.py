@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -70,7 +71,7 @@ def _no_ctrl_c() -> Iterator[None]:
 
     A worker that is interrupted while it imports, before it has Dask's hooks, would print a traceback.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():  # no masks on Windows
         yield
         return
     noted: list[int] = []

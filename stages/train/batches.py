@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -174,8 +175,9 @@ def lack_of_shared_memory(batch: int, count: int) -> str | None:
 
 def _readable(loaded: Any) -> Generator[dict[str, Tensor], None, None]:
     """The loader's batches. CannotLoad: a worker raised an error, of which the last line is its own, or was ended."""
-    if hasattr(loaded, "_workers") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error in the middle of a step
+    if sys.platform != "win32" and hasattr(loaded, "_workers"):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in the middle of a step
     try:
         yield from loaded
     except UserError as error:
