@@ -106,14 +106,15 @@ def test_ctrl_c_saves_and_exits_130(world: World, undisturbed: Path, tmp_path: P
 
 @pytest.mark.parametrize(("at", "checks"), [(2, 3), (12, 13), (22, 22)])
 def test_sigterm_in_a_validation_does_not_wait_for_its_end(
-    world: World, undisturbed: Path, tmp_path: Path, at: int, checks: int
+    world: World, undisturbed: Path, tmp_path: Path, at: int, checks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor for the calibration before the checkpoint, twice on ten images; the validation then looks once more."""
+    monkeypatch.setattr("stages.apply.predictor.CPU_PIXELS", 1)  # one image at a time
     seen = []
 
     def count(stop: Stop) -> None:
         seen.append(stop)
-        if len(seen) == at:  # one check before each image
+        if len(seen) == at:  # the first check comes before the images, the others after each
             os.kill(os.getpid(), signal.SIGTERM)
         check(stop)
 

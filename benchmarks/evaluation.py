@@ -1,0 +1,103 @@
+"""Images a second of `evaluate`, beside another checkout's: the commit before, say.
+
+    python benchmarks/evaluation.py --data-root DIR --beside ../clip-zss-before
+
+DIR is that of benchmarks/photos.py. Its first 200 photos are scored, short side 192 as in benchmarks/photos.yaml, with
+random weights: the time does not depend on them. In each round either checkout has a process, one after the other; ten
+photos come first, which are not timed. All scores must be equal. Prints the table of evaluation.md. CPU time is that of
+all threads, which other work on the machine disturbs less than the clock.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PHOTOS, GAMMA = 200, 0.1
+
+
+def measure(folder: Path, data_root: Path) -> dict[str, object]:
+    """Of the checkout on PYTHONPATH: images a second, CPU milliseconds an image, and a digest of the scores."""
+    import torch
+
+    from configs.load import resolve
+    from pipeline.data.dataset import SegmentationDataset
+    from pipeline.student.student import Student
+    from stages.apply.evaluate import evaluate_predictor, student_predictor
+    from stages.common.devices import keep_freed_memory
+
+    keep_freed_memory()
+    config = resolve(str(folder / "photos.yaml"), HERE / "photos.yaml")
+    dataset = SegmentationDataset(config.dataset, data_root, "train")
+    torch.manual_seed(0)
+    student = Student(config.student.model_copy(update={"weights": "none"}), 512).eval()
+    text_features = torch.nn.functional.normalize(torch.randn(len(config.dataset.classes), 512), dim=1)
+    predict, ids = student_predictor(student, text_features, config), dataset.ids
+    dataset.ids = ids[:10]
+    evaluate_predictor(predict, dataset, [GAMMA])
+    dataset.ids = ids
+    clock, cpu = time.perf_counter(), time.process_time()
+    scores = [vars(one) for one in evaluate_predictor(predict, dataset, [GAMMA])]
+    cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
+    digest = hashlib.sha256(json.dumps(scores).encode()).hexdigest()
+    return {"rate": len(ids) / clock, "cpu": 1e3 * cpu / len(ids), "scores": digest}
+
+
+def write_dataset(folder: Path, data_root: Path) -> None:
+    import yaml
+
+    names = (data_root / "names.txt").read_text().split("\n")
+    dataset = {
+        "name": "photos", "root": ".", "limit": PHOTOS, "classes": [name for name in names if name],
+        "unseen": ["sheep", "aeroplane", "chair", "road", "dog"],
+        "splits": {"train": {"images": "photos/{id}.jpg", "masks": "masks/{id}.png", "ids": "train.txt"}},
+    }  # fmt: skip
+    (folder / "photos.yaml").write_text(yaml.safe_dump(dataset))
+
+
+def run(checkout: Path, folder: Path, data_root: Path) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--one", str(folder), "--data-root", str(data_root)]
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    done = subprocess.run(command, env=environment, check=True, text=True, stdout=subprocess.PIPE, cwd=folder)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--beside", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    data_root = asked.data_root.resolve()
+    if asked.one:
+        print(json.dumps(measure(asked.one, data_root)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        write_dataset(Path(name), data_root)
+        pairs = []
+        for number in range(asked.rounds):
+            pairs.append([run(checkout.resolve(), Path(name), data_root) for checkout in (HERE.parent, asked.beside)])
+            print(f"round {number + 1}: {pairs[-1]}", file=sys.stderr, flush=True)
+            assert pairs[-1][0]["scores"] == pairs[-1][1]["scores"], "the two checkouts count differently"
+    print("| | here, median (least to most) | beside | ratio, round by round |\n|---|---|---|---|")
+    for what, key in (("images/s", "rate"), ("CPU ms an image", "cpu")):
+        own, other = ([pair[place][key] for pair in pairs] for place in (0, 1))
+        ratios = [a / b for a, b in zip(own, other, strict=True)]
+        print(f"| {what} | {spread(own)} | {spread(other)} | {spread(ratios)} |")
+
+
+if __name__ == "__main__":
+    main()
