@@ -205,7 +205,7 @@ def test_equal_classes_tie_in_every_pixel(
     dataset = tree.read(classes=("a", "b", "c", "d"), unseen=unseen)
     config = Config(dataset=dataset.config, views={"size": size}, evaluate={"mode": mode, "stride": 8})  # type: ignore[arg-type]
     student = FakeStudent(rng)
-    student.forward = lambda pixels: torch.ones(1, 1, *(-(-side // 4) for side in pixels.shape[2:]))  # type: ignore[method-assign]
+    student.forward = lambda pixels: torch.ones(len(pixels), 1, *(-(-side // 4) for side in pixels.shape[2:]))  # type: ignore[method-assign]
     for values in ([2, 2, 2, 2], [1, 2, 2, 1], [3, 2, 3, 2], [2, 2, 3, 2]):
         text, gammas = np.array(values, np.float32)[:, None], [0.0, 1.0, -1.0]
         predict = student_predictor(student, torch.from_numpy(text), config)  # type: ignore[arg-type]
