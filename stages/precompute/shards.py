@@ -59,7 +59,7 @@ class ShardJob:
     data_root: Path
     device: str  # as the user asked
     cache: str
-    kmeans: str | None  # that the cache was begun with; None: not begun, or of a format that does not say
+    kmeans: str | None  # that the cache was started with; None: a new cache, or a format without it
     holder: str  # who holds the cache's lock: the worker may outlive the run that asked it
     index: int
     first_view: int

@@ -176,7 +176,7 @@ def _describe(
     with progress_bar("loading the teacher"):
         width, arrays, kmeans = on_a_worker(client, describe, job)
     if job.kmeans not in (None, kmeans):
-        say(f"{job.cache} was begun with the K-means of {job.kmeans}, and goes on with it (here it would be {kmeans})")
+        say(f"{job.cache} was started with the K-means of {job.kmeans}, and keeps it (the default here is {kmeans})")
     features = class_features(config, lambda: _TextTower(client, job), width)
     packages = (faiss, np, open_clip, torch, zarr)
     # Another batch size, say, may round otherwise: a repair takes these.

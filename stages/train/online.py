@@ -35,7 +35,7 @@ class LiveTeacher:
                 )
         self._device, self._pseudo_labels, self._kmeans = device, config.pseudo_labels, cache.manifest.kmeans
         how = config.precompute
-        with fork_rng(devices=[]):  # its random weights, where it has such, must not show in what the student draws
+        with fork_rng(devices=[]):  # random weights must not change the student's random numbers
             self._clip = FrozenClip(config.teacher, device, how.channels_last, how.compile)
         fresh = config.views if config.train.teacher == "fresh" else None
         self.live = LiveView(self._clip.mean, self._clip.grid(config.views.size), fresh)

@@ -76,7 +76,7 @@ def runs() -> list[RunEntry]:
     for path in _run_folders():
         try:
             own = read_settings(path)
-            flat = flat_settings(own)  # TypeError: what YAML allows and no setting of ours is
+            flat = flat_settings(own)  # TypeError: YAML values that cannot be settings
             entry = _run(path, own)
         except (UserError, KeyError, TypeError) as error:
             ours = isinstance(error, UserError)
