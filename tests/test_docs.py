@@ -3,6 +3,7 @@
 tests/markdown.py says which blocks are executed, and how a page tells.
 """
 
+import ast
 import re
 import shlex
 import tomllib
@@ -305,3 +306,15 @@ def test_the_yaml_in_full_has_every_key() -> None:
     content = yaml.safe_load(block.text)
     assert list(content) == list(Dataset.model_fields)
     assert {key for split in content["splits"].values() for key in split} == set(Split.model_fields)
+
+
+def test_contributing_lists_the_slow_tests() -> None:
+    marked = [
+        node.name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef) and "pytest.mark.slow" in map(ast.unparse, node.decorator_list)
+    ]
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert sorted(name for _, name in rows) == sorted(marked)
+    assert [int(seconds) for seconds, _ in rows] == sorted((int(seconds) for seconds, _ in rows), reverse=True)

@@ -57,9 +57,9 @@ class _Padded(nn.Module):
 
 
 def _pad_as_constants(student: Student, multiple: int) -> None:
-    """TensorFlow's `same` padding follows from the size, which a graph works out anew each time; here it is constant.
+    """Replace TensorFlow's `same` padding, which a graph would compute from the size, by constants.
 
-    At sizes that are multiples of all strides it is the same for all.
+    It is the same for all sizes that are multiples of all strides.
     """
     sizes: dict[nn.Module, tuple[int, ...]] = {}
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,16 +55,13 @@ class Run:
 def new_run(path: Path | None, dataset: str) -> Path:
     """An empty folder for a run: `path`, or the next free number below runs/. UserError if `path` is not empty."""
     if path is None:
-        taken = [
-            int(p.name.rpartition("-")[2]) for p in RUNS.glob(f"{dataset}-*") if p.name.rpartition("-")[2].isdigit()
-        ]
-        number = max(taken, default=0) + 1
-        while True:
-            path = RUNS / f"{dataset}-{number:03d}"
-            with suppress(FileExistsError):  # another training took it a moment ago
-                path.mkdir(parents=True)
-                return path
-            number += 1
+        taken = [int(ending) for p in RUNS.glob(f"{dataset}-*") if (ending := p.name.rpartition("-")[2]).isdigit()]
+        path = RUNS / f"{dataset}-{max(taken, default=0) + 1:03d}"
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:  # another training took it a moment ago
+            return new_run(None, dataset)
     if path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
         raise UserError(f"--run {path} is not empty: choose another folder, or delete it")
     path.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,7 @@ def onnx(folder: Path, image: np.ndarray, features: np.ndarray) -> np.ndarray:
     return np.asarray(session.run(None, {"image": image, "text_features": features})[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "rows", "columns", "classes"), [(1, 64, 64, 1), (2, 96, 224, 7), (1, 127, 127, 3), (2, 33, 250, 20)]
 )
@@ -106,6 +107,7 @@ def test_the_folder_is_a_run(exported: Path, trained: Path) -> None:
     assert np.array_equal(features, load_run(trained).text_features.numpy())
 
 
+@pytest.mark.slow
 def test_half_precision_is_checked_and_half_the_size(
     world: World, exported: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -118,6 +120,7 @@ def test_half_precision_is_checked_and_half_the_size(
     assert half.dtype == np.float32 and 0 < np.abs(half - whole).max() < 0.05 * np.abs(whole).max()
 
 
+@pytest.mark.slow
 def test_a_program_that_differs_is_not_put_in_place(trained: Path, tmp_path: Path) -> None:
     run = load_run(trained)
     forward = Portable.forward
@@ -142,6 +145,7 @@ def test_mistakes_are_one_line(world: World, trained: Path, tmp_path: Path) -> N
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["segnext-t", "swin-t"])
 def test_families(model: str, tmp_path: Path) -> None:
     config = resolve("scenes", assignments=[f"student.model={model}", "student.weights=none", "views.size=64"])

@@ -58,6 +58,7 @@ def test_a_checkpoint_taken_elsewhere_keeps_its_weights(world: World, run: Path,
     assert "has weights" in refused(world, alone)
 
 
+@pytest.mark.slow
 def test_an_exported_folder_keeps_its_weights(world: World, trained: Path, tmp_path: Path) -> None:
     world.run("export", "--run", trained, "--output", tmp_path / "model")
     assert "has weights" in refused(world, tmp_path / "model")

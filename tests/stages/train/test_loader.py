@@ -36,6 +36,7 @@ def train(world: World, run: Path, before: str = "", **environment: str) -> subp
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "said"),
     [
