@@ -188,7 +188,7 @@ def _damaged(store: Store, key: str) -> UserError:
 
 @lru_cache(maxsize=64)
 def _open_array(location: str, name: str, digest: str) -> zarr.Array[Any]:
-    """`digest`, of its zarr.json, is for `lru_cache`: an array that has grown is opened anew."""
+    """`digest` is that of zarr.json: when an array has grown, `lru_cache` opens it again."""
     return zarr.open_array(open_store(location).as_zarr(ARRAYS), path=name, mode="r", zarr_format=3)
 
 

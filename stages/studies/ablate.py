@@ -26,7 +26,7 @@ from stages.train.provenance import commit
 from stages.train.stage import train
 
 RESULT = "result.json"
-# What `evaluate.gamma` is called in fingerprints: `auto` has had two other meanings in earlier tables.
+# `evaluate.gamma` in fingerprints: in earlier tables, `auto` had two other meanings.
 _GAMMAS: dict[float | str, float | str] = {"holdout": "auto", "auto": "spread"}
 SCORES = {"seen": "mIoU seen", "unseen": "mIoU unseen", "hiou": "hIoU", "purity": "purity"}
 

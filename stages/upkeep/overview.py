@@ -25,7 +25,7 @@ class Entry:
     dataset: str
     bytes: int
     settings: dict[str, str] = field(default_factory=dict)
-    fault: str | None = None  # why it cannot be read; then nothing else counts
+    fault: str | None = None  # why it cannot be read; then the other fields mean nothing
 
 
 @dataclass
