@@ -13,8 +13,8 @@ import zarr
 
 from cache.base import Store
 from cache.dense import DENSE_SCALES, DENSE_TOKENS, decode_dense
-from cache.encoding import ShardCodec, decode_pca, decode_text_features, is_of_whole_array, refusing
-from cache.layout import ARRAYS, COPIES, IMAGE_IDS, MANIFEST, SHARDS, ArraySpec, shard_key
+from cache.encoding import ShardCodec, decode_pca, decode_whole, is_of_whole_array, refusing
+from cache.layout import ARRAYS, COPIES, IMAGE_IDS, MANIFEST, SHARDS, TEXT_FEATURES, ArraySpec, shard_key
 from cache.manifest import Manifest
 from cache.record import ShardRecord, load_records
 from cache.sealed import FileDigest
@@ -45,7 +45,7 @@ class Cache:
         skipped = self.skipped()
         self.kept_rows = np.array([row for row, name in enumerate(self.image_ids) if name not in skipped], np.int64)
         files = {key: self._small_file(key) for key in manifest.files if is_of_whole_array(key)}
-        self.text_features = decode_text_features(files)
+        self.text_features = decode_whole(TEXT_FEATURES, files)
         self._pca = decode_pca(files)
 
     def skipped(self) -> dict[str, str]:

@@ -47,15 +47,6 @@ class Portable(nn.Module):
         return full.index_select(2, torch.arange(height)).index_select(3, torch.arange(width))
 
 
-class _Padded(nn.Module):
-    def __init__(self, convolution: nn.Conv2d, padding: tuple[int, int, int, int]) -> None:
-        super().__init__()
-        self.padding, self.convolution = padding, convolution
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.convolution(nn.functional.pad(x, self.padding))
-
-
 def _pad_as_constants(student: Student, multiple: int) -> None:
     """Replace TensorFlow's `same` padding, which a graph would compute from the size, by constants.
 
@@ -85,4 +76,4 @@ def _pad_as_constants(student: Student, multiple: int) -> None:
             dilation=module.dilation, groups=module.groups, bias=module.bias is not None,  # type: ignore[arg-type]
         )  # fmt: skip
         plain.load_state_dict(module.state_dict())
-        setattr(parent, name, _Padded(plain, tuple(padding)))  # type: ignore[arg-type]
+        setattr(parent, name, nn.Sequential(nn.ConstantPad2d(tuple(padding), 0.0), plain))  # type: ignore[arg-type]
