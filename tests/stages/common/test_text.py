@@ -29,7 +29,8 @@ def test_predict_with_new_words_where_nothing_can_be_kept(
     else:
         (tmp_path / "caches").symlink_to("/proc/nowhere")
     here = World(tmp_path)
-    arguments = ("predict", "data/tiny/images/val-0.png", "--classes", "walrus, teapot", "--output")
+    run = trained.relative_to(world.folder)
+    arguments = ("predict", "data/tiny/images/val-0.png", "--run", run, "--classes", "walrus, teapot", "--output")
     said = here.run(*arguments, "found").stderr
     assert said.count("warning: class features are not kept for the next run") == 2
     (tmp_path / "caches").unlink()
