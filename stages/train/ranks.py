@@ -43,8 +43,8 @@ def ranks(device: str) -> Iterator[str]:
     except (KeyError, ValueError, RuntimeError) as error:
         what = f"{error} is not set" if isinstance(error, KeyError) else reason(error)
         raise UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment asks for several processes, and they cannot be "
-            f"joined ({what}): start them by torchrun, or `unset WORLD_SIZE` to train in one"
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment asks for several processes, but they cannot be "
+            f"joined ({what}): start them with torchrun, or `unset WORLD_SIZE` to train in one"
         ) from error
     console.quiet = not is_main()
     try:

@@ -22,6 +22,7 @@ def flip(data, place):
     return bytes(changed)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_found_and_repaired(stage_one):
     """In every file at least one, 1,000 in all, each alone; the damage names the file, and repair gives it back."""
     stage = stage_one(images=2, shard_images=1)

@@ -82,6 +82,7 @@ def test_gamma_is_none_where_every_one_scores_zero(world: World, trained: Path) 
     assert json.loads(done.stdout)["gamma"] is None and "no gamma: on split `holdout`" in done.stderr
 
 
+@pytest.mark.slow
 def test_training_without_an_annotated_pixel_has_no_gamma(other: World, world: World) -> None:
     change_masks(other, "train", lambda mask: 0 * mask + 255)
     other.run("precompute", "--config", world.config, "--cache", "caches/blind")

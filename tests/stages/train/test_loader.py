@@ -36,11 +36,12 @@ def train(world: World, run: Path, before: str = "", **environment: str) -> subp
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "said"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL"),
-        ("os.kill(os.getpid(), signal.SIGBUS)", "was ended by SIGBUS"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was killed by SIGKILL"),
+        ("os.kill(os.getpid(), signal.SIGBUS)", "was killed by SIGBUS"),
         ("os._exit(3)", "exited unexpectedly"),
         ("raise RuntimeError('unable to allocate shared memory(shm)')", "unable to allocate shared memory(shm)"),
         ("raise OSError(24, 'Too many open files')", "Too many open files"),
