@@ -204,7 +204,10 @@ def test_the_readme_runs(scenes: Path, tmp_path: Path) -> None:
         if arguments is None:
             assert words[0] in ("python", "source", "pip"), words  # make the environment
             continue
-        extra = {"precompute": ["--runlocal"], "train": ["--runlocal"], "export": ["--run", "runs/scenes-001"]}
+        extra = {
+            "precompute": ["--runlocal"], "train": ["--runlocal"], "export": ["--run", "runs/scenes-001"],
+            "inspect-pseudolabels": ["--data-root", "~/data"],  # of the last cache, which is pascal-voc's
+        }  # fmt: skip
         done = World(tmp_path).run(*arguments, *extra.get(arguments[0], []), check=False)
         assert done.returncode == (2 if arguments[0] == "datasets" else 0), (words, done.stderr)  # VOC has more images
         ran.append(arguments[0])

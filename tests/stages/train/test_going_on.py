@@ -34,7 +34,7 @@ def test_going_on_at_a_chosen_checkpoint_as_the_line_says(world: World, tmp_path
     run, new = tmp_path / "run", tmp_path / "new"
     world.run("train", "--cache", "caches/tiny", "--config", world.config, "--run", run, *settings)
     chosen = run / "checkpoints" / "000002"
-    assert "copy it to NEW/checkpoints/000002 and its config.yaml to NEW, then train --run NEW" in refused(
+    assert "copy it to NEW/checkpoints/000002 and its config.yaml to NEW, then run train --run NEW" in refused(
         world, chosen
     )
     shutil.copytree(chosen, new / "checkpoints" / chosen.name)
@@ -53,7 +53,7 @@ def test_a_run_without_checkpoints_keeps_its_weights(world: World, run: Path, le
 
 def test_a_checkpoint_taken_elsewhere_keeps_its_weights(world: World, run: Path, tmp_path: Path) -> None:
     alone = Path(shutil.copytree(run / "checkpoints" / "000004", tmp_path / "deep" / "below" / "alone"))
-    assert "is a checkpoint: to go on at this one" in refused(world, alone)
+    assert "is a checkpoint: to continue from this one" in refused(world, alone)
     (alone / "state.json").unlink()
     assert "has weights" in refused(world, alone)
 
