@@ -26,7 +26,7 @@ check: lint typecheck  ## style, types, and the fast tests of losses, cache and 
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' tests/pipeline/learning tests/cache tests/configs
 
 test: lint typecheck  ## all checks, as CI runs them
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(TEST_READY)  ## style, and who imports whom
 	$(BIN)/ruff check --extend-exclude $(VENV)
