@@ -121,11 +121,11 @@ def _shapes(multiple: int, fixed: int | None) -> list[Shape]:
 
 
 def _inputs(model: Portable, shape: Shape) -> Inputs:
-    batch, height, width_, classes = shape
+    batch, height, width, classes = shape
     draw = torch.Generator().manual_seed(sum(shape))
-    size = (batch, height, width_, 3)
-    width = model.student.head.project.out_channels
-    features = torch.randn(classes, width, generator=draw)
+    size = (batch, height, width, 3)
+    channels = model.student.head.project.out_channels
+    features = torch.randn(classes, channels, generator=draw)
     return torch.randint(256, size, generator=draw, dtype=torch.uint8), torch.nn.functional.normalize(features, dim=1)
 
 

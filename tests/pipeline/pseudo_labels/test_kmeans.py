@@ -135,3 +135,25 @@ def test_faiss_computes_on_one_thread_whatever_the_caller_has(monkeypatch: pytes
         assert (found, faiss.omp_get_max_threads()) == ([1], 2)
     finally:
         faiss.omp_set_num_threads(before)
+
+
+@BOTH
+@pytest.mark.parametrize("seed", range(2))
+def test_a_view_does_not_depend_on_the_batch(kmeans: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    problems = draw_problems(rng)
+    alone = [solve(kmeans, [problem])[0][0] for problem in problems]
+    for _ in range(3):
+        order = rng.permutation(len(problems))[: rng.integers(2, len(problems) + 1)]
+        for index, (labels, _) in zip(order, solve(kmeans, [problems[i] for i in order]), strict=True):
+            np.testing.assert_array_equal(labels, alone[index])
+
+
+@BOTH
+def test_input_is_left_alone(kmeans: str) -> None:
+    problems = draw_problems(np.random.default_rng(0))
+    before = [(tokens.copy(), seeds.copy()) for tokens, seeds in problems]
+    solve(kmeans, problems)
+    for problem, copies in zip(problems, before, strict=True):
+        for given, copy in zip(problem, copies, strict=True):
+            np.testing.assert_array_equal(given, copy)

@@ -190,3 +190,12 @@ def test_chosen_by_device() -> None:
     faiss, other = (label(dense, unannotated, PseudoLabels(), kmeans)[0] for kmeans in ("faiss", "torch"))
     np.testing.assert_array_equal(own, faiss)
     assert (faiss != other).any()
+
+
+@BOTH
+@pytest.mark.parametrize("seed", range(3))
+def test_some_zero_tokens(seed: int, kmeans: str) -> None:
+    rng = np.random.default_rng(seed)
+    dense, unannotated = rng.normal(size=(32, 32, 8)).astype(np.float32), draw_mask("half", 32, rng)
+    dense[rng.random((32, 32)) < 0.3] = 0
+    label(dense, unannotated, PseudoLabels(), kmeans)
