@@ -22,11 +22,11 @@ demo: $(DEMO_READY)  ## both stages on the embedded scenes, and their scores
 benchmark: $(DEMO_READY)  ## the demo with three seeds; writes the tables in benchmarks/
 	$(BIN)/clip-zss demo --seeds 0,1,2 --output benchmarks --set evaluate.gamma=holdout
 
-check: lint typecheck  ## style, types, and the tests of losses, cache and settings
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile tests/pipeline/learning tests/cache tests/configs
+check: lint typecheck  ## style, types, and the fast tests of losses, cache and settings
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' tests/pipeline/learning tests/cache tests/configs
 
 test: lint typecheck  ## all checks, as CI runs them
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(TEST_READY)  ## style, and who imports whom
 	$(BIN)/ruff check --extend-exclude $(VENV)

@@ -51,7 +51,7 @@ _debug = False
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the hub's retries, two lines each; workers inherit it
 
 
-@app.callback(epilog="Exit codes: 0 done; 1 a fault of this program; 2 a mistake in the input; 130 Ctrl-C.")
+@app.callback(epilog="Exit codes: 0 done; 1 internal error; 2 a mistake in the input; 130 Ctrl-C.")
 def options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
@@ -163,7 +163,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except Exception as error:
-        text, code = _last_words(error)
+        text, code = _explain(error)
         with suppress(OSError):
             if _debug:
                 traceback.print_exc()
@@ -173,20 +173,20 @@ def main() -> None:
 
 
 def _take_any_text() -> None:
-    """No letter stops a program whose terminal has ASCII alone, nor does a stream that was closed before it began."""
+    """Characters that the terminal cannot show are escaped; streams that are closed from the start are replaced."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-def _last_words(error: Exception) -> tuple[str, int]:
+def _explain(error: Exception) -> tuple[str, int]:
     """The message for an error, and the exit code."""
     if isinstance(error, typer.TyperException):  # a usage error; empty if a group printed its help
         context = getattr(error, "ctx", None)
         said = error.format_message().rstrip(".")
         return f"{said} (see {context.command_path} --help)" if said and context else said, 2
-    # An OSError without a file name is not one that the user could fix, unless it is about the disk or the output.
+    # The user cannot fix an OSError without a file name, unless it is about the disk or the output.
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE):
         return f"{error}: free some space, or choose another disk", 2
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
@@ -197,7 +197,7 @@ def _last_words(error: Exception) -> tuple[str, int]:
         return f"a number is too large ({reason(error)}): correct the options, --set and the settings' files", 2
     if isinstance(error, ImportError):
         return f"{error}: install that package, or rename a file of your own that hides it", 2
-    return f"{error} ({type(error).__name__}, a fault of clip-zss: for the traceback, run clip-zss --debug ...)", 1
+    return f"internal error: {error} ({type(error).__name__}): for the traceback, run clip-zss --debug ...", 1
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ BEGIN, END = "<!-- claims: benchmarks/claims.py writes them -->\n", "<!-- end of
 
 def claims(folder: Path) -> str:
     """A Markdown table: what was measured of the signs of the tables that `folder` holds a CSV of."""
-    lines = ["| claim | whose | better by, mean and range of the seeds | seeds | verdict |", "|---|---|---|---|---|"]
+    lines = ["| claim | source | better by, mean and range of the seeds | seeds | verdict |", "|---|---|---|---|---|"]
     for name in known_ablations():
         if not (folder / f"{name}.csv").exists():
             continue
@@ -24,8 +24,8 @@ def claims(folder: Path) -> str:
                 continue
             rows = f"[{sign.better} against {sign.worse}](../benchmarks/ablations/{name}.md)"
             measured = f"{SCORES[sign.score]} {gain}: {rows}"
-            whose = "the paper" if sign.by_paper else "ours"
-            lines.append(f"| {sign.claim} | {whose} | {measured} | {seeds} | {said} |")
+            source = "the paper" if sign.by_paper else "ours"
+            lines.append(f"| {sign.claim} | {source} | {measured} | {seeds} | {said} |")
     return "\n".join(lines) + "\n"
 
 

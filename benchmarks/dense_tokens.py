@@ -1,7 +1,7 @@
 """What each way to store dense tokens costs, and what it does to pseudo labels.
 
-    python benchmarks/dense_tokens.py                     # scenes with its embedded teacher
-    python benchmarks/dense_tokens.py FOLDER [PRETRAINED]  # also FOLDER's photos by ViT-B/16 at 512
+    python -m benchmarks.dense_tokens                     # scenes with its embedded teacher
+    python -m benchmarks.dense_tokens FOLDER [PRETRAINED]  # also FOLDER's photos by ViT-B/16 at 512
 
 Labels from decoded tokens are compared with those from the float32 tokens by the adjusted Rand index: 1 if they are the
 same, about 0 if they agree by chance. PCA is fitted on half of the images; the other half is what is measured.
@@ -28,11 +28,11 @@ from configs.load import resolve
 from configs.schema import StageOne
 from pipeline.data.dataset import IGNORE
 from pipeline.data.views import draw_views, inside, normalise, padding_colour, replay, unannotated_tokens
-from pipeline.metrics import adjusted_rand_index
 from pipeline.pca import fit_pca
 from pipeline.pseudo_labels import pseudo_labels
 from pipeline.teacher.clip import FrozenClip
 from stages.common.datasets import open_split
+from tests.reference import adjusted_rand
 
 SCENES, PHOTOS = 400, 32  # images
 ENCODINGS = ("float16", "int8", "pca-16", "pca-32", "pca-64", "pca-96", "pca-128", "pca-256")
@@ -88,7 +88,7 @@ def agreement(truth: np.ndarray, found: np.ndarray, free: np.ndarray) -> tuple[s
     """The last columns of the table."""
     indices = np.array(
         [
-            [adjusted_rand_index(a[unannotated], b[unannotated]) for a, b in zip(*pair, strict=True)]
+            [adjusted_rand(a[unannotated], b[unannotated]) for a, b in zip(*pair, strict=True)]
             for *pair, unannotated in zip(truth, found, free, strict=True)
             if unannotated.any()
         ]
@@ -138,7 +138,7 @@ def section(title: str, config: StageOne, tokens: np.ndarray, free: np.ndarray) 
 def main(folder: str | None = None, pretrained: str = "none") -> None:
     torch.manual_seed(0)  # of random weights
     faiss.omp_set_num_threads(1)
-    command = " ".join(["python benchmarks/dense_tokens.py", *(["FOLDER"] if folder else []), *sys.argv[2:]])
+    command = " ".join(["python -m benchmarks.dense_tokens", *(["FOLDER"] if folder else []), *sys.argv[2:]])
     lines = [
         "# Dense tokens as float16, int8 and principal components",
         "",

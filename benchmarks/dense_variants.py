@@ -1,6 +1,6 @@
 """Lambda for each way to make dense tokens, chosen on training images, by seen classes that stand in for unseen ones.
 
-    python benchmarks/dense_variants.py    # two minutes; writes dense_variants.md
+    python -m benchmarks.dense_variants    # two minutes; writes dense_variants.md
 
 The masks of unseen classes must not choose anything. So images that hold none of these are taken, six of the seen
 classes are hidden as if they were unseen, and their pseudo labels are compared with their masks. The rows of
@@ -19,9 +19,10 @@ from configs.load import resolve
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
 from pipeline.data.views import draw_views, majority_tokens, normalise, padding_colour, replay, teacher_view
-from pipeline.metrics import adjusted_rand_index, purity
+from pipeline.metrics import purity
 from pipeline.pseudo_labels import pseudo_labels
 from pipeline.teacher.clip import FrozenClip
+from tests.reference import adjusted_rand
 
 VARIANTS = ("plain", "maskclip", "sclip", "clearclip", "naclip")
 LAMBDAS = (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
@@ -55,7 +56,7 @@ def line(config: Config, variant: str) -> tuple[str, int]:
         settings = config.pseudo_labels.model_copy(update={"threshold": threshold})
         groups = pseudo_labels(tokens, free, settings)[1]
         views = list(zip(groups, truth, free, strict=True))
-        agreement = np.mean([adjusted_rand_index(own[hidden], true[hidden]) for own, true, hidden in views])
+        agreement = np.mean([adjusted_rand(own[hidden], true[hidden]) for own, true, hidden in views])
         pure = np.average([purity(own, true) for own, true, _ in views], weights=free.sum(axis=(1, 2)))
         found.append((agreement, f"{agreement:.3f}, {100 * pure:.0f}"))
     best = max(found)
@@ -70,7 +71,7 @@ def main() -> None:
     lines = [
         "# Lambda of each dense variant, on scenes",
         "",
-        f"`python benchmarks/dense_variants.py`, which says what was done, on {os.cpu_count()} CPU cores (torch "
+        f"`python -m benchmarks.dense_variants`, which says what was done, on {os.cpu_count()} CPU cores (torch "
         f"{torch.__version__}): {rows[0][1]} training images of seen classes, of which {', '.join(STAND_INS)} are "
         "hidden. Adjusted Rand index of the pseudo labels with the hidden masks, mean over images, and purity in %; "
         "the best index is bold.",

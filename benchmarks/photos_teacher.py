@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from configs.dataset import Dataset
 from pipeline.data.dataset import IGNORE, SegmentationDataset
 from pipeline.data.views import normalise
-from pipeline.metrics import average_precision
 from pipeline.student.weights import by_position, packaged_file
 
 TRUNK, SIZE = "tf_efficientnet_lite0", 192
@@ -87,6 +86,13 @@ def _tagged_crops(
             tags.append(counts > LEAST * own.size)
     batches = [normalise(np.stack(pixels[start : start + 32]), MEAN, STD) for start in range(0, len(pixels), 32)]
     return torch.cat([trunk(batch) for batch in batches]), torch.from_numpy(np.stack(tags)).float()
+
+
+def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the precision-recall steps of one class (not interpolated): (N,) scores and bool -> 0 to 1."""
+    ranked = positive[np.argsort(-scores, kind="stable")]
+    precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
+    return float(precision[ranked].mean())
 
 
 def _mean_average_precision(scores: Tensor, tags: Tensor) -> float:

@@ -12,7 +12,7 @@ from typing import TypeVar
 from zarr.abc.store import Store as ZarrStore
 
 _T = TypeVar("_T")
-TEMPORARY = ".tmp"  # ends the names of local files that are being written: all that a kill can leave behind
+TEMPORARY = ".tmp"  # extension of local files that are being written; a kill leaves nothing else behind
 
 
 class Store(ABC):

@@ -56,19 +56,15 @@ def is_of_pca(key: str) -> bool:
     return key.startswith((f"{ARRAYS}/{PCA_MEAN}/", f"{ARRAYS}/{PCA_COMPONENTS}/"))
 
 
-def decode_text_features(files: Mapping[str, bytes]) -> np.ndarray:
-    """The text features, (K, C) float32, from their small files."""
-    return _decode_whole(TEXT_FEATURES, files)
-
-
 def decode_pca(files: Mapping[str, bytes]) -> Pca | None:
     """The PCA from its small files; None if the cache has none."""
     if not any(map(is_of_pca, files)):
         return None
-    return Pca(_decode_whole(PCA_MEAN, files), _decode_whole(PCA_COMPONENTS, files))
+    return Pca(decode_whole(PCA_MEAN, files), decode_whole(PCA_COMPONENTS, files))
 
 
-def _decode_whole(name: str, files: Mapping[str, bytes]) -> np.ndarray:
+def decode_whole(name: str, files: Mapping[str, bytes]) -> np.ndarray:
+    """The array `name`, which belongs to the whole cache, from its small files."""
     own = {key.removeprefix(f"{ARRAYS}/"): data for key, data in files.items() if key.startswith(f"{ARRAYS}/{name}/")}
     buffers: dict[str, Buffer] = {key: cpu.Buffer.from_bytes(data) for key, data in own.items()}
     return np.asarray(zarr.open_array(MemoryStore(buffers), path=name, mode="r", zarr_format=3)[...])

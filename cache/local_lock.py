@@ -8,8 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-PATIENCE, POLL = 0.2, 0.02  # seconds; a holder may just be releasing it
-NATIVE = FileLock is not SoftFileLock  # the latter, where a system has no locks, names its holder by itself
+PATIENCE, POLL = 0.2, 0.02  # seconds; the holder may just be releasing it
+NATIVE = FileLock is not SoftFileLock  # systems without locks use SoftFileLock, which names its holder itself
 
 
 class Held(Exception):
@@ -58,6 +58,6 @@ def holder_of(path: Path) -> str:
 
 def _sign(descriptor: int) -> None:
     """Write process and host as SoftFileLock does, after a first byte that is locked on Windows: nobody can read it."""
-    with suppress(OSError):  # on a full disk the holder stays unknown; the next write names its file
+    with suppress(OSError):  # on a full disk the holder stays unknown
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f" {os.getpid()}\n{socket.gethostname()}\n".encode())

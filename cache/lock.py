@@ -1,6 +1,6 @@
 """One writer at a time. Local folders use a lock on a file (cache/local_lock.py); object stores use a heartbeat.
 
-The holder keeps an object `.lock` and renews it from a thread; a lock that is not renewed for a minute can be taken.
+The holder renews an object `.lock` from a thread; after a minute without renewal, another process can take the lock.
 """
 
 import json
@@ -17,7 +17,7 @@ from configs.errors import UserError
 
 LOCK = ".lock"  # no part of the cache
 BEAT, STALE = 10.0, 60.0  # seconds: between renewals, and without one until the holder counts as dead
-SETTLE = 1.0  # seconds between writing and reading back: the last of two who wrote at once stays
+SETTLE = 1.0  # seconds between writing and reading back: of two simultaneous writers, the last one wins
 
 
 class LockStore(Protocol):

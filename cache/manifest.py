@@ -61,7 +61,7 @@ def short(text: str | None) -> str:
 class Borrowed(BaseModel, frozen=True, extra="forbid"):
     """Another cache that holds an array of this one; it has the same images and shard size."""
 
-    cache: str  # a path from this cache on, or an absolute one, or a URL
+    cache: str  # a path relative to this cache, an absolute path, or a URL
     fingerprint: str
 
 
@@ -70,17 +70,17 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
 
     format: int
     fingerprint: str  # of `settings`
-    settings: dict[str, Any]  # stage one's resolved settings, nested, as plain JSON: all that decides what is stored
-    context: dict[str, Any] = {}  # settings that decide none of it, kept for the stages that follow
-    versions: dict[str, str]  # of the libraries that made the cache; for the reader's eyes, compared with nothing
+    settings: dict[str, Any]  # the resolved settings that determine the content, nested, as plain JSON
+    context: dict[str, Any] = {}  # settings that do not affect the content, kept for later stages
+    versions: dict[str, str]  # of the libraries that made the cache; only for people
     images: PositiveInt  # N
-    views: PositiveInt  # V; may grow, and the fingerprint does not cover it
+    views: PositiveInt  # V; may grow, so it is not part of the fingerprint
     shard_images: PositiveInt  # S
-    kmeans: str | None = None  # by which the labels are made, "faiss" or "torch"; None: format 4 does not say
-    arrays: dict[str, ArraySpec]  # those that lie in this cache
-    borrowed: dict[str, Borrowed] = {}  # those that lie in another, by name
-    files: dict[str, FileDigest] = {}  # of every file that is neither a manifest, a record nor a shard, by key
-    skipped: dict[str, str] = {}  # of all completion records, once every shard is done (cache/record.py)
+    kmeans: str | None = None  # that made the labels, "faiss" or "torch"; None in format 4
+    arrays: dict[str, ArraySpec]  # stored in this cache
+    borrowed: dict[str, Borrowed] = {}  # stored in another cache, by name
+    files: dict[str, FileDigest] = {}  # of every file except manifests, records and shards, by key
+    skipped: dict[str, str] = {}  # images skipped in any shard, and why, once every shard is done (cache/record.py)
 
     @classmethod
     def describe(
@@ -154,7 +154,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         return manifest
 
     def to_bytes(self) -> bytes:
-        """Of a manifest of format 4, the bytes that it was read from."""
+        """The content of its file; for format 4, exactly the bytes that were read."""
         return seal(self.model_dump(mode="json", exclude={"kmeans"} if self.kmeans is None else None))
 
     @property

@@ -13,8 +13,8 @@ import zarr
 
 from cache.base import Store
 from cache.dense import DENSE_SCALES, DENSE_TOKENS, decode_dense
-from cache.encoding import ShardCodec, decode_pca, decode_text_features, is_of_whole_array, refusing
-from cache.layout import ARRAYS, COPIES, IMAGE_IDS, MANIFEST, SHARDS, ArraySpec, shard_key
+from cache.encoding import ShardCodec, decode_pca, decode_whole, is_of_whole_array, refusing
+from cache.layout import ARRAYS, COPIES, IMAGE_IDS, MANIFEST, SHARDS, TEXT_FEATURES, ArraySpec, shard_key
 from cache.manifest import Manifest
 from cache.record import ShardRecord, load_records
 from cache.sealed import FileDigest
@@ -45,7 +45,7 @@ class Cache:
         skipped = self.skipped()
         self.kept_rows = np.array([row for row, name in enumerate(self.image_ids) if name not in skipped], np.int64)
         files = {key: self._small_file(key) for key in manifest.files if is_of_whole_array(key)}
-        self.text_features = decode_text_features(files)
+        self.text_features = decode_whole(TEXT_FEATURES, files)
         self._pca = decode_pca(files)
 
     def skipped(self) -> dict[str, str]:
@@ -188,7 +188,7 @@ def _damaged(store: Store, key: str) -> UserError:
 
 @lru_cache(maxsize=64)
 def _open_array(location: str, name: str, digest: str) -> zarr.Array[Any]:
-    """`digest`, of its zarr.json, is for `lru_cache`: an array that has grown is opened anew."""
+    """`digest` is that of zarr.json: when an array has grown, `lru_cache` opens it again."""
     return zarr.open_array(open_store(location).as_zarr(ARRAYS), path=name, mode="r", zarr_format=3)
 
 

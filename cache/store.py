@@ -17,12 +17,12 @@ def open_store(location: str | Path) -> Store:
 
 
 def absolute(location: str | Path) -> str:
-    """The location as another process, with another working directory, can open it."""
+    """The location for processes with another working directory."""
     return str(location) if "://" in str(location) else str(Path(location).absolute())
 
 
 def name_for(location: str | Path, folder: str | Path) -> str:
-    """The location as a file in `folder` is to name it: relative where both lie below one folder, which may move."""
+    """The location as stored in a file in `folder`: relative if both share a parent folder, which may be moved."""
     place, home = absolute(location), absolute(folder)
     if "://" in place + home or os.path.commonpath([place, home]) == Path(place).anchor:
         return place
@@ -30,5 +30,5 @@ def name_for(location: str | Path, folder: str | Path) -> str:
 
 
 def place_of(name: str, folder: str | Path) -> str:
-    """The location that a file in `folder` names."""
+    """The inverse of `name_for`."""
     return name if "://" in name or os.path.isabs(name) else os.path.normpath(os.path.join(folder, name))

@@ -37,7 +37,7 @@ class UrlStore(Store):
         paths = {self._path(key): key for key in keys}
 
         def read() -> dict[str, bytes]:
-            # All at once; what comes back is named as the file system likes, in the order asked for.
+            # All at once; file systems differ in how they write the paths of the results.
             found = self._files.cat(list(paths), on_error="return") if paths else {}
             found = {path.lstrip("/"): data for path, data in found.items()}
             contents = {key: found[path.lstrip("/")] for path, key in paths.items()}
@@ -118,7 +118,7 @@ class UrlStore(Store):
                 if isinstance(error, FileNotFoundError) and verb == "read":
                     raise
                 if not _is_of_the_store(error):
-                    raise  # a mistake of ours
+                    raise  # a bug
                 if delay is None or _is_final(error):
                     raise UserError(
                         f"cannot {verb} {self.show(key)} ({reason(error)}): check the URL, the credentials and the "
@@ -129,7 +129,7 @@ class UrlStore(Store):
 
 
 def _is_of_the_store(error: Exception) -> bool:
-    """Clients raise OSError, or classes of their libraries, none of which is needed here to tell."""
+    """Clients raise OSError or their libraries' own classes, which are recognised by name, without importing them."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (
         "aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "gcsfs", "google", "s3fs"
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from cache.base import TEMPORARY, Store
 from cache.copies import restore, small_files, trusted_manifest
@@ -137,10 +137,6 @@ class Info:
     skipped: int  # images
     array_bytes: dict[str, int]
     other_bytes: int
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.manifest.settings
 
 
 def info(location: str | Path) -> Info:

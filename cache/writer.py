@@ -76,7 +76,7 @@ def _is_begun(store: Store) -> bool:
             return True
         for key in files:
             if key.startswith((f"{ARRAYS}/", f"{COPIES}/")) and key != copy_key(MANIFEST):
-                store.delete(key)  # it may have been begun with other settings, hence other arrays
+                store.delete(key)  # it may have been started with other settings, hence other arrays
     elif files:
         raise UserError(
             f"{store.location} exists and is not a cache (it has no {MANIFEST}): choose another --cache, or empty it"
@@ -106,7 +106,7 @@ def _extend(store: Store, stored: Manifest, views: int, small: Mapping[str, byte
 
 
 def relink(location: str | Path, borrowed: Mapping[str, Borrowed]) -> None:
-    """Where the cache that is there borrows from these very caches, it finds them at these places from now on."""
+    """Update the locations of the caches that an existing cache borrows from, if they are the same caches."""
     store = open_store(location)
     try:
         stored = trusted_manifest(store)
@@ -189,7 +189,7 @@ def write_shard(
         if before.views != first_view:
             raise ValueError(f"shard {index} of {location} has {before.views} views, given those from {first_view}")
     else:
-        store.delete(record_key(index))  # a shard written anew is not done until its new record is there
+        store.delete(record_key(index))  # a rewritten shard is only done when its new record exists
     records = {}
     for name, spec in manifest.arrays.items():
         codec, files = ShardCodec(manifest, name), [] if before is None else list(before.arrays[name].files)

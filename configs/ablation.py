@@ -1,16 +1,11 @@
 """A table of rows that differ in a few settings, and the claims about them."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from configs.dataset import Section
-from configs.errors import UserError
-from configs.load import read_yaml, suggest, validate
-from configs.schema import CONFIGS
-
-ABLATIONS = CONFIGS / "ablations"
+from configs.load import find_yaml, known, read_yaml, suggest, validate
 
 
 class Sign(Section):
@@ -42,7 +37,7 @@ class Ablation(Section):
 
 
 def known_ablations() -> list[str]:
-    return sorted(path.stem for path in ABLATIONS.glob("*.yaml"))
+    return known("ablations")
 
 
 def read_ablation(name_or_file: str) -> tuple[str, Ablation]:
@@ -51,9 +46,5 @@ def read_ablation(name_or_file: str) -> tuple[str, Ablation]:
     Raises:
         UserError: there is no such table, or the file is not a table.
     """
-    names = known_ablations()
-    if name_or_file not in names and not name_or_file.endswith((".yaml", ".yml")):
-        hint = suggest(name_or_file, names)
-        raise UserError(f"unknown table {name_or_file!r}{hint} (known: {', '.join(names)}, or give a YAML file)")
-    path = ABLATIONS / f"{name_or_file}.yaml" if name_or_file in names else Path(name_or_file)
+    path = find_yaml("table", "ablations", name_or_file)
     return path.stem, validate(Ablation, read_yaml(path), str(path))

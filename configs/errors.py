@@ -17,9 +17,9 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the system says while the block writes `path` becomes a UserError; of a full disk it names no file."""
+    """An OSError while the block writes `path` becomes a UserError that names it; that of a full disk does not."""
     try:
         yield
     except OSError as error:
-        cure = "free some space, or mend its permissions or the disk"
+        cure = "free some space, or check its permissions and the disk"
         raise UserError(f"cannot write {path} ({error.strerror or reason(error)}): {cure}") from error

@@ -54,22 +54,34 @@ def _read_experiment(path: Path) -> dict[str, Any]:
 
 
 def suggest(word: str, known: Sequence[str], prefix: str = "", cutoff: float = 0.6) -> str:
-    """The end of a message about a misspelt word: the most similar known word, with `before` in front."""
+    """The end of a message about a misspelt word: the most similar known word, with `prefix` in front."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
 
+def known(folder: str) -> list[str]:
+    """The names of the YAML files in configs/FOLDER, sorted."""
+    return sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml"))
+
+
 def known_datasets() -> list[str]:
-    return sorted(path.stem for path in (CONFIGS / "datasets").glob("*.yaml"))
+    return known("datasets")
+
+
+def find_yaml(kind: str, folder: str, name_or_file: str) -> Path:
+    """A file in configs/FOLDER, by its name, or any YAML file, by its path. UserError if the name is unknown."""
+    names = known(folder)
+    if name_or_file in names:
+        return CONFIGS / folder / f"{name_or_file}.yaml"
+    if name_or_file.endswith((".yaml", ".yml")):
+        return Path(name_or_file)
+    hint = suggest(name_or_file, names)
+    raise UserError(f"unknown {kind} {name_or_file!r}{hint} (known: {', '.join(names)}, or give a YAML file)")
 
 
 def dataset_settings(name_or_file: str) -> dict[str, Any]:
     """A validated dataset YAML, by its name in configs/datasets or its path; files in it are relative to it."""
-    names = known_datasets()
-    if name_or_file not in names and not name_or_file.endswith((".yaml", ".yml")):
-        hint = suggest(name_or_file, names)
-        raise UserError(f"unknown dataset {name_or_file!r}{hint} (known: {', '.join(names)}, or give a YAML file)")
-    path = CONFIGS / "datasets" / f"{name_or_file}.yaml" if name_or_file in names else Path(name_or_file)
+    path = find_yaml("dataset", "datasets", name_or_file)
     settings = read_yaml(path)
     if isinstance(settings.get("classes"), str):
         settings["classes"] = _read_names(path.parent / settings["classes"])

@@ -189,26 +189,3 @@ def purity(groups: np.ndarray, truth: np.ndarray) -> float:
     table = np.zeros((256, 256), np.int64)
     np.add.at(table, (groups[counted], truth[counted]), 1)
     return float(table.max(axis=1).sum() / counted.sum())
-
-
-def adjusted_rand_index(first: np.ndarray, second: np.ndarray) -> float:
-    """Agreement of two groupings of the same n things (Hubert & Arabie 1985): 1 if equal, about 0 if by chance.
-
-    Args:
-        first, second: (n,) integer labels, whose values mean nothing.
-    """
-    table = np.zeros((first.max(initial=0) + 1, second.max(initial=0) + 1), np.int64)
-    np.add.at(table, (first, second), 1)
-    both, one, other, pairs = (
-        int((counts * (counts - 1) // 2).sum())
-        for counts in (table, table.sum(axis=1), table.sum(axis=0), np.array(len(first)))
-    )
-    most_minus_chance = (one + other) * pairs - 2 * one * other  # exact: Python's integers; x 2 pairs, as the other is
-    return 2 * (both * pairs - one * other) / most_minus_chance if most_minus_chance else 1.0
-
-
-def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the precision-recall steps of one class (not interpolated): (N,) scores and bool -> 0 to 1."""
-    ranked = positive[np.argsort(-scores, kind="stable")]
-    precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
-    return float(precision[ranked].mean())

@@ -36,7 +36,7 @@ class Block:
 
     @property
     def is_executed(self) -> bool:
-        """Of the README no block is: it shows commands that take hours, and its page has no place for marks."""
+        """The README's blocks have a test of their own: its page has no place for marks."""
         return self.page.name != "README.md" and not self.mark.startswith("parsed only")
 
     @property
@@ -81,6 +81,12 @@ def inline_code(page: Path) -> list[str]:
 
 
 def links(page: Path) -> list[str]:
-    """Where links and pictures point that are no URLs, without what follows a #."""
+    """Where links and pictures point that are no URLs, each perhaps with # and an anchor."""
     targets = re.findall(r"\]\(([^)\s]+)\)", _FENCE.sub("", page.read_text()))
-    return [target.partition("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(page: Path) -> list[str]:
+    """The anchors that GitHub gives the page's headings."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", page.read_text()), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]

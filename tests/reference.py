@@ -138,14 +138,11 @@ def kmeans(tokens: Array, seeds: Array, iterations: int) -> Pair:
 
 
 def adjusted_rand(one: Array, other: Array) -> float:
-    """How far two labellings (n,) of the same tokens agree, whatever the numbers: 1 the same, 0 as by chance."""
-    table = np.zeros((one.max() + 1, other.max() + 1))
-    np.add.at(table, (one, other), 1)
-    both, rows, columns, total = (
-        (part * (part - 1) / 2).sum() for part in (table, table.sum(axis=1), table.sum(axis=0), table.sum())
-    )
-    chance, most = rows * columns / total, (rows + columns) / 2
-    return 1.0 if most == chance else float((both - chance) / (most - chance))
+    """Adjusted Rand index of two labellings (n,) of the same tokens: 1 if they pair the same tokens, 0 as by chance."""
+    pairs = np.triu_indices(len(one), 1)
+    together, with_ = (np.equal.outer(labels, labels)[pairs] for labels in (one, other))
+    chance, most = together.sum() * with_.mean(), (together.sum() + with_.sum()) / 2
+    return 1.0 if most == chance else float(((together & with_).sum() - chance) / (most - chance))
 
 
 def fuse(centroids: Array, sizes: Array, threshold: float) -> Array:

@@ -24,7 +24,7 @@ def test_a_fault_is_a_line_and_a_traceback_on_demand(world: World, debug: bool) 
     with mock.patch.object(stages.train.stage, "train", side_effect=RuntimeError("it\nbroke")):
         done = world.run(*(["--debug"] if debug else []), *TRAIN, "--config", world.config, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: it broke (RuntimeError, a fault of clip-zss")
+    assert done.stderr.splitlines()[-1].startswith("error: internal error: it broke (RuntimeError): for the traceback")
     assert ("Traceback" in done.stderr) == debug
 
 

@@ -3,9 +3,9 @@
 tests/markdown.py says which blocks are executed, and how a page tells.
 """
 
+import ast
 import re
 import shlex
-import shutil
 import tomllib
 from collections.abc import Sequence
 from contextlib import chdir
@@ -24,10 +24,11 @@ from cli import app
 from configs.ablation import read_ablation
 from configs.dataset import Dataset, Split
 from configs.errors import UserError
-from configs.load import dataset_settings, known_datasets, resolve
+from configs.load import as_settings, dataset_settings, known_datasets, resolve
 from configs.schema import Config
 from tests.conftest import ROOT, World
-from tests.markdown import LANGUAGES, PAGES, Block, blocks, commands, inline_code, links, own_arguments
+from tests.markdown import LANGUAGES, PAGES, Block, anchors, blocks, commands, inline_code, links, own_arguments
+from tests.stages.studies.test_experiments import write_official
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 SCENES = {"train": 12, "holdout": 6, "val": 6}  # images; to render all 2,400 takes half a minute
@@ -185,13 +186,35 @@ def test_a_page_runs_from_top_to_bottom(page: Path, scenes: Path, tmp_path: Path
             run_block(block, World(tmp_path))
 
 
-def test_the_readmes_snippets_run(trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained, tmp_path / "runs" / "scenes-001")
-    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / "photo.jpg")
-    found = [block for block in blocks(PAGES[0]) if block.language == "python"]
-    assert found
-    for block in found:
-        run_snippet(block, tmp_path)
+@pytest.mark.slow
+def test_the_readme_runs(scenes: Path, tmp_path: Path) -> None:
+    """Its commands in order, then its snippets; both stages with --runlocal, as at full size they take hours."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "scenes").symlink_to(scenes)
+    write_official(tmp_path / "~" / "data", "pascal-voc")  # no shell expands the ~
+    (tmp_path / "holiday").mkdir()
+    for place in ("photo.jpg", "holiday/a.jpg"):
+        Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / place)
+    readme = PAGES[0]
+    shown = [words for block in blocks(readme) if block.language == "sh" for words in commands(block.text)]
+    shown += [shlex.split(code) for code in inline_code(readme) if code.startswith("python cli.py ")]
+    ran = []
+    for words in shown:
+        arguments = own_arguments(words)
+        if arguments is None:
+            assert words[0] in ("python", "source", "pip"), words  # make the environment
+            continue
+        extra = {
+            "precompute": ["--runlocal"], "train": ["--runlocal"], "export": ["--run", "runs/scenes-001"],
+            "inspect-pseudolabels": ["--data-root", "~/data"],  # of the last cache, which is pascal-voc's
+        }  # fmt: skip
+        done = World(tmp_path).run(*arguments, *extra.get(arguments[0], []), check=False)
+        assert done.returncode == (2 if arguments[0] == "datasets" else 0), (words, done.stderr)  # VOC has more images
+        ran.append(arguments[0])
+    assert {"precompute", "train", "evaluate", "predict", "datasets", "export", "inspect-pseudolabels"} <= set(ran)
+    for block in blocks(readme):
+        if block.language == "python":
+            run_snippet(block, tmp_path)
 
 
 @pytest.mark.parametrize("block", [block for block in of("sh") if not block.values[0].is_executed])
@@ -219,9 +242,21 @@ def test_code_within_the_text(page: Path) -> None:
         check_inline(code)
 
 
-@pytest.mark.parametrize("page", each_page(PAGES))
-def test_links_point_to_files(page: Path) -> None:
-    assert not [link for link in links(page) if not (page.parent / link).exists()]
+@pytest.mark.parametrize("page", each_page([*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]))
+def test_links_point_to_files_and_headings(page: Path) -> None:
+    for link in links(page):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists() and (not anchor or anchor in anchors(target)), link
+
+
+def test_concepts_show_the_defaults() -> None:
+    """Of settings that are numbers: `loss.bank` (24)."""
+    shown = re.findall(r"`(\w+)\.(\w+)` \(([\d.]+)[):]", (ROOT / "docs" / "concepts.md").read_text())
+    assert len(shown) >= 10
+    for section, name, value in shown:
+        default = as_settings(Config.model_fields[section].default)[name]
+        assert default == float(value), (section, name, default)
 
 
 @pytest.mark.parametrize(
@@ -274,3 +309,16 @@ def test_the_yaml_in_full_has_every_key() -> None:
     content = yaml.safe_load(block.text)
     assert list(content) == list(Dataset.model_fields)
     assert {key for split in content["splits"].values() for key in split} == set(Split.model_fields)
+
+
+def test_contributing_lists_the_slow_tests() -> None:
+    marked = [
+        node.name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef) and "pytest.mark.slow" in map(ast.unparse, node.decorator_list)
+    ]
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert sorted(name for _, name in rows) == sorted(marked)
+    timed = [int(seconds) for seconds, _ in rows]
+    assert timed == sorted(timed, reverse=True)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
@@ -46,6 +47,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_all_verbs_run_without_what_only_posix_has(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(HIDE)
     (tmp_path / "run.py").write_text(RUN)

@@ -59,12 +59,14 @@ def test_names_are_printed_as_well_as_the_terminal_can(accents: World) -> None:
     assert done.returncode == 0 and r"\xe9cran" in done.stdout
 
 
+@pytest.mark.slow
 def test_files_are_utf8_in_any_locale(accents: World, tmp_path: Path) -> None:
     done = start(accents, f"CLIP export --output {tmp_path / 'model'}", **ASCII)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "model" / "model.json").read_text())["classes"][0] == "écran"
 
 
+@pytest.mark.slow
 def test_training_outlives_whoever_reads_its_news(world: World, tmp_path: Path) -> None:
     train = f"CLIP train --cache caches/tiny --config {world.config}"
     for number, redirected in enumerate(("2>&1 | true", "2>/dev/full", "2>&-")):

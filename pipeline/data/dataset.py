@@ -36,7 +36,8 @@ class SegmentationDataset:
         seen_lookup: (256,) uint8, class index -> index among the seen classes, IGNORE for unseen ones.
     """
 
-    def __init__(self, config: Dataset, data_root: Path, split: str) -> None:
+    def __init__(self, config: Dataset, data_root: Path, split: str, faults: list[str] | None = None) -> None:
+        """`faults` gets a line if the split list repeats ids, each of which then counts once; by default an error."""
         if split not in config.splits:
             raise UserError(f"dataset {config.name} has no split {split!r}; it has {', '.join(config.splits)}")
         self.config = config
@@ -49,7 +50,7 @@ class SegmentationDataset:
             write_context_masks(self.root)
         self._folders: dict[str, dict[str, list[str]]] = {}
         self.passed_over: list[str] = []
-        self.ids = self._list_ids()[: config.limit]
+        self.ids = self._list_ids(faults)[: config.limit]
         self._readers = {masks.values: MaskReader(config, masks.values) for masks in self._files.masks}
         self.palettes: dict[str | None, Palette] = {}
         self.seen_lookup = np.full(256, IGNORE, np.uint8)
@@ -73,7 +74,7 @@ class SegmentationDataset:
             "or pass its folder as --data-root"
         )
 
-    def _list_ids(self) -> list[str]:
+    def _list_ids(self, faults: list[str] | None) -> list[str]:
         if not self._files.ids:
             ids = self._scan()
             source = f"{self.root} holds no file {self._files.images}"
@@ -94,8 +95,11 @@ class SegmentationDataset:
         twice = [name for name, times in Counter(ids).items() if times > 1]
         if twice:
             names = ", ".join(map(repr, twice[:10])) + (f" and {len(twice) - 10} more" if len(twice) > 10 else "")
-            raise UserError(f"split {self.split} of {self.root} lists {names} more than once: keep one of each")
-        return ids
+            fault = f"split {self.split} of {self.root} lists {names} more than once: keep one of each"
+            if faults is None:
+                raise UserError(fault)
+            faults.append(fault)
+        return list(dict.fromkeys(ids))
 
     def _scan(self) -> list[str]:
         """The ids of all files that match the pattern of images, sorted."""

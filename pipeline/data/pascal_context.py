@@ -51,8 +51,8 @@ _COUNTS = re.compile("[0-o]*[0-O]")
 def write_context_masks(root: Path, progress: Callable[[int, int], None] | None = None) -> None:
     """Write `root`/SegmentationClassContext/ID.png (8-bit), and the id lists of train and val if they are missing.
 
-    `root` is VOCdevkit/VOC2010. Pixels of no class, or of one beyond the 59, are 0. A folder of masks that exists is
-    taken as it is. The folder appears whole or not at all, and after the lists: a kill leaves nothing to trust.
+    `root` is VOCdevkit/VOC2010. Pixels without one of the 59 classes are 0. An existing folder of masks is not changed.
+    A new one is complete when it appears, after the lists, so a kill leaves no incomplete dataset.
     """
     masks, source = root / MASKS, root / SOURCE
     if masks.exists():

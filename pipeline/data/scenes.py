@@ -243,7 +243,7 @@ def write_scenes(
 
     `names`: the classes that may occur; masks hold indices into CLASSES all the same.
 
-    The folder appears whole or not at all: it is rendered aside and renamed, so a kill leaves nothing to trust.
+    The folder is rendered under another name and renamed at the end, so a kill leaves no incomplete dataset.
     """
     if root.exists():
         return

@@ -26,11 +26,11 @@ def pseudo_labels(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Clusters and fused groups of the unannotated tokens of a batch of views.
 
-    FAISS takes one view after the other, in float32 on the CPU. Torch takes all views at once, in float64, where the
-    order of additions does not show in labels. So a view's labels do not depend on the views beside it.
+    FAISS processes one view after the other, in float32 on the CPU. Torch processes all views at once, in float64, so
+    that the order of additions does not change labels. Either way, a view's labels do not depend on the other views.
 
     Args:
-        dense_tokens: (B, G, G, C) float32, any length, on any device.
+        dense_tokens: (B, G, G, C) float32, not normalised, on any device.
         unannotated: (B, G, G) bool.
         kmeans: "faiss" or "torch"; by default `kmeans_on` the tokens' device.
 
@@ -38,7 +38,7 @@ def pseudo_labels(
         K-means labels and fused groups, each (B, G, G) uint8 from 0, ANNOTATED (255) elsewhere.
 
     Raises:
-        UserError: the windows give more seeds than labels fit, or a token that counts is not finite.
+        UserError: there are more seeds than 8-bit labels, or a token that is used is not finite.
     """
     kmeans = kmeans or kmeans_on(dense_tokens.device.type)
     clusters = np.full(unannotated.shape, ANNOTATED, np.uint8)
@@ -79,7 +79,7 @@ def _cluster(dense_tokens: Tensor, unannotated: Tensor, config: PseudoLabels, km
 
 
 def _joined(tokens: Tensor, scales: list[Clusters]) -> Clusters:
-    """The clusters of all scales as one list; a token keeps the nearest of those it belongs to, the first of equals."""
+    """All scales' clusters as one list; each token is assigned to the nearest of its clusters (ties: the first)."""
     exact = tokens.double().cpu().numpy()
     near = np.stack([(exact * centroids[labels]).sum(axis=1) for labels, centroids in scales])  # (scales, n)
     choice = (near >= near.max(axis=0) - TIE).argmax(axis=0)

@@ -21,7 +21,7 @@ def fuse(centroids: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarr
     """
     alive = np.flatnonzero(sizes)
     similarity = similarities(centroids[alive])
-    near = similarity > threshold  # also a cluster to itself, where it is near another
+    near = similarity > threshold
     rows, columns = np.nonzero(np.triu(near, 1))
     order = (-similarity[rows, columns]).argsort(kind="stable")
     free, owner = np.ones(len(alive), bool), np.arange(len(alive))  # owner: the smallest cluster of a cluster's group
@@ -36,13 +36,13 @@ def fuse(centroids: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarr
 
 
 def similarities(centroids: np.ndarray) -> np.ndarray:
-    """What fusion decides by: cosines of centroids (k, C), rounded to 12 digits; (k, k) float64, symmetric.
+    """Cosines of centroids (k, C), rounded to 12 digits: (k, k) float64, symmetric.
 
-    In float64: near-duplicates differ by less than float32's rounding, and the order of merging depends on them.
+    In float64, because near-duplicates differ by less than float32's rounding, and the order of merging depends on it.
     """
-    # By torch, whose threads stage one sets (NumPy's BLAS takes all cores); equals must tie, whatever its last digits.
+    # In torch, as stage one limits its threads (NumPy's BLAS takes all cores). Rounding makes equal cosines tie.
     exact = torch.from_numpy(centroids).double()
     products = (exact @ exact.T).numpy()
-    lengths = np.sqrt(products.diagonal()).clip(min=1e-99)  # zero centroids look like nothing
+    lengths = np.sqrt(products.diagonal()).clip(min=1e-99)  # a zero centroid is similar to nothing
     cosines = (products / np.outer(lengths, lengths)).round(12)
-    return np.maximum(cosines, cosines.T)  # the halves may differ in the last digit, which rounding can widen
+    return np.maximum(cosines, cosines.T)  # rounding can make the two halves differ

@@ -1,8 +1,8 @@
 """Spherical K-means from given seeds, section 3.3, by two implementations: FAISS for CPUs, torch for GPUs.
 
 A token belongs to the centroid with the largest inner product; a centroid is the mean of its tokens, scaled to unit
-length. The two differ where a cluster becomes empty: FAISS splits another cluster, torch keeps the old centroid. Each
-gives a view the same labels on one machine, whatever else is in the batch.
+length. The two differ if a cluster becomes empty: FAISS splits another cluster, torch keeps the old centroid. On one
+machine, each always gives a view the same labels, whatever else is in the batch.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.openmp import faiss, one_thread
 
-TIE = 1e-12  # float64 inner products that differ by no more are equal: sums are not added in a fixed order on a GPU
+TIE = 1e-12  # float64 inner products this close count as equal: on a GPU, the order of additions is not fixed
 VANISHED = 1e-9
 
 Clusters = tuple[np.ndarray, np.ndarray]  # of a view: labels (n,) int64, centroids (k, C)
@@ -25,26 +25,26 @@ def unit_length(tokens: Tensor) -> Tensor:
 
 
 def lengths(tokens: Tensor) -> Tensor:
-    """(..., 1), never quite zero."""
+    """(..., 1), clamped so that one can divide by it."""
     return torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_(min=1e-37)
 
 
 def direction(sums: Tensor) -> Tensor:
-    """(..., C) float64 at unit length; zero where vectors cancel out up to rounding."""
+    """(..., C) float64 at unit length; zero if the vectors cancel out up to rounding."""
     length = torch.linalg.vector_norm(sums, dim=-1, keepdim=True)
     return torch.where(length < VANISHED, 0, sums / length.clamp(min=VANISHED))
 
 
 def kmeans_faiss(tokens: Tensor, inside: Tensor, seeds: Tensor, seed_counts: Tensor, iterations: int) -> list[Clusters]:
-    """Clusters each view's tokens inside, one view after the other, on the CPU.
+    """Cluster each view's tokens, one view after the other, on the CPU.
 
-    A view with no more tokens than seeds has nothing to cluster: every token is a cluster of its own.
+    If a view has no more tokens than seeds, every token is its own cluster.
 
     Args:
         tokens: (B, n, C) float32, unit length or zero.
         inside: (B, n) bool, tokens to cluster.
         seeds: (B, k, C) float32, any length.
-        seed_counts: (B,) int64, how many of a view's seeds count.
+        seed_counts: (B,) int64, the number of each view's seeds; the rest of `seeds` is ignored.
     """
     found: list[Clusters] = []
     with one_thread():  # FAISS's labels depend on how sums are split among threads
@@ -64,7 +64,7 @@ def kmeans_faiss(tokens: Tensor, inside: Tensor, seeds: Tensor, seed_counts: Ten
 
 
 def kmeans_torch(tokens: Tensor, inside: Tensor, seeds: Tensor, seed_counts: Tensor, iterations: int) -> list[Clusters]:
-    """As kmeans_faiss, all views at once, on any device, all in float64; tokens that are not inside must be zero."""
+    """The same for all views at once, on any device, in float64; tokens that are not inside must be zero."""
     absent = torch.arange(seeds.shape[1], device=seeds.device) >= seed_counts[:, None]
     centroids = direction(seeds)
     labels = _nearest(tokens, centroids, absent)
@@ -87,7 +87,7 @@ def kmeans_torch(tokens: Tensor, inside: Tensor, seeds: Tensor, seed_counts: Ten
 
 
 def _nearest(tokens: Tensor, centroids: Tensor, absent: Tensor) -> Tensor:
-    """(B, n) the centroid of the largest inner product, the first within TIE, but for those `absent` (B, k)."""
+    """(B, n) index of the centroid with the largest inner product (ties: the first), except `absent` ones (B, k)."""
     products = torch.bmm(tokens, centroids.transpose(1, 2)).masked_fill_(absent[:, None], -torch.inf)
     return (products >= products.amax(dim=2, keepdim=True) - TIE).to(torch.uint8).argmax(dim=2)
 

@@ -1,4 +1,4 @@
-"""Region tokens: of each group of a view the direction of its dense tokens, in a byte a channel."""
+"""Region tokens: the mean direction of each group's dense tokens, with one byte per channel."""
 
 import numpy as np
 import torch
@@ -14,24 +14,24 @@ LARGEST = 127
 
 
 def most_groups(config: PseudoLabels, grid: int) -> int:
-    """How many groups `pseudo_labels` can give a view of G = `grid`: one a seed, as far as labels go."""
+    """The largest number of groups that `pseudo_labels` can give a view with grid side `grid`: one per seed."""
     return min(count_windows(config.windows, grid), ANNOTATED)
 
 
 def region_tokens(dense_tokens: Tensor, groups: np.ndarray | Tensor, most: int) -> np.ndarray:
-    """Of each group g the direction of the mean m of its dense tokens at unit length, as round(127 m / max |m|).
+    """For each group, round(127 m / max |m|), where m is the mean of its dense tokens at unit length.
 
-    Only the direction is kept: its cosine with the codes is above 0.999, unless a single channel of hundreds holds
-    nearly all of it. A zero token counts as zero. Where the sum of a group's tokens is shorter than 1e-9 there is no
-    direction, and the row is 0, as are those of groups that the view does not have.
+    The codes keep only the direction of m: their cosine with m is above 0.999, unless one channel of hundreds dominates
+    it. Zero tokens count as zero. If the sum of a group's tokens is shorter than 1e-9, or the view lacks the group, its
+    row is 0.
 
-    Sums are float64, so that views do not show in each other's codes, nor the device but for a code on the edge between
-    two.
+    Sums are float64, so a view's codes do not depend on the other views; another device may change the rounding of a
+    code.
 
     Args:
         dense_tokens: (B, G, G, C) of any float type and length, finite where there is a group, on any device.
-        groups: (B, G, G) uint8; from `most` on, as 255, no group.
-        most: M, groups that a view can have.
+        groups: (B, G, G) uint8; values of `most` and above, such as 255, are no group.
+        most: M, the largest number of groups in a view.
 
     Returns:
         (B, M, C) int8.

@@ -4,22 +4,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-LEAST = 1e-6  # below the share of one token under any window
+LEAST = 1e-6  # smaller than the share of one token in any window
 
 
 def count_windows(windows: tuple[int, ...], grid: int) -> int:
-    """How many windows `window_seeds` takes the means of, of a grid of G = `grid`."""
+    """The number of windows that `window_seeds` averages on a grid of side `grid`."""
     return sum(((grid - min(window, grid)) // (window + 1) + 1) ** 2 for window in windows)
 
 
 def window_seeds(
     tokens: Tensor, unannotated: Tensor, windows: tuple[int, ...], everything: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Means of the unannotated tokens under sliding windows, or of all tokens there, of many views at once.
+    """Mean of the unannotated tokens (or of all tokens) under each sliding window, for a batch of views.
 
-    Each window size slides with stride window + 1, so that 7 and 3 give 4 x 4 + 8 x 8 seeds on a 32 x 32 grid. A
-    window that is larger than the grid covers all of it. Windows without an unannotated token give no seed; where that
-    leaves none (the strips between windows hold the only unannotated tokens), their overall mean is the one seed.
+    Each window size slides with stride window + 1, so 7 and 3 give 4 x 4 + 8 x 8 seeds on a 32 x 32 grid. A window
+    larger than the grid covers the whole grid. A window without unannotated tokens gives no seed. If no window gives
+    one (all unannotated tokens lie between windows), the only seed is the mean of all unannotated tokens.
 
     Args:
         tokens: (B, G, G, C); annotated tokens must be zero, unless they count.
@@ -27,8 +27,8 @@ def window_seeds(
         everything: annotated tokens count too.
 
     Returns:
-        Seeds (B, k, C), of each view in the order of `windows`, then row by row, then zeros; and how many they are,
-        (B,) int64, 0 only without an unannotated token. k is the number of windows.
+        Seeds (B, k, C), where k is the number of windows: for each view in the order of `windows`, row by row, then
+        zeros. And the number of each view's seeds, (B,) int64, 0 only if no token is unannotated.
     """
     grid, free = tokens.permute(0, 3, 1, 2), unannotated[:, None].to(tokens.dtype)
     means, shares = (
@@ -39,7 +39,7 @@ def window_seeds(
         for values in (grid, free)
     )  # fmt: skip
     filled = shares[..., 0] > 0
-    # A mean counts annotated tokens, which are zero; divided by the share of the others it is theirs alone.
+    # The pooled mean includes annotated tokens as zeros; dividing by the share of the others removes them.
     seeds = means * filled[..., None] if everything else means / shares.clamp(min=LEAST)
     counts = filled.sum(dim=1)
     if not filled.all():

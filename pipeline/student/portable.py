@@ -11,10 +11,12 @@ from pipeline.student.student import Student
 
 
 class Portable(nn.Module):
-    """(B, H, W, 3) uint8 RGB and text features (K, C) -> logits (B, K, H, W), float32; normalisation included.
+    """(B, H, W, 3) uint8 RGB and text features (K, C) -> logits (B, K, H, W), float32, for any H and W.
+
+    Normalisation and padding are part of it.
 
     Attributes:
-        multiple: H and W must be multiples of this.
+        multiple: the student pads images to multiples of this.
     """
 
     def __init__(self, student: Student, dtype: torch.dtype = torch.float32) -> None:
@@ -32,23 +34,23 @@ class Portable(nn.Module):
 
     def forward(self, image: Tensor, text_features: Tensor) -> Tensor:
         pixels = (image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        logits = self.student.classify(pixels.to(self.dtype), text_features.to(self.dtype)).float()
-        return nn.functional.interpolate(logits, scale_factor=self.student.stride, mode="bilinear")
-
-
-class _Padded(nn.Module):
-    def __init__(self, convolution: nn.Conv2d, padding: tuple[int, int, int, int]) -> None:
-        super().__init__()
-        self.padding, self.convolution = padding, convolution
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.convolution(nn.functional.pad(x, self.padding))
+        height, width = image.shape[1:3]
+        # Written so that torch.export can tell that the padded sides are multiples.
+        below, right = ((side + self.multiple - 1) // self.multiple * self.multiple - side for side in (height, width))
+        padded = nn.functional.pad(pixels, (0, right, 0, below))
+        logits = self.student.classify(padded.to(self.dtype), text_features.to(self.dtype)).float()
+        stride = self.student.stride
+        for axis, side in ((2, height), (3, width)):  # repeats the last logit over the padding; `Student` crops it
+            places = torch.arange(logits.shape[axis]).clamp(max=(side + stride - 1) // stride - 1)
+            logits = logits.index_select(axis, places)
+        full = nn.functional.interpolate(logits, scale_factor=stride, mode="bilinear")
+        return full.index_select(2, torch.arange(height)).index_select(3, torch.arange(width))
 
 
 def _pad_as_constants(student: Student, multiple: int) -> None:
-    """TensorFlow's `same` padding follows from the size, which a graph works out anew each time; here it is constant.
+    """Replace TensorFlow's `same` padding, which a graph would compute from the size, by constants.
 
-    At sizes that are multiples of all strides it is the same for all.
+    It is the same for all sizes that are multiples of all strides.
     """
     sizes: dict[nn.Module, tuple[int, ...]] = {}
 
@@ -74,4 +76,4 @@ def _pad_as_constants(student: Student, multiple: int) -> None:
             dilation=module.dilation, groups=module.groups, bias=module.bias is not None,  # type: ignore[arg-type]
         )  # fmt: skip
         plain.load_state_dict(module.state_dict())
-        setattr(parent, name, _Padded(plain, tuple(padding)))  # type: ignore[arg-type]
+        setattr(parent, name, nn.Sequential(nn.ConstantPad2d(tuple(padding), 0.0), plain))  # type: ignore[arg-type]

@@ -25,17 +25,16 @@ ONNX, PROGRAM, FEATURES, CARD, DESCRIPTION = (
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}  # of the largest logit
-MOST = 256  # times the multiple: how high and wide an image may be
-Shape = tuple[int, int, int, int]  # batch, rows and columns in multiples, classes
-SHAPES: tuple[Shape, ...] = ((1, 2, 2, 1), (3, 5, 3, 20), (1, 4, 7, 150))  # to check; exported with another
+MOST = 8192  # pixels: how high and wide an image may be
+Shape = tuple[int, int, int, int]  # batch, height and width, classes
 Inputs = tuple[Tensor, Tensor]
 
 
 def export(run: Run, output: Path, precision: Literal["fp32", "fp16"] = "fp32") -> dict[str, float]:
     """Write the folder `output`, which must be empty, and check both programs on sizes other than those of tracing.
 
-    Swin's programs take images of one size, views.size x views.size: torch cannot export its window masks for unknown
-    sizes.
+    Programs take images of any size up to MOST, whose sides are longer than the student's coarsest stride. Swin's take
+    one size, views.size x views.size: torch cannot export its window masks for unknown sizes.
 
     Returns:
         The largest difference of ONNX Runtime's and of the program's logits from the student's, by file.
@@ -72,12 +71,13 @@ def _write(run: Run, folder: Path, precision: Literal["fp32", "fp16"]) -> dict[s
     import onnxruntime
 
     model = Portable(run.student, DTYPES[precision]).eval()
-    fixed = -(-run.config.views.size // model.multiple) if run.config.student.model.startswith("swin") else None
-    shapes = [shape if fixed is None else (shape[0], fixed, fixed, shape[3]) for shape in SHAPES]
+    fixed = run.config.views.size if run.config.student.model.startswith("swin") else None
+    traced, *shapes = _shapes(model.multiple, fixed)
     with progress_bar("export"), torch.no_grad():
         program = torch.export.export(
-            model, _inputs(model, (2, fixed or 3, fixed or 4, 5)), dynamic_shapes=_dynamic(model, fixed is None)
-        )
+            model, _inputs(model, traced), dynamic_shapes=_dynamic(model, fixed is None),
+            prefer_deferred_runtime_asserts_over_guards=True,  # it cannot prove that each side gives a size that works
+        )  # fmt: skip
         with warnings.catch_warnings():  # of tensors that share memory; what is saved is compared below
             warnings.filterwarnings("ignore", message="No complete tensor")
             torch.export.save(program, content := BytesIO())  # of a file it ends the process where the disk is full
@@ -112,18 +112,26 @@ def _write(run: Run, folder: Path, precision: Literal["fp32", "fp16"]) -> dict[s
     return found
 
 
+def _shapes(multiple: int, fixed: int | None) -> list[Shape]:
+    """The shape to export with, and others to check: sides that are multiples of the stride, and some that are not."""
+    sides = [(3 * multiple, 4 * multiple), (multiple + 1, 2 * multiple - 1), (5 * multiple, 3 * multiple - 2),
+             (4 * multiple - 3, 7 * multiple)]  # fmt: skip
+    counts = [(2, 5), (1, 1), (3, 20), (1, 150)]
+    return [(b, fixed or h, fixed or w, k) for (h, w), (b, k) in zip(sides, counts, strict=True)]
+
+
 def _inputs(model: Portable, shape: Shape) -> Inputs:
-    batch, rows, columns, classes = shape
-    draw = torch.Generator().manual_seed(batch + rows + columns + classes)
-    size = (batch, rows * model.multiple, columns * model.multiple, 3)
-    width = model.student.head.project.out_channels
-    features = torch.randn(classes, width, generator=draw)
+    batch, height, width, classes = shape
+    draw = torch.Generator().manual_seed(sum(shape))
+    size = (batch, height, width, 3)
+    channels = model.student.head.project.out_channels
+    features = torch.randn(classes, channels, generator=draw)
     return torch.randint(256, size, generator=draw, dtype=torch.uint8), torch.nn.functional.normalize(features, dim=1)
 
 
 def _dynamic(model: Portable, any_size: bool) -> dict[str, dict[int, Any]]:
     dim = torch.export.Dim
-    sides = {1 + axis: model.multiple * dim(name, min=2, max=MOST) for axis, name in enumerate(("rows", "columns"))}
+    sides = {axis: dim(name, min=model.multiple + 1, max=MOST) for axis, name in ((1, "height"), (2, "width"))}
     return {
         "image": {0: dim("batch", min=1, max=1024), **(sides if any_size else {})},
         "text_features": {0: dim("classes", min=1, max=100_000)},
@@ -146,9 +154,8 @@ def _describe(run: Run, gamma: float, model: Portable, precision: str, fixed: in
     return {
         "inputs": {"image": "(B, H, W, 3) uint8 RGB", "text_features": f"(K, {run.text_features.shape[1]}) float32"},
         "outputs": {"logits": "(B, K, H, W) float32"},
-        "multiple": model.multiple,
-        "smallest": (fixed or 2) * model.multiple,
-        "largest": (fixed or MOST) * model.multiple,
+        "smallest": fixed or model.multiple + 1,
+        "largest": fixed or MOST,
         "short_side": run.config.views.size,
         "padding": [round(255 * value) for value in run.student.mean],
         "precision": precision,
@@ -176,6 +183,6 @@ def _card(run: Run, description: dict[str, Any], found: dict[str, float]) -> str
         text_features=description["inputs"]["text_features"],
         logits=description["outputs"]["logits"],
         gamma=f"{description['gamma']:.4g}",
-        **{name: description[name] for name in ("precision", "multiple", "smallest", "largest", "short_side")},
+        **{name: description[name] for name in ("precision", "smallest", "largest", "short_side")},
         checked="\n".join(f"- `{name}`: {value:.1e}" for name, value in found.items()),
     )

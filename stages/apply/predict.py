@@ -263,25 +263,16 @@ def coco_rle(mask: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
-def _save_mask(mask: np.ndarray, path: Path) -> None:
-    """Write the mask with the overlay's colours as its palette."""
-    picture = Image.fromarray(mask)
-    picture.putpalette(palette().tobytes())
-    _save(picture, path)
-
-
 def _save(picture: Image.Image, path: Path) -> None:
     with writing(path):
         picture.save(path)
 
 
 def _small(picture: np.ndarray) -> np.ndarray:
-    """A photo (H, W, 3), or a mask (H, W), whose longest side is at most PICTURE_SIDE."""
-    height, width = picture.shape[:2]
-    scale = min(1.0, PICTURE_SIDE / max(height, width))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    method = Image.Resampling.BILINEAR if picture.ndim == 3 else Image.Resampling.NEAREST
-    return np.asarray(Image.fromarray(picture).resize(size, method))
+    """A photo (H, W, 3), or a mask (H, W), shrunk until its longest side is at most PICTURE_SIDE."""
+    small = Image.fromarray(picture)
+    small.thumbnail((PICTURE_SIDE,) * 2, Image.Resampling.BILINEAR if picture.ndim == 3 else Image.Resampling.NEAREST)
+    return np.asarray(small)
 
 
 def _legend(masks: Sequence[np.ndarray], words: Vocabulary) -> Image.Image:

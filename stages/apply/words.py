@@ -99,7 +99,7 @@ def vocabulary(run: Run, words: Sequence[str]) -> Vocabulary:
 
         return FrozenClip(run.config.teacher)
 
-    for name, names in new.items():  # each is kept by itself: another list may have it too
+    for name, names in new.items():  # each is kept separately, as other lists may contain it too
         (row,) = class_features(_with_classes(run.config, {name: names}), teacher, run.text_features.shape[1])
         rows[name] = torch.from_numpy(row).to(run.text_features.device)
     seen = [index for index, name in enumerate(parsed) if name in known and known[name] in trained.seen_indices]

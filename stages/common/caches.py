@@ -27,8 +27,8 @@ def choose_cache(cache: str | None, dataset: str | None) -> Cache:
 def split_settings(config: StageOne) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split stage one's settings: those that determine a cache's content, and the rest (file locations, other splits).
 
-    A cache stays valid if its dataset gets another test split or moves. The number of views does not change the content
-    of a view either: a cache with too few is extended, and its manifest says how many there are.
+    A cache stays valid if its dataset moves or gets another test split. The number of views does not change the content
+    of a view either: a cache with too few views is extended, and its manifest stores their number.
     """
     content = as_settings(config)
     del content["views"]["count"]

@@ -51,7 +51,7 @@ def check(config: Dataset, data_root: Path) -> Check:
     palettes: dict[str | None, Palette] = {}
     for split in config.splits:
         try:
-            dataset = SegmentationDataset(config, data_root, split)
+            dataset = SegmentationDataset(config, data_root, split, found.faults)
         except UserError as error:
             found.faults.append(str(error))
             continue

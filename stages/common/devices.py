@@ -43,8 +43,8 @@ def obstacle(device: str) -> str | None:
 def keep_freed_memory() -> None:
     """Lets glibc keep what torch frees on a CPU, for the next layer.
 
-    By default buffers of megabytes go back to the kernel at each free and their pages are faulted in anew: two fifths
-    of SegFormer-B0's time at 512 x 512. Other C libraries do as they do.
+    By default it returns large buffers to the kernel at each free, and their pages are faulted in again: two fifths of
+    SegFormer-B0's time at 512 x 512. Other C libraries are left alone.
     """
     if platform.libc_ver()[0] == "glibc":
         allocator = ctypes.CDLL(None)
@@ -77,7 +77,7 @@ class Lanes(NamedTuple):
 
 
 def lanes(device: str) -> Lanes:
-    """By the kind of device and the machine's cores alone: how a sum is split among threads shows in its last bits."""
+    """Depends only on the kind of device and the cores, as the number of threads changes the last bits of sums."""
     cores = os.cpu_count() or 1
     threads = 1 if cores <= 4 else 4
     return Lanes(threads, threads if device == "cpu" else max(2, cores // _gpus(device) - 1))
@@ -112,7 +112,7 @@ def worker_device(asked: str) -> str:
 
 
 def synchronize(device: str) -> None:
-    """Waits until the device has done what it was told to; CPUs do it at once."""
+    """Wait until the device has finished; on a CPU it already has."""
     if device != "cpu":
         torch.accelerator.synchronize(device)
 

@@ -26,7 +26,7 @@ LINE_EVERY = 30  # seconds
 
 
 class _Screen(Console):
-    """Who reads it may go away (`head`): that ends the printing, not the work. So does what keeps news from stderr."""
+    """If its reader goes away (`head`) or stderr cannot be written, printing stops and the work goes on."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         try:
@@ -35,12 +35,12 @@ class _Screen(Console):
             self.on_broken_pipe()
             if not self.stderr:
                 raise UserError(
-                    f"cannot write the results to stdout ({error.strerror}): send them elsewhere"
+                    f"cannot write the results to stdout ({error.strerror}): redirect them to a file"
                 ) from error
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        with suppress(OSError, ValueError):  # or what is left in the stream's buffer would be tried again at the end
+        with suppress(OSError, ValueError):  # or Python would try to flush the buffer again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 

@@ -49,8 +49,8 @@ def ranks(device: str) -> Iterator[str]:
     except (KeyError, ValueError, RuntimeError) as error:
         what = f"{error} is not set" if isinstance(error, KeyError) else reason(error)
         raise UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment asks for several processes, and they cannot be "
-            f"joined ({what}): start them by torchrun, or `unset WORLD_SIZE` to use one"
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment asks for several processes, but they cannot be "
+            f"joined ({what}): start them with torchrun, or `unset WORLD_SIZE` to use one"
         ) from error
     before, console.quiet = console.quiet, console.quiet or not is_main()
     try:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from configs.load import as_settings, resolve
 from configs.schema import Config
 from pipeline.student.student import Student
 
-RUNS, DATA = Path("runs"), Path("data")  # DATA: where datasets are, unless --data-root says so
+RUNS, DATA = Path("runs"), Path("data")  # DATA: the default of --data-root
 CONFIG, WEIGHTS = "config.yaml", "student.safetensors"
-CHECKPOINTS, STATE = "checkpoints", "state.json"  # a run's folder of them; what a checkpoint has and a run has not
+CHECKPOINTS, STATE = "checkpoints", "state.json"  # a folder in a run; a file that only checkpoints have
 _TEXT, _FACTS = "text_features", "run"
-# Settings that change how a run is carried out, and nothing of what it learns: a continued run may have others.
+# Settings that do not affect what a run learns: they may change when it is continued.
 FREE = ("train.workers", "train.checkpoint_every", "train.keep_checkpoints")
 
 
@@ -35,9 +35,9 @@ class Run:
 
     Attributes:
         text_features: (K, C) of all classes of its dataset.
-        gamma: chosen for these weights in training; None for those that no validation met, and in older runs; NaN where
-            there was nothing to choose it by.
-        alpha: of the losses' logits at the end, alpha R . T; those that are predicted by are R . T. None in older runs.
+        gamma: chosen for these weights in training; None before the first validation and in older runs; NaN if nothing
+            determined it.
+        alpha: the losses' logits are alpha R . T, with this final alpha; prediction uses R . T. None in older runs.
     """
 
     path: Path
@@ -53,22 +53,15 @@ class Run:
 
 
 def new_run(path: Path | None, dataset: str) -> Path:
-    """An empty folder for a run: `path`, or the next free number below runs/.
-
-    Raises:
-        UserError: `path` holds something.
-    """
+    """An empty folder for a run: `path`, or the next free number below runs/. UserError if `path` is not empty."""
     if path is None:
-        taken = [
-            int(p.name.rpartition("-")[2]) for p in RUNS.glob(f"{dataset}-*") if p.name.rpartition("-")[2].isdigit()
-        ]
-        number = max(taken, default=0) + 1
-        while True:
-            path = RUNS / f"{dataset}-{number:03d}"
-            with suppress(FileExistsError):  # another training took it a moment ago
-                path.mkdir(parents=True)
-                return path
-            number += 1
+        taken = [int(ending) for p in RUNS.glob(f"{dataset}-*") if (ending := p.name.rpartition("-")[2]).isdigit()]
+        path = RUNS / f"{dataset}-{max(taken, default=0) + 1:03d}"
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:  # another training took it a moment ago
+            return new_run(None, dataset)
     if path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
         raise UserError(f"--run {path} is not empty: choose another folder, or delete it")
     path.mkdir(parents=True, exist_ok=True)
@@ -76,30 +69,30 @@ def new_run(path: Path | None, dataset: str) -> Path:
 
 
 def is_begun(path: Path) -> bool:
-    """Whether a training was begun there, and can go on.
+    """Whether the folder has a training to continue.
 
     Raises:
-        UserError: it holds weights, but no checkpoint to go on from: a training would write over them.
+        UserError: it is a checkpoint, or has weights that no checkpoint belongs to: a training would overwrite them.
     """
     if not (path / CONFIG).is_file():
         return False
     if (path / STATE).is_file():
         run = path.absolute().parent.parent
-        last = f"train --run {run} goes on at its last one; " if is_begun(run) else ""
+        last = f"to continue from the run's last one, run train --run {run}; " if is_begun(run) else ""
         raise UserError(
-            f"--run {path} is a checkpoint: {last}to go on at this one, copy it to NEW/{CHECKPOINTS}/{path.name} and "
-            f"its {CONFIG} to NEW, then train --run NEW"
+            f"--run {path} is a checkpoint: {last}to continue from this one, copy it to NEW/{CHECKPOINTS}/{path.name} "
+            f"and its {CONFIG} to NEW, then run train --run NEW"
         )
     if list(path.glob("*.safetensors")) and not list(path.glob(f"{CHECKPOINTS}/[0-9]*")):
-        raise UserError(f"--run {path} holds weights, but no checkpoint to go on from: train anew in another folder")
+        raise UserError(f"--run {path} has weights, but no checkpoint to continue from: choose another folder")
     return True
 
 
 def run_folder(path: Path | None, config: Config) -> Path:
-    """The folder to train in: a new one, or that of a run with these settings, but for FREE, which then goes on.
+    """The folder to train in: a new one, or a run with the same settings (except FREE), to be continued.
 
     Raises:
-        UserError: the run has other settings, or the folder holds something else.
+        UserError: the run has other settings, or the folder has other content.
     """
     if path is None or not is_begun(path):
         return new_run(path, config.dataset.name)
@@ -113,7 +106,7 @@ def run_folder(path: Path | None, config: Config) -> Path:
 
 
 def begin_run(path: Path, config: Config) -> None:
-    """Within `one_trainer`: the folder is this training's. UserError: another one began there a moment ago."""
+    """Claim the folder, within `one_trainer`. UserError if another training started there a moment ago."""
     if is_begun(path):
         run_folder(path, config)
     else:
@@ -153,10 +146,10 @@ def one_trainer(path: Path) -> Iterator[None]:
 
 
 def newest_run() -> Path:
-    """The run below runs/ whose weights were saved last."""
+    """The run below runs/ with the most recently saved weights."""
     weights = sorted(RUNS.glob(f"*/{WEIGHTS}"), key=lambda path: path.stat().st_mtime)
     if not weights:
-        raise UserError(f"no trained run below {RUNS}/: run train first, or name one by --run")
+        raise UserError(f"no trained run below {RUNS}/: run train first, or choose one with --run")
     return weights[-1].parent
 
 
@@ -177,7 +170,7 @@ def save_student(
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Puts in place whole what `write` writes to the path that it is given; a kill leaves the old file or the new."""
+    """Replace a file atomically: `write` writes to the path that it is given. A kill leaves the old file or the new."""
     aside = path.with_name(f".{path.name}.partial")
     with writing(path):
         try:
@@ -193,13 +186,11 @@ def load_run(path: Path, device: str = "cpu") -> Run:
     """A trained run, its student in eval mode.
 
     Raises:
-        UserError: no run there, or its files are damaged or do not belong together.
+        UserError: there is no run, or its files are damaged or do not fit each other.
     """
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
-            raise UserError(
-                f"{path} holds no {name}: it is no run, or one without a validation yet: run train --run {path}"
-            )
+            raise UserError(f"{path} has no {name}: it is not a run, or was not validated yet: run train --run {path}")
     settings = read_settings(path)
     try:
         tensors = {}
@@ -209,12 +200,12 @@ def load_run(path: Path, device: str = "cpu") -> Run:
                 tensors[name] = file.get_tensor(name)
         if wrong := not_finite(tensors):
             raise UserError(
-                f"{path / WEIGHTS} holds values that are not finite ({wrong}): train anew, by a lower train.lr"
+                f"{path / WEIGHTS} has values that are not finite ({wrong}): train again with a lower train.lr"
             )
         text_features = tensors.pop(_TEXT)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(
-            f"{path / WEIGHTS} is damaged ({error}): train --run {path} puts back the last checkpoint's"
+            f"{path / WEIGHTS} is damaged ({error}): train --run {path} restores it from the last checkpoint"
         ) from error
     config = resolve(base=settings, base_name=str(path / CONFIG))
     student = Student(config.student, text_features.shape[1], load_weights=False)
@@ -233,7 +224,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _facts(metadata: dict[str, str]) -> tuple[int, float | None, float | None]:
-    """Iteration, gamma and alpha of the weights. ValueError, TypeError or KeyError: they are not ours."""
+    """Iteration, gamma and alpha of the weights. ValueError, TypeError or KeyError if another program wrote them."""
     if _FACTS not in metadata:
         return int(metadata["iteration"]), None, None  # of an older run
     facts = json.loads(metadata[_FACTS])

@@ -47,7 +47,7 @@ def class_features(config: Config, teacher: Callable[[], TextTower], width: int 
             features = teacher().text_features(dataset.synonyms, dataset.templates).cpu().numpy()
         try:
             open_store(path.parent).write(path.name, save({"text_features": features}))
-        except UserError as error:  # they are kept for convenience alone
-            say(f"warning: class features are not kept for the next time ({str(error).partition(': ')[0]})")
+        except UserError as error:  # only a convenience
+            say(f"warning: class features are not kept for the next run ({str(error).partition(': ')[0]})")
             return np.asarray(features, np.float32)
     return read_text_features(path, len(dataset.classes), width)

@@ -20,7 +20,7 @@ def fit_dense_pca(job: ShardJob) -> Pca | None:
         job: of all images; its shard is not made.
 
     Raises:
-        UserError: fewer tokens than their width; BrokenFile for an image that cannot be read and may not be left out.
+        UserError: fewer tokens than their width; BrokenFile for an unreadable image, unless these are skipped.
     """
     worker = worker_of(job)
     size = pca_size(worker.config.storage.dense_tokens)

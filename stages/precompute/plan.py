@@ -11,8 +11,8 @@ from cache.layout import REGION_TOKENS
 from cache.manifest import Manifest
 from configs.errors import UserError
 
-GROUPS = 10  # of a view, on average, where the room for region tokens is reckoned: of scenes it is 2.4
-TIMING = "timing.json"  # beside the manifest, no part of the cache: two caches of the same content took other times
+GROUPS = 10  # assumed average number of groups per view, for the size of region tokens; scenes have 2.4
+TIMING = "timing.json"  # next to the manifest, but not part of the cache's content
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from stages.common.progress import progress_bar, say
 
 LABELS = ("kmeans_labels", "pseudo_labels")
 MADE = (*LABELS, REGION_TOKENS)
-KMEANS = "faiss"  # tokens are read to the CPU, whatever else there is
+KMEANS = "faiss"  # stored tokens are read on the CPU
 
 
 def recluster(config: Config, source: Cache, target: str | None = None) -> str:

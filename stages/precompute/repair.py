@@ -19,7 +19,7 @@ def repair(location: str, data_root: Path, device: str, lender: str | None = Non
     Labels that were computed from another cache's tokens are recomputed from them, without the teacher.
 
     Args:
-        lender: where the cache whose tokens this one shares lies now; by default, where it lay.
+        lender: new location of the cache that this one shares tokens with; by default, it has not moved.
 
     Returns:
         What was damaged.
@@ -35,7 +35,7 @@ def repair(location: str, data_root: Path, device: str, lender: str | None = Non
         try:
             source = open_cache(place)
         except UserError as error:
-            raise UserError(f"{error}; if {place} was moved, name its new place by --lender") from error
+            raise UserError(f"{error}; if {place} was moved, pass its new location as --lender") from error
         recluster(config, source, location)
     else:
         precompute(config, data_root, location, device)

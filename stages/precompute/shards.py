@@ -37,11 +37,11 @@ from stages.common.devices import keep_freed_memory, lanes, synchronize, worker_
 from stages.precompute.stopwatch import Stopwatch
 
 PARTS = ("read", "teacher", "cluster", "write")
-SHARDS_AT_ONCE = 2  # per worker: one has the teacher, one reads its first images or is written
+SHARDS_AT_ONCE = 2  # per worker: one uses the teacher; the other reads its first images, or is written
 _BATCHES_AHEAD = 2
 
 _room = threading.BoundedSemaphore(SHARDS_AT_ONCE)
-_teachers_turn = threading.Lock()  # a shard has the teacher until its last batch: so its writing falls into the next's
+_teachers_turn = threading.Lock()  # one shard at a time uses the teacher; it is written while the next one does
 _loading = threading.Lock()
 
 
@@ -55,13 +55,13 @@ class ShardJob:
     """Everything a worker needs to make one shard; small, because Dask serialises it for every task."""
 
     settings: str  # the resolved stage-one settings as JSON, with the cache's number of views
-    fingerprint: str  # of the cache: weights may change at the same path while a cluster's worker lives on
+    fingerprint: str  # of the cache: weights at the same path may change during the life of a worker
     precompute: Precompute
     data_root: Path
     device: str  # as the user asked
     cache: str
-    kmeans: str | None  # that the cache was begun with; None: not begun, or of a format that does not say
-    holder: str  # who holds the cache's lock: the worker may outlive the run that asked it
+    kmeans: str | None  # that the cache was started with; None: a new cache, or a format without it
+    holder: str  # of the cache's lock: a worker may outlive the run that gave it the job
     index: int
     first_view: int
     start: int
@@ -220,7 +220,7 @@ def _compute(worker: Worker, job: ShardJob, watch: Stopwatch) -> tuple[dict[str,
     def label(encoded: tuple[list[Sample], Tensor, Tensor]) -> Outputs:
         with watch("cluster"):
             outputs = worker.label(encoded, job.kmeans)
-            if encoding != "none":  # they are large, and on a GPU to be fetched
+            if encoding != "none":  # they are large, and must be copied from a GPU
                 outputs.arrays.update(encode_dense(encoded[2].cpu().numpy(), encoding, pca))
             return outputs
 
@@ -242,7 +242,7 @@ def _compute(worker: Worker, job: ShardJob, watch: Stopwatch) -> tuple[dict[str,
 
     with ThreadPoolExecutor(worker.lanes.readers) as readers, ThreadPoolExecutor(1) as labeller:
         batches = ahead(readers, batch, in_batches(samples(), job.precompute.batch_size), _BATCHES_AHEAD)
-        with closing(encoded(batches)) as passes:  # whatever happens, the teacher is handed on
+        with closing(encoded(batches)) as passes:  # releases the teacher, whatever happens
             for outputs in ahead(labeller, label, passes, _BATCHES_AHEAD):
                 _store(outputs, arrays)
     return arrays, skipped
@@ -256,7 +256,7 @@ def _store(outputs: Outputs, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _empty_arrays(worker: Worker, job: ShardJob) -> dict[str, np.ndarray]:
-    """Arrays as they stay for unreadable images: no label, and zeros."""
+    """Arrays with the values that unreadable images keep: no label, and zeros."""
     arrays = {}
     for name, spec in worker.array_specs().items():
         views = max(0, spec.stored_views(worker.config.views.count) - job.first_view)

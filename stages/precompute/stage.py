@@ -121,7 +121,7 @@ def _make(
     most = -(-len(dataset) // config.storage.shard_images)
     with workers(scheduler, device, most) as client:
         manifest, features = _describe(client, base, config, dataset, settings, views)
-        base = replace(base, kmeans=manifest.kmeans)  # one for all workers, whatever their devices
+        base = replace(base, kmeans=manifest.kmeans)  # the same for all workers, whatever their devices
         shards = pending(path, manifest)
         jobs = [
             replace(base, index=index, first_view=first_view, start=start, stop=stop)
@@ -176,10 +176,10 @@ def _describe(
     with progress_bar("loading the teacher"):
         width, arrays, kmeans = on_a_worker(client, describe, job)
     if job.kmeans not in (None, kmeans):
-        say(f"{job.cache} was begun with the K-means of {job.kmeans}, and goes on with it (here it would be {kmeans})")
+        say(f"{job.cache} was started with the K-means of {job.kmeans}, and keeps it (the default here is {kmeans})")
     features = class_features(config, lambda: _TextTower(client, job), width)
     packages = (faiss, np, open_clip, torch, zarr)
-    # Another batch size, say, may round otherwise: a repair takes these.
+    # A repair uses these again, as another batch size, for example, may change rounding.
     rounding = config.precompute.model_dump(mode="json", exclude={"on_error"})
     manifest = Manifest.describe(
         settings=settings,

@@ -20,7 +20,7 @@ from stages.precompute.shards import SHARDS_AT_ONCE
 
 _T = TypeVar("_T")
 _PATIENCE = 60  # seconds until a scheduler must have answered, and a first worker joined
-_STARTS = 3  # of local workers: one that is killed while it starts takes all of them with it
+_STARTS = 3  # of local workers: if one is killed while it starts, all of them fail
 _SETTINGS = {
     "distributed.worker.profile.enabled": False,  # Dask would keep an hour of it in memory
     "distributed.worker.preload": ["stages.precompute.worker_signals"],  # or each would print a traceback at Ctrl-C
@@ -67,16 +67,16 @@ def workers(scheduler: str | None, device: str, most: int) -> Iterator[Client]:
 
 @contextmanager
 def _no_ctrl_c() -> Iterator[None]:
-    """Ctrl-C waits for the block's end; processes that start in it never see one: their parent stops them.
+    """Ctrl-C takes effect after the block; processes that start in it ignore Ctrl-C, and their parent stops them.
 
-    A worker that is interrupted while it imports, before it has Dask's hooks, would print a traceback.
+    A worker that is interrupted while it imports, before Dask's hooks, would print a traceback.
     """
     if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():  # no masks on Windows
         yield
         return
     noted: list[int] = []
-    resource_tracker.ensure_running()  # where multiprocessing starts it later, it takes the mask away
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread and all that begins in it
+    resource_tracker.ensure_running()  # if multiprocessing starts it later, it removes the mask
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for this thread and everything it starts
     handler = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))  # older threads have no mask
     try:
         yield
@@ -94,7 +94,7 @@ def _local_cluster(count: int) -> LocalCluster:
                 return LocalCluster(
                     n_workers=count,
                     threads_per_worker=SHARDS_AT_ONCE,
-                    memory_limit=None,  # Dask would pause a worker that it cannot relieve: none of the memory is Dask's
+                    memory_limit=None,  # Dask would pause workers, although none of the memory is Dask's
                     dashboard_address=":0",  # any free port
                     silence_logs=logging.CRITICAL,
                 )

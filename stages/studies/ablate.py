@@ -27,7 +27,7 @@ from stages.train.provenance import commit
 from stages.train.stage import train
 
 RESULT = "result.json"
-# What `evaluate.gamma` is called in fingerprints: `auto` has had two other meanings in earlier tables.
+# `evaluate.gamma` in fingerprints: in earlier tables, `auto` had two other meanings.
 _GAMMAS: dict[float | str, float | str] = {"holdout": "auto", "auto": "spread"}
 SCORES = {"seen": "mIoU seen", "unseen": "mIoU unseen", "hiou": "hIoU", "purity": "purity"}
 
@@ -113,7 +113,7 @@ def _result(row: str, seed: int, config: Config, data_root: Path, device: str, k
     if not file.exists():
         opened = load_run(train(config, cache, data_root, run, device), device)
         predict = student_predictor(opened.student, opened.text_features, config)
-        with one_trainer(run):  # nor does another process score it
+        with one_trainer(run):  # and nobody else scores it
             gamma, scores = evaluate(predict, config, data_root, opened)
             shown = config.train.iterations * config.train.batch_size
             found = Result(
@@ -144,7 +144,7 @@ def _of_now(found: Result) -> Result:
 def _fingerprint(config: Config, cache: Cache, data_root: Path) -> str:
     settings = as_settings(config)
     settings["evaluate"]["gamma"] = _GAMMAS.get(config.evaluate.gamma, config.evaluate.gamma)
-    if not config.loss.local:  # the first tables were made when there was no such loss
+    if not config.loss.local:  # the first tables are older than this loss
         settings["loss"] = {name: value for name, value in settings["loss"].items() if not name.startswith("local")}
     splits = sorted({config.evaluate.split, "holdout"} & set(config.dataset.splits))
     scored = [SegmentationDataset(config.dataset, data_root, split).digest() for split in splits]

@@ -20,13 +20,12 @@ from pipeline.pictures import contact_sheet, legend, overlay, stacked
 from stages.apply.evaluate import evaluate
 from stages.apply.predictor import Predictor, student_predictor, teacher_predictor
 from stages.common.progress import figure, output, say, show
-from stages.common.runs import load_run, replace_file
+from stages.common.runs import DATA, load_run, replace_file
 from stages.inspect.regions import choose_rows, sheet, summary, table
 from stages.precompute.stage import precompute
 from stages.train.provenance import begun_with
 from stages.train.stage import train
 
-DATA = Path("data")
 PAPER = "the paper's losses"
 PICTURES = 6  # images in each picture
 GAMMAS: dict[float | str, str] = {

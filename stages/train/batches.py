@@ -1,7 +1,7 @@
 """The input of a training step: views prepared by loader workers, and the teacher's outputs for them.
 
-CLS tokens and pseudo labels of the whole dataset are in memory as they are stored, 2 KiB a view. Region tokens, where
-the loss needs them, are read with the view by the loader's workers. (The pictures of a validation read the cache too.)
+CLS tokens and pseudo labels of the whole dataset are kept in memory as stored, 2 KiB per view. Region tokens, if the
+loss needs them, are read by the loader's workers, together with the view.
 """
 
 import math
@@ -29,12 +29,12 @@ from pipeline.data.views import normalise
 from pipeline.learning.ranks import world_size
 from stages.train.ranks import micro_batch, own_draws
 
-SHARED = Path("/dev/shm")  # where Linux has the memory in which workers hand over their batches
+SHARED = Path("/dev/shm")  # on Linux, workers pass their batches on in this shared memory
 AHEAD = 2  # batches that a worker prepares
 
 
 class CannotLoad(UserError):
-    """There is no next batch; the steps before it are whole."""
+    """The next batch cannot be loaded; the steps before it are complete."""
 
 
 class Batch(NamedTuple):
@@ -115,7 +115,7 @@ class Batches:
             schedule.iterations * schedule.batch_size, schedule.seed, mean, live, of_view,
         )  # fmt: skip
         cuda = device.startswith("cuda")
-        # One pass over it is the whole run: workers live as long as that, and fetch two batches each ahead.
+        # One pass over the loader is the whole run, so its workers live as long as the run.
         size, draws, count_workers = micro_batch(schedule), own_draws(schedule, first), loader_workers(schedule.workers)
         tokens = math.prod(cache.manifest.arrays[REGION_TOKENS].tail) if of_view else 0
         batch = size * (config.views.size**2 * (7 if live else 4) + tokens)  # RGB and a mask, and RGB for the teacher
@@ -124,7 +124,7 @@ class Batches:
         loader = DataLoader(
             samples, size, sampler=draws, num_workers=count_workers, prefetch_factor=AHEAD if count_workers else None,
             pin_memory=cuda, worker_init_fn=worker_init, multiprocessing_context="spawn" if count_workers else None,
-            generator=torch.Generator(),  # its own: where a run starts must not show in what the student draws
+            generator=torch.Generator(),  # its own: a resumed run must draw the same random numbers
         )  # fmt: skip
         self._loaded, self._accumulate = _readable(iter(loader)), schedule.accumulate
         if live is None:  # while the workers start
@@ -163,18 +163,21 @@ def loader_workers(asked: int) -> int:
 
 
 def lack_of_shared_memory(batch: int, count: int) -> str | None:
-    """Why `count` workers on this machine cannot hand over batches of so many bytes; None if they can."""
+    """Why shared memory is too small for `count` workers and batches of `batch` bytes; None if it is large enough."""
     need = batch * (AHEAD * count + 1) if count else 0
     if not SHARED.is_dir() or need <= (free := shutil.disk_usage(SHARED).free):
         return None
     return (
-        f"{SHARED} has {free / 2**20:,.0f} MiB free, and the batches of {count} train.workers need "
-        f"{need / 2**20:,.0f}: give a container more (docker run --shm-size 8g), or lower train.workers; 0 needs none"
+        f"{SHARED} has {free / 2**20:,.0f} MiB free, but {count} train.workers need {need / 2**20:,.0f} MiB: start the "
+        "container with more (docker run --shm-size 8g), or lower train.workers; 0 needs none"
     )
 
 
 def _readable(loaded: Any) -> Generator[dict[str, Tensor], None, None]:
-    """The loader's batches. CannotLoad: a worker raised an error, of which the last line is its own, or was ended."""
+    """The loader's batches. CannotLoad if a worker raises an error or is killed.
+
+    Torch re-raises a worker's error with its traceback as the message; only the last line is kept.
+    """
     if sys.platform != "win32" and hasattr(loaded, "_workers"):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in the middle of a step
@@ -187,10 +190,10 @@ def _readable(loaded: Any) -> Generator[dict[str, Tensor], None, None]:
             raise
         ends = {-(worker.exitcode or 0) for worker in loaded._workers}
         names = sorted(signal.Signals(end).name for end in ends if end in set(signal.Signals))
-        why = f"was ended by {', '.join(names)}" if names else f"failed ({_last_line(error)})"
+        why = f"was killed by {', '.join(names)}" if names else f"failed ({_last_line(error)})"
         raise CannotLoad(
-            f"a loader worker {why}; memory may be short: give a container more shared memory (docker run --shm-size "
-            "8g), lower train.workers, or set train.workers=0 to load images in the training process"
+            f"a loader worker {why}; memory may be short: start the container with more shared memory (docker run "
+            "--shm-size 8g), lower train.workers, or set train.workers=0 to load images in the training process"
         ) from error
     finally:
         for worker in getattr(loaded, "_workers", ()):  # they outlive a SIGTERM, see outlive_signals

@@ -56,8 +56,8 @@ class Checkpoints:
         content = json.dumps(_take_tensors(state, "", tensors))
         if wrong := not_finite(tensors):
             raise UserError(
-                f"after iteration {iteration} {wrong} is not finite, and not saved: train in another --run, by a lower "
-                "train.lr"
+                f"{wrong} is not finite after iteration {iteration}, so nothing was saved: lower train.lr, in another "
+                "--run"
             )
         try:
             aside = self.folder / ".partial"
@@ -99,7 +99,7 @@ class Checkpoints:
             reason, tensors = damage(path), dict[str, Tensor]()
             if reason is None:
                 tensors = load_file(path / TENSORS)
-                wrong = not_finite(tensors)  # older versions saved such
+                wrong = not_finite(tensors)  # older versions saved these
                 reason = f"{wrong} is not finite" if wrong else None
             if reason is None:
                 for later in self.iterations():

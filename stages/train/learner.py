@@ -113,7 +113,7 @@ class Learner:
                 if torch.is_tensor(value) and value.ndim > 1:
                     moments[name] = torch.empty_like(parameter).copy_(value)
         self.criterion.bank.restore(state["bank"], self.criterion.alpha.device)
-        self.iteration, self.gamma = state["iteration"], state.get("gamma")  # checkpoints of old have none
+        self.iteration, self.gamma = state["iteration"], state.get("gamma")  # older checkpoints have none
 
     def _parts(self) -> dict[str, Any]:
         parts = {
@@ -149,22 +149,22 @@ def warm_up_and_poly(step: int, warmup: int, iterations: int) -> float:
 
 
 def out_of_proportion(schedule: Train) -> list[str]:
-    """A line for each setting of the schedule that so few iterations cannot do."""
+    """A warning for each setting of the schedule that needs more iterations."""
     lines, best = [], min(schedule.warm_up, (schedule.iterations - 1) // 2)  # the step of the highest rate
     peak = warm_up_and_poly(best, schedule.warm_up, schedule.iterations)
     if peak < 0.5:
         lines.append(
             f"train.warmup {schedule.warm_up:,} is out of proportion to train.iterations {schedule.iterations:,}: the "
-            f"learning rate gets to {peak:.0%} of train.lr at most; leave it unset for 7.5 % of the iterations"
+            f"learning rate reaches at most {peak:.0%} of train.lr; unset, it is 7.5 % of the iterations"
         )
     if schedule.ema and 1 / (1 - schedule.ema) > schedule.iterations / 2:
         lines.append(
             f"train.ema {schedule.ema} averages over {1 / (1 - schedule.ema):,.0f} iterations, of "
-            f"{schedule.iterations:,} in all: the first, random weights stay in the average; lower it"
+            f"{schedule.iterations:,} in total, so the initial random weights stay in the average: lower it"
         )
     return lines
 
 
 def _seed(*numbers: int) -> int:
-    """Of torch's generators, which torch.manual_seed takes; others for other numbers."""
+    """A seed for torch.manual_seed; other numbers give other seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -32,7 +32,7 @@ class RunLog:
         for name in (LOSSES, SCORES):
             cut(path / name, start)
         self._losses = (path / LOSSES).open("a", buffering=1)
-        threading.excepthook = _raised_again
+        threading.excepthook = _hide_os_errors
         with writing(path / BOARD):
             self._board = SummaryWriter(str(path), purge_step=start + 1 if start else None)
 
@@ -79,8 +79,8 @@ class RunLog:
             self._wandb.log({"iteration": iteration, **values})
 
 
-def _raised_again(error: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread hands what the disk says on to the next write: it needs no traceback of its own."""
+def _hide_os_errors(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread passes an OSError on to the next write, so its own traceback is not printed."""
     if not isinstance(error.exc_value, OSError):
         threading.__excepthook__(error)
 

@@ -35,7 +35,7 @@ class LiveTeacher:
                 )
         self._device, self._pseudo_labels, self._kmeans = device, config.pseudo_labels, cache.manifest.kmeans
         how = config.precompute
-        with fork_rng(devices=[]):  # its random weights, where it has such, must not show in what the student draws
+        with fork_rng(devices=[]):  # random weights must not change the student's random numbers
             self._clip = FrozenClip(config.teacher, device, how.channels_last, how.compile)
         fresh = config.views if config.train.teacher == "fresh" else None
         self.live = LiveView(self._clip.mean, self._clip.grid(config.views.size), fresh)
@@ -46,9 +46,7 @@ class LiveTeacher:
         pixels = normalise(loaded["shown"], self._clip.mean, self._clip.std, self._device)
         cls_tokens, dense_tokens = self._clip.encode(pixels)
         groups = pseudo_labels(dense_tokens, loaded["unannotated"].numpy(), self._pseudo_labels, self._kmeans)[1]
-        regions = None if self._most is None else from_numpy(region_tokens(dense_tokens, groups, self._most))
-        return (
-            cls_tokens.clone(),  # it may take part in autograd
-            from_numpy(groups).to(self._device),
-            None if regions is None else regions.to(self._device),
-        )
+        regions = None
+        if self._most is not None:
+            regions = from_numpy(region_tokens(dense_tokens, groups, self._most)).to(self._device)
+        return cls_tokens.clone(), from_numpy(groups).to(self._device), regions  # cloned, as autograd may need it

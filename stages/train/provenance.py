@@ -72,7 +72,7 @@ def last_cache(run: Path) -> str | None:
     name = str(last["cache"])
     if "://" in name:
         return name
-    # Named from the run, the working folder or one above the run: both may have been moved with a folder they lie in.
+    # Relative to the run, to the working folder or to a folder above the run: a project may have been moved as a whole.
     places = [place_of(name, run), name, *(place_of(name, folder) for folder in run.absolute().parents)]
     return next((place for place in places if Path(place).is_dir()), places[0 if name.startswith("..") else 1])
 
@@ -92,8 +92,8 @@ def check_same_cache(run: Path, cache: Cache) -> None:
     last = last_start(run)
     if last and last["cache_fingerprint"] != cache.manifest.fingerprint:
         raise UserError(
-            f"--run {run} was started with cache {last_cache(run)}, and {cache.location} has other content: pass "
-            "the first as --cache, or choose another --run"
+            f"--run {run} was started with cache {last_cache(run)}, but {cache.location} has other content: pass the "
+            "first one as --cache, or choose another --run"
         )
 
 

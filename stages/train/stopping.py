@@ -9,11 +9,11 @@ from types import FrameType
 
 from stages.common.progress import say
 
-GRACE = 60  # seconds that a loader's worker outlives a SIGTERM by
+GRACE = 60  # seconds from a SIGTERM until a loader worker ends
 
 
 class Stopped(Exception):
-    """A signal came while something was under way that can be done again."""
+    """A signal interrupted work that can be repeated."""
 
 
 class Stop:
@@ -27,7 +27,7 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        """0 after SIGTERM, which a cluster sends and which is no failure; 130 after Ctrl-C, as shells have it."""
+        """0 after SIGTERM, which clusters send and which is no failure; 130 after Ctrl-C, as in shells."""
         return 130 if self.signal == signal.SIGINT else 0
 
     def check(self) -> None:
@@ -57,10 +57,10 @@ def stop_on_signals() -> Iterator[Stop]:
 
 
 def outlive_signals(worker: int) -> None:
-    """A DataLoader's `worker_init_fn`: signals to all processes of a job must not end the workers before the step.
+    """A DataLoader's `worker_init_fn`: a signal to all processes of a job must not end workers before the main process.
 
-    A worker's death would raise an error in the middle of whatever the main process does.
+    A worker's death would raise an error in the middle of a step.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform != "win32":  # it has no alarm, and ends a process without a signal
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))  # SIGALRM ends it
+    if sys.platform != "win32":  # Windows has no alarm
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))  # SIGALRM ends the worker

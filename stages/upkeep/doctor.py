@@ -67,7 +67,7 @@ def doctor(asked: str) -> Iterator[Finding]:
 
 
 def _gpus() -> Iterator[Finding]:
-    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):  # NVML may count what is no use
+    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):  # NVML counts unusable GPUs
         gpu = torch.cuda.get_device_properties(number)
         yield Finding("GPU", f"cuda:{number}: {gpu.name}, {size(gpu.total_memory)}, CUDA {torch.version.cuda}")
     if torch.backends.mps.is_available():
@@ -105,9 +105,9 @@ def _smoke(device: str) -> Iterator[Finding]:
             try:
                 with _silence(), chdir(folder):
                     do()
-            except Exception as error:  # what is looked for
+            except Exception as error:  # any error is a finding
                 yield Finding(part, _reason(error), fault=True)
-                return  # the others stand on it
+                return  # the later parts depend on it
             yield Finding(part, f"works, one image in {time.perf_counter() - start:.1f} s")
 
 

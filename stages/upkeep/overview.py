@@ -2,15 +2,16 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cache.folder import FolderStore
 from cache.layout import MANIFEST
 from cache.manifest import flat_settings
 from cache.verify import info
 from configs.errors import UserError
+from configs.load import merge
 from stages.common.caches import CACHES
 from stages.common.runs import CHECKPOINTS, CONFIG, RUNS, read_settings
 from stages.train.checkpoints import Checkpoints
@@ -25,7 +26,7 @@ class Entry:
     dataset: str
     bytes: int
     settings: dict[str, str] = field(default_factory=dict)
-    fault: str | None = None  # why it cannot be read; then nothing else counts
+    fault: str | None = None  # why it cannot be read; then the other fields mean nothing
 
 
 @dataclass
@@ -61,7 +62,7 @@ def caches() -> list[CacheEntry]:
             settings.append({})
             continue
         done, planned = found.views_done, found.manifest.images * found.manifest.views
-        made_from = {**found.settings, "views": {**found.settings["views"], "count": found.manifest.views}}
+        made_from = merge(found.manifest.settings, {"views": {"count": found.manifest.views}})
         entries.append(
             CacheEntry(str(path), made_from["dataset"]["name"], _bytes(path), views=done, views_planned=planned)
         )
@@ -76,7 +77,7 @@ def runs() -> list[RunEntry]:
     for path in _run_folders():
         try:
             own = read_settings(path)
-            flat = flat_settings(own)  # TypeError: what YAML allows and no setting of ours is
+            flat = flat_settings(own)  # TypeError: YAML values that cannot be settings
             entry = _run(path, own)
         except (UserError, KeyError, TypeError) as error:
             ours = isinstance(error, UserError)
@@ -121,9 +122,4 @@ def _with_differences(entries: list[E], settings: Sequence[dict[str, str]]) -> l
 
 
 def _bytes(folder: Path) -> int:
-    total = 0
-    for inside, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):  # a training at work deletes old checkpoints
-                total += Path(inside, name).stat().st_size
-    return total
+    return sum(FolderStore(folder).sizes().values())

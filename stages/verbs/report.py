@@ -204,7 +204,7 @@ def overview_table(caches: Sequence[CacheEntry], runs: Sequence[RunEntry]) -> No
 
 
 def _folded(name: str, *columns: str) -> Table:
-    """A table whose first column is not broken where others can be, and in which nothing is cut short."""
+    """A table that wraps long cells, in the first column last, and cuts nothing off."""
     table = Table()
     table.add_column(name, overflow="fold", no_wrap=True)
     for column in columns:

@@ -24,7 +24,6 @@ from stages.verbs.options import (
     RunOption,
     SeedOption,
     SetOption,
-    check_json,
     device_of,
     open_cache,
     print_result,
@@ -67,10 +66,7 @@ def evaluate(
             opened = load_run(run or newest_run(), on)
             settings = resolve(dataset, config, set_, as_settings(opened.config), runlocal)
             settings, features = features_of(settings, opened, on)
-            name, predict = (
-                str(opened),
-                student_predictor(opened.student, features, settings),
-            )
+            name, predict = str(opened), student_predictor(opened.student, features, settings)
         gamma, scores = stage(predict, settings, data_root, opened)
         found = (name, settings, gamma, scores, opened.alpha if opened else None)
         if is_main():
@@ -171,15 +167,7 @@ def inspect_pseudolabels(
         "pseudo-labels"
     ),
     terminal: Annotated[bool, typer.Option("--terminal", help="Print a table instead.")] = False,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            callback=check_json,
-            help="Print the table and write it as JSON; - prints only JSON.",
-        ),
-    ] = None,
+    json_file: JsonOption = None,
     png: Annotated[
         Path | None, typer.Option("--png", metavar="FILE.png", help="Write a picture of a few images instead.")
     ] = None,

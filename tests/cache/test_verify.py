@@ -22,6 +22,7 @@ def flip(data, place):
     return bytes(changed)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_found_and_repaired(stage_one):
     """In every file at least one, 1,000 in all, each alone; the damage names the file, and repair gives it back."""
     stage = stage_one(images=2, shard_images=1)
@@ -147,7 +148,7 @@ def test_info(stage_one):
     stage.run()
     about = info(stage.location)
     assert (about.shards_done, about.views_done, about.skipped) == (3, 16, 0)
-    assert about.settings == stage.manifest.settings
+    assert about.manifest.settings == stage.manifest.settings
     sizes = {key: len(data) for key, data in stage.tree().items()}
     for name in stage.specs:
         assert about.array_bytes[name] == sum(n for key, n in sizes.items() if key.startswith(f"arrays/{name}/"))

@@ -172,6 +172,7 @@ def test_a_file_stops_evaluation(odd: File, files: World) -> None:
     assert said(odd, lines(errors, "error"), slug(odd))
 
 
+@pytest.mark.slow
 def test_files_through_the_other_verbs(files: World) -> None:
     done(files, "evaluate", "--run", "runs/odd")
     done(files, "inspect-pseudolabels", "--cache", "caches/odd", "--terminal")

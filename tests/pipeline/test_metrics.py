@@ -1,6 +1,5 @@
 """Metrics of generalized zero-shot segmentation, Eq. 9, and calibrated stacking."""
 
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from pipeline import metrics
 from pipeline.inference import ClassLogits, Window
 from pipeline.metrics import (
     CalibratedStacking,
-    adjusted_rand_index,
     best_of,
     calibrated_argmax,
     confusion_matrix,
@@ -209,38 +207,3 @@ def test_a_few_classes_at_a_time_is_the_naive_argmax(
         best, which = best_of(found, chosen, size)
         assert torch.equal(best, naive[chosen].amax(dim=0))
         assert torch.equal(which, torch.tensor(chosen)[naive[chosen].argmax(dim=0)])
-
-
-def pair_counting_index(first: Array, second: Array) -> float:
-    """From the definition: pairs that are together in both groupings, beside what chance would give."""
-    pairs = list(combinations(range(len(first)), 2))
-    in_first = [first[a] == first[b] for a, b in pairs]
-    in_second = [second[a] == second[b] for a, b in pairs]
-    both = sum(x and y for x, y in zip(in_first, in_second, strict=True))
-    chance = sum(in_first) * sum(in_second) / len(pairs)
-    most = (sum(in_first) + sum(in_second)) / 2
-    return 1.0 if most == chance else (both - chance) / (most - chance)
-
-
-@pytest.mark.parametrize("kinds", [(1, 1), (1, 4), (2, 2), (3, 7), (12, 12)])
-def test_adjusted_rand_index_counts_pairs(kinds: tuple[int, int]) -> None:
-    random = np.random.default_rng(0)
-    for count in (2, 3, 12, 40):
-        first, second = (random.integers(0, kind, count).astype(np.uint8) for kind in kinds)
-        second[: count // 2] = first[: count // 2]  # agreement somewhere between chance and all
-        assert adjusted_rand_index(first, second) == pytest.approx(pair_counting_index(first, second), abs=1e-12)
-        assert adjusted_rand_index(first, second) == adjusted_rand_index(second, first)
-
-
-def test_adjusted_rand_index_of_equal_groupings_whatever_they_are_called() -> None:
-    labels = np.array([0, 0, 1, 2, 2, 5])
-    assert adjusted_rand_index(labels, np.array([7, 7, 0, 3, 3, 1])) == 1
-    for same in (np.zeros(10**6, np.uint8), np.arange(5), np.zeros(1, int), np.zeros(0, int)):
-        assert adjusted_rand_index(same, same) == 1
-    assert adjusted_rand_index(np.arange(6), np.zeros(6, int)) == 0
-    assert adjusted_rand_index(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])) == -0.5
-
-
-def test_adjusted_rand_index_of_independent_groupings_is_about_0() -> None:
-    first, second = np.random.default_rng(0).integers(0, 9, (2, 20_000))
-    assert abs(adjusted_rand_index(first, second)) < 2e-3

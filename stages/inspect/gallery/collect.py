@@ -1,4 +1,4 @@
-"""What the gallery shows of each view: its picture and labels, and what fusing them anew in the page needs."""
+"""What the gallery shows of each view: picture and labels, and the data for fusing regions again in the page."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from stages.inspect.regions import PseudoLabelRow, describe
 
 @dataclass(frozen=True)
 class Regions:
-    """The K-means regions of a view, k of them, ascending by label, as the dense tokens have them.
+    """The k K-means regions of a view, in the order of their labels, computed from the dense tokens.
 
     Attributes:
-        similarity: (k, k) float64, what fusion decides by.
-        lengths: (k,) float64, of the sum of each region's unit-length tokens.
+        similarity: (k, k) float64, as used by fusion.
+        lengths: (k,) float64, length of the sum of each region's unit-length tokens.
         text: (k, K) float64, cosines of the regions' centroids with the class features.
         same: whether fusing them at the cache's lambda gives the cache's groups.
     """
@@ -47,7 +47,7 @@ class View:
         clusters, groups: (G, G) uint8 as cached, IGNORE for annotated tokens.
         seeds: (window, how many of its places gave a seed) of each window of pseudo_labels.windows, in the order of the
             K-means labels; empty where every token is a region of its own.
-        regions: None without dense tokens of this view, or of several K-means.
+        regions: None if the view has no dense tokens, or with one K-means per scale.
     """
 
     row: PseudoLabelRow
@@ -69,7 +69,7 @@ def collect(config: Config, cache: Cache, data_root: Path, rows: Sequence[int]) 
     dataset = SegmentationDataset(config.dataset, data_root, "train")
     check_cache(cache, config, dataset)
     size, dense = config.views.size, DENSE_TOKENS in cache.names
-    joint = config.pseudo_labels.kmeans == "joint"  # else a region's tokens do not tell its centroid
+    joint = config.pseudo_labels.kmeans == "joint"  # otherwise a region's tokens do not determine its centroid
     for row in rows:
         image, mask = dataset.pair(row)
         groups, clusters, views = (cache.read(name, row) for name in ("pseudo_labels", "kmeans_labels", "views"))
@@ -99,9 +99,9 @@ def find_regions(
 ) -> Regions:
     """Regions from dense tokens (G, G, C), labels (G, G) and class features (K, C).
 
-    A centroid is the mean of its region's unit-length tokens, which is what K-means ends with when no token moves any
-    more. What was fused in stage one can differ: dense tokens are stored with less precision, and K-means may have been
-    stopped by its number of iterations. `same` tells whether it shows.
+    A centroid is the mean of its region's unit-length tokens, as in a K-means that has converged. Stage one's centroids
+    can differ, as dense tokens are stored with less precision, and K-means may have stopped earlier. `same` tells
+    whether that changes the groups.
     """
     unannotated = clusters != IGNORE
     alive, index = np.unique(clusters[unannotated], return_inverse=True)
@@ -118,9 +118,9 @@ def find_regions(
 
 
 def count_seeds(unannotated: np.ndarray, windows: Sequence[int]) -> list[tuple[int, int]]:
-    """View.seeds, from (G, G) bool: which window a K-means label's seed came from follows from how many they are.
+    """View.seeds, from unannotated tokens (G, G) bool.
 
-    Eq. 4 as in pipeline/pseudo_labels/seeds.py: places without an unannotated token give none.
+    As in pipeline/pseudo_labels/seeds.py (Eq. 4), windows without an unannotated token give no seed.
     """
     grid = len(unannotated)
     found = []

@@ -37,7 +37,7 @@ def check_folder(folder: Path) -> None:
 def write_gallery(config: Config, location: str, views: Iterable[View], folder: Path) -> Path:
     """Writes the page about the cache at `location`, and returns its path. Views are taken one at a time.
 
-    A gallery that is there stays as it is until the new one is complete.
+    An existing gallery is kept until the new one is complete.
     """
     check_folder(folder)
     beside = folder.resolve()  # `.` has no name
@@ -46,9 +46,9 @@ def write_gallery(config: Config, location: str, views: Iterable[View], folder: 
     try:
         _write(config, location, views, aside)
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.move(aside / INDEX, folder / INDEX)  # first: after a kill from here on, the folder counts as a gallery
+        shutil.move(aside / INDEX, folder / INDEX)  # first, so that the folder counts as a gallery after a kill
         shutil.rmtree(folder / VIEWS, ignore_errors=True)
-        for name in (VIEWS, *PARTS, PAGE):  # what else is in the folder stays
+        for name in (VIEWS, *PARTS, PAGE):  # other files in the folder stay
             shutil.move(aside / name, folder / name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -95,7 +95,7 @@ def _put(path: Path, text: str) -> None:
 
 
 def _what_is_missing(config: Config, views: int, fusable: int) -> str:
-    """Why the page cannot fuse all views anew, and what to do; empty if it can."""
+    """Why the page cannot fuse all views again, and what to do; empty if it can."""
     if fusable == views:
         return ""
     why = f"{views - fusable} views have no dense tokens in the cache"
@@ -111,12 +111,12 @@ def _part(name: str) -> str:
 
 
 def _call(function: str, *values: Any) -> str:
-    """A script in ASCII, whatever names hold: JSON is a part of JavaScript."""
+    """A script in ASCII, whatever the names contain: JSON is a subset of JavaScript."""
     return f"gallery.{function}({', '.join(json.dumps(value, allow_nan=False) for value in values)});\n"
 
 
 def _line(view: View, hidden: list[int]) -> dict[str, Any]:
-    """What the index holds of a view: enough to sort, filter and draw the charts without its data."""
+    """A view's line of the index: enough to sort, filter and draw the charts."""
     row = view.row
     return {
         "id": row.image_id,
@@ -131,9 +131,9 @@ def _line(view: View, hidden: list[int]) -> dict[str, Any]:
 
 
 def hidden_classes_found(groups: np.ndarray, truth: np.ndarray, hidden: list[int]) -> list[tuple[int, int, int]]:
-    """(class, its pseudo-labelled tokens, those in groups that it is the commonest class of) of the classes there are.
+    """For each hidden class in the view: (class, its pseudo-labelled tokens, those in groups where it is most common).
 
-    The commonest of a group: ties go to the smallest class; tokens without a known class do not count.
+    Ties go to the smallest class; tokens without a known class do not count.
     """
     counted = (groups != IGNORE) & (truth != IGNORE)
     table = np.zeros((256, 256), np.int64)
@@ -160,7 +160,7 @@ def _data(view: View) -> dict[str, Any]:
 
 
 def _fusable(regions: Regions) -> dict[str, Any]:
-    """Similarities above the diagonal, row by row, as the doubles that they are, so that the page decides as Python."""
+    """Similarities above the diagonal, row by row, as doubles, so that the page makes the same decisions as Python."""
     above = regions.similarity[np.triu_indices(len(regions.lengths), 1)]
     return {
         "similarities": _base64(above.astype("<f8")),
@@ -170,7 +170,7 @@ def _fusable(regions: Regions) -> dict[str, Any]:
 
 
 def _runs(labels: np.ndarray) -> str:
-    """Bytes by turns a label and how often it comes, from 1 to 255, row by row, in base64; squares only."""
+    """Run lengths of square labels, row by row, in base64: alternately a label and its count, from 1 to 255."""
     flat = labels.ravel()
     starts = np.flatnonzero(np.append(True, flat[1:] != flat[:-1]))
     lengths = np.diff(np.append(starts, len(flat)))

@@ -78,13 +78,6 @@ def test_nothing_to_fuse(threshold: float) -> None:
     assert fuse(np.ones((1, 4), np.float32), np.ones(1), threshold).tolist() == [0]
 
 
-def test_length_does_not_matter() -> None:
-    rng = np.random.default_rng(0)
-    centroids = rng.normal(size=(20, 3)).astype(np.float32)
-    scale = rng.uniform(0.01, 100, (20, 1)).astype(np.float32)
-    np.testing.assert_array_equal(fuse(scale * centroids, np.ones(20), 0.8), fuse(centroids, np.ones(20), 0.8))
-
-
 def test_zero_centroids_look_like_nothing() -> None:
     centroids = np.zeros((3, 4), np.float32)
     assert fuse(centroids, np.ones(3), 0.8).tolist() == [0, 1, 2]

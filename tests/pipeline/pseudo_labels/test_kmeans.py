@@ -89,16 +89,6 @@ def test_reference(kmeans: str, iterations: int, n: int, k: int, width: int, see
     np.testing.assert_allclose(centroids, expected[1], atol=2e-6 if kmeans == "faiss" else 1e-12)
 
 
-@BOTH
-@pytest.mark.parametrize("seed", range(3))
-def test_separate_clusters_are_found(kmeans: str, seed: int) -> None:
-    tokens, seeds, truth = draw_clusters(np.random.default_rng(seed), 200, 12, 32, 0.02)
-    ((labels, centroids),) = solve(kmeans, [(tokens, seeds)])
-    np.testing.assert_array_equal(labels, truth)
-    means = reference.unit(np.stack([tokens[truth == cluster].mean(axis=0) for cluster in range(12)]))
-    np.testing.assert_allclose(centroids, means, atol=1e-6)
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("iterations", [1, 2, 10])
 def test_torch_on_any_input(iterations: int, seed: int) -> None:
@@ -130,18 +120,6 @@ def test_each_token_is_with_the_nearest_centroid(kmeans: str, seed: int) -> None
             np.testing.assert_array_equal(centroids, tokens)
 
 
-@BOTH
-@pytest.mark.parametrize("seed", range(2))
-def test_a_view_does_not_depend_on_the_batch(kmeans: str, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    problems = draw_problems(rng)
-    alone = [solve(kmeans, [problem])[0][0] for problem in problems]
-    for _ in range(3):
-        order = rng.permutation(len(problems))[: rng.integers(2, len(problems) + 1)]
-        for index, (labels, _) in zip(order, solve(kmeans, [problems[i] for i in order]), strict=True):
-            np.testing.assert_array_equal(labels, alone[index])
-
-
 def test_faiss_computes_on_one_thread_whatever_the_caller_has(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, seeds, _ = draw_clusters(np.random.default_rng(0), 40, 3, 4, 0.3)
     before, train, found = faiss.omp_get_max_threads(), faiss.Clustering.train, []
@@ -157,6 +135,18 @@ def test_faiss_computes_on_one_thread_whatever_the_caller_has(monkeypatch: pytes
         assert (found, faiss.omp_get_max_threads()) == ([1], 2)
     finally:
         faiss.omp_set_num_threads(before)
+
+
+@BOTH
+@pytest.mark.parametrize("seed", range(2))
+def test_a_view_does_not_depend_on_the_batch(kmeans: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    problems = draw_problems(rng)
+    alone = [solve(kmeans, [problem])[0][0] for problem in problems]
+    for _ in range(3):
+        order = rng.permutation(len(problems))[: rng.integers(2, len(problems) + 1)]
+        for index, (labels, _) in zip(order, solve(kmeans, [problems[i] for i in order]), strict=True):
+            np.testing.assert_array_equal(labels, alone[index])
 
 
 @BOTH

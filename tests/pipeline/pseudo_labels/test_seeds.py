@@ -35,27 +35,10 @@ def test_reference(kind: str, grid: int, windows: tuple[int, ...], everything: b
     np.testing.assert_allclose(seeds, expected, atol=1e-6)
 
 
-def test_the_paper_counts_80_seeds() -> None:
-    unannotated = np.ones((32, 32), bool)
-    tokens = draw_unit(np.random.default_rng(0), 32, 32, 4, dtype=np.float32)
-    assert [len(window_seeds(tokens, unannotated, windows)) for windows in (PAPER, (7,), (3,))] == [80, 16, 64]
-
-
 def test_order_is_windows_then_rows_then_columns() -> None:
     tokens = np.stack(np.meshgrid(np.arange(8.0), np.arange(8.0), indexing="ij"), axis=2).astype(np.float32)
     seeds = window_seeds(tokens, np.ones((8, 8), bool), PAPER)
     np.testing.assert_array_equal(seeds, [[3, 3], [1, 1], [1, 5], [5, 1], [5, 5]])
-
-
-def test_tokens_between_windows_give_one_seed() -> None:
-    rng = np.random.default_rng(1)
-    tokens, unannotated = draw_unit(rng, 32, 32, 5, dtype=np.float32), draw_mask("strips", 32, rng)
-    seeds = window_seeds(tokens, unannotated, PAPER)
-    np.testing.assert_allclose(seeds, tokens[unannotated].mean(axis=0, dtype=float)[None], atol=1e-6)
-
-
-def test_no_unannotated_token_gives_no_seed() -> None:
-    assert window_seeds(np.ones((8, 8, 5), np.float32), np.zeros((8, 8), bool), PAPER).shape == (0, 5)
 
 
 def test_views_do_not_know_of_each_other() -> None:
@@ -67,8 +50,3 @@ def test_views_do_not_know_of_each_other() -> None:
         alone = window_seeds(tokens[view], mask, PAPER)
         np.testing.assert_array_equal(seeds[view, : int(counts[view])], alone)
         assert not seeds[view, len(alone) :].any()
-
-
-def test_zero_tokens_give_zero_seeds() -> None:
-    seeds = window_seeds(np.zeros((8, 8, 5), np.float32), np.ones((8, 8), bool), PAPER)
-    np.testing.assert_array_equal(seeds, np.zeros((5, 5)))

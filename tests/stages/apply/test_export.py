@@ -43,7 +43,10 @@ def onnx(folder: Path, image: np.ndarray, features: np.ndarray) -> np.ndarray:
     return np.asarray(session.run(None, {"image": image, "text_features": features})[0])
 
 
-@pytest.mark.parametrize(("batch", "rows", "columns", "classes"), [(1, 64, 64, 1), (2, 96, 224, 7), (1, 320, 64, 20)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("batch", "rows", "columns", "classes"), [(1, 64, 64, 1), (2, 96, 224, 7), (1, 127, 127, 3), (2, 33, 250, 20)]
+)
 def test_onnx_equals_the_student_at_any_size_and_words(
     exported: Path, trained: Path, batch: int, rows: int, columns: int, classes: int
 ) -> None:
@@ -58,7 +61,7 @@ def test_onnx_equals_the_student_at_any_size_and_words(
     with torch.no_grad():  # R . T by its definition, less the word's spread
         logits = torch.einsum("bchw,kc->bkhw", student(pixels), torch.from_numpy(features))
         logits -= torch.from_numpy(deviations.astype(np.float32))[:, None, None]
-        wanted = torch.nn.functional.interpolate(logits, (rows, columns), mode="bilinear").numpy()
+        wanted = torch.nn.functional.interpolate(logits, scale_factor=4, mode="bilinear").numpy()[..., :rows, :columns]
     assert np.abs(onnx(exported, image, features) - wanted).max() <= 1e-4 * max(1, np.abs(wanted).max())
 
 
@@ -85,7 +88,7 @@ def test_the_cards_program_equals_the_segmenter(exported: Path, trained: Path, t
     assert done.returncode == 0, done.stderr
     mask, wanted = np.load(here / "mask.npy"), Segmenter(run, gamma)(here / "photo.jpg")
     assert mask.shape == wanted.shape == (130, 100)
-    share = 0.01  # padding of whole numbers is nearly the student's; two programs' last bits differ
+    share = 0.001  # two programs' last bits differ
     assert (mask != wanted).mean() < share
     assert (Segmenter(run, 0.0)(here / "photo.jpg") != wanted).mean() > 10 * share
 
@@ -104,6 +107,7 @@ def test_the_folder_is_a_run(exported: Path, trained: Path) -> None:
     assert np.array_equal(features, load_run(trained).text_features.numpy())
 
 
+@pytest.mark.slow
 def test_half_precision_is_checked_and_half_the_size(
     world: World, exported: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -116,6 +120,7 @@ def test_half_precision_is_checked_and_half_the_size(
     assert half.dtype == np.float32 and 0 < np.abs(half - whole).max() < 0.05 * np.abs(whole).max()
 
 
+@pytest.mark.slow
 def test_a_program_that_differs_is_not_put_in_place(trained: Path, tmp_path: Path) -> None:
     run = load_run(trained)
     forward = Portable.forward
@@ -136,10 +141,11 @@ def test_mistakes_are_one_line(world: World, trained: Path, tmp_path: Path) -> N
     assert "not empty" in world.fails("export", "--run", trained, "--output", tmp_path / "full")
     with mock.patch.dict(sys.modules, {"onnxruntime": None}):
         assert "'.[export]'" in world.fails("export", "--run", trained, "--output", tmp_path / "new")
-    assert "holds no config.yaml" in world.fails("export", "--run", tmp_path, "--output", tmp_path / "new")
+    assert "has no config.yaml" in world.fails("export", "--run", tmp_path, "--output", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["segnext-t", "swin-t"])
 def test_families(model: str, tmp_path: Path) -> None:
     config = resolve("scenes", assignments=[f"student.model={model}", "student.weights=none", "views.size=64"])

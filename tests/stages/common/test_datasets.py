@@ -153,7 +153,7 @@ SPLIT_FAULTS: dict[str, tuple[dict[str, Any], str, int]] = {
     "no list": ({"ids": "none.txt"}, "cannot read the split list {root}/none.txt: ", 0),
     "no second list": ({"ids": ["list.txt", "none.txt"]}, "cannot read the split list {root}/none.txt: ", 0),
     "empty list": ({"ids": "empty.txt"}, "the split list {root}/empty.txt is empty: ", 0),
-    "id twice": ({"ids": ["list.txt", "again.txt"]}, "split train of {root} lists '1' more than once: ", 0),
+    "id twice": ({"ids": ["list.txt", "again.txt"]}, "split train of {root} lists '1' more than once: ", 2),
     "no folder": ({"images": "pictures/{id}.png"}, "no folder {root}/pictures", 0),
     "no file": ({"images": "images/{id}.jpg"}, "{root} holds no file images/{{id}}.jpg: ", 0),
 }
@@ -250,7 +250,8 @@ def test_every_fault_of_one_tree(world: World) -> None:
     (root / "train.txt").write_text("".join(f"[red]{number}[/red]\n" for number in range(len(FILE_FAULTS))))
     (root / "sound.txt").write_text("sound/0\nsound/1\nsound/2\n")
     (root / "empty.txt").write_text("\n")
-    (root / "twice.txt").write_text("sound/0\nsound/[x]\nsound/[x]\n")
+    again = add(root, "[x]", 200)
+    (root / "twice.txt").write_text("[x]\n[x]\n")
     files = {"images": "images/{id}.*", "masks": "masks/{id}.png"}
     splits = {
         "train": files | {"ids": "train.txt", "count": len(FILE_FAULTS)},
@@ -269,7 +270,7 @@ def test_every_fault_of_one_tree(world: World) -> None:
         "splits fewer and more share 3 images, data/shelf/images/sound/0.png is the first: keep each in one",
         "cannot read the split list data/shelf/none.txt: ",
         "the split list data/shelf/empty.txt is empty: ",
-        "split twice of data/shelf lists 'sound/[x]' more than once: ",
+        "split twice of data/shelf lists '[x]' more than once: ",
         "data/shelf holds no file images/sound/{id}.jpg: ",
         "no folder data/shelf/pictures",
     ]
@@ -277,7 +278,7 @@ def test_every_fault_of_one_tree(world: World) -> None:
     for message in expected:
         assert sum(fault.startswith(message) for fault in found) == 1, (message, found)
     assert len(found) == len(expected)
-    assert histogram(output) == counted(2 * sound) and "\n6 images, " in output
+    assert histogram(output) == counted([*sound, *sound, again]) and "\n7 images, " in output
 
 
 def test_no_dataset(world: World) -> None:

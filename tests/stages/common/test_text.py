@@ -20,8 +20,8 @@ def test_predict_with_new_words_where_nothing_can_be_kept(
     world: World, trained: Path, tmp_path: Path, obstacle: str
 ) -> None:
     """A read-only folder, for root too."""
-    for name in ("data", "runs"):
-        shutil.copytree(world.folder / name, tmp_path / name)
+    shutil.copytree(world.data, tmp_path / "data")
+    shutil.copytree(trained, tmp_path / "runs" / "one")
     for file in world.folder.glob("tiny*"):
         shutil.copy(file, tmp_path)
     if obstacle == "a file":
@@ -29,9 +29,10 @@ def test_predict_with_new_words_where_nothing_can_be_kept(
     else:
         (tmp_path / "caches").symlink_to("/proc/nowhere")
     here = World(tmp_path)
-    arguments = ("predict", "data/tiny/images/val-0.png", "--classes", "walrus, teapot", "--output")
+    run = trained.relative_to(world.folder)
+    arguments = ("predict", "data/tiny/images/val-0.png", "--run", run, "--classes", "walrus, teapot", "--output")
     said = here.run(*arguments, "found").stderr
-    assert said.count("warning: class features are not kept for the next time") == 2
+    assert said.count("warning: class features are not kept for the next run") == 2
     (tmp_path / "caches").unlink()
     assert "not kept" not in here.run(*arguments, "kept").stderr
     mask = "val-0.png.mask.png"

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT, World
 
 
@@ -23,10 +25,12 @@ def kill(world: World, folder: Path, *options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_what_is_killed_and_resumed_is_whole(world: World, tmp_path: Path) -> None:
     assert "3  kills" in kill(world, tmp_path, "--kills", "3")
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_a_worker_completes(world: World, tmp_path: Path) -> None:
     """On a busy machine some are completed before the kill; the one that is hit must be too, or the script fails."""
     said = kill(world, tmp_path, "--kills", "1", "--seed", "3", "--hit", "a worker")

@@ -300,7 +300,7 @@ def test_a_lender_that_was_moved_is_pointed_at(here: World, stored: str) -> None
     cure = f"if that cache was moved, run cache repair {path} --lender NEW_PLACE"
     for command in (("cache", "verify", str(path)), ("train", *arguments_of(path))):
         assert cure in refusal(*command)
-    assert "source was moved, name its new place by --lender" in refusal("cache", "repair", str(path))
+    assert "source was moved, pass its new location as --lender" in refusal("cache", "repair", str(path))
     assert contents(path) == whole
     run("cache", "repair", str(path), "--lender", "elsewhere")
     run("cache", "verify", str(path))

@@ -160,7 +160,7 @@ def test_a_cache_goes_on_with_the_kmeans_that_it_was_begun_with(copy: World, con
     for key in (MANIFEST, copy_key(MANIFEST)):
         (folder / key).write_bytes(cache.manifest.model_copy(update={"kmeans": "torch"}).to_bytes())
     (folder / record_key(1)).unlink()
-    assert "begun with the K-means of torch, and goes on with it (here it would be faiss)" in copy.run(*command).stderr
+    assert "started with the K-means of torch, and keeps it (the default here is faiss)" in copy.run(*command).stderr
     cache = open_cache(folder)
     assert cache.manifest.kmeans == "torch"
     labels, unannotated = cache.load("kmeans_labels")[5], cache.load("pseudo_labels")[5] != 255

@@ -38,6 +38,7 @@ def test_a_running_scheduler_with_one_worker_gives_the_same_bytes(world: World, 
     assert tree(target) == tree(world.folder / "caches" / "tiny")
 
 
+@pytest.mark.slow
 def test_local_processes_make_the_same_bytes(world: World, tmp_path: Path) -> None:
     """The world's own cache was made by threads."""
     world.spawn("precompute", "--config", world.config, "--cache", tmp_path / "processes")

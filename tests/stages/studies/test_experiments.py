@@ -20,27 +20,31 @@ def experiment(name: str) -> Path:
     return CONFIGS / "experiments" / f"{name}.yaml"
 
 
+def write_official(root: Path, name: str) -> None:
+    """Eight images for each split of a built-in dataset, where its YAML says."""
+    config, rng = resolve(name).dataset, np.random.default_rng(0)
+    values = [*config.value_of_class(None), config.ignore_index[-1]]
+    for split, files in config.splits.items():
+        ids = [f"{split}_{index}" for index in range(8)]
+        for image_id in ids:
+            shape = tuple(rng.integers(60, 100, 2))
+            image = rng.integers(0, 256, (*shape, 3)).astype(np.uint8)
+            mask = np.repeat(np.repeat(rng.choice(values, (4, 4)), 25, 0), 25, 1)[: shape[0], : shape[1]]
+            for pattern, content in ((files.images, image), (files.masks[0].files, mask.astype(np.uint8))):
+                path = root / config.root / pattern.replace("{id}", image_id)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(content).save(path)
+        for index, listing in enumerate(files.ids):
+            path = root / config.root / listing
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(ids[index :: len(files.ids)]) + "\n")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight images for each split of the experiments' datasets, where their YAML says."""
-    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("data")
     for name in ("pascal-voc", "pascal-context", "coco-stuff"):
-        config = resolve(name).dataset
-        values = [*config.value_of_class(None), config.ignore_index[-1]]
-        for split, files in config.splits.items():
-            ids = [f"{split}_{index}" for index in range(8)]
-            for image_id in ids:
-                shape = tuple(rng.integers(60, 100, 2))
-                image = rng.integers(0, 256, (*shape, 3)).astype(np.uint8)
-                mask = np.repeat(np.repeat(rng.choice(values, (4, 4)), 25, 0), 25, 1)[: shape[0], : shape[1]]
-                for pattern, content in ((files.images, image), (files.masks[0].files, mask.astype(np.uint8))):
-                    path = root / config.root / pattern.replace("{id}", image_id)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(content).save(path)
-            for index, listing in enumerate(files.ids):
-                path = root / config.root / listing
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("\n".join(ids[index :: len(files.ids)]) + "\n")
+        write_official(root, name)
     return root
 
 
@@ -50,6 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("work")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_runlocal(name: str, data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)

@@ -26,7 +26,7 @@ def refused(world: World, run: Path) -> str:
 
 def test_a_checkpoint_is_no_run_to_train_in(world: World, run: Path) -> None:
     line = refused(world, run / "checkpoints" / "000004")
-    assert "is a checkpoint" in line and f"train --run {run} goes on at its last one" in line
+    assert "is a checkpoint" in line and f"to continue from the run's last one, run train --run {run};" in line
 
 
 def test_going_on_at_a_chosen_checkpoint_as_the_line_says(world: World, tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_going_on_at_a_chosen_checkpoint_as_the_line_says(world: World, tmp_path
     run, new = tmp_path / "run", tmp_path / "new"
     world.run("train", "--cache", "caches/tiny", "--config", world.config, "--run", run, *settings)
     chosen = run / "checkpoints" / "000002"
-    assert "copy it to NEW/checkpoints/000002 and its config.yaml to NEW, then train --run NEW" in refused(
+    assert "copy it to NEW/checkpoints/000002 and its config.yaml to NEW, then run train --run NEW" in refused(
         world, chosen
     )
     shutil.copytree(chosen, new / "checkpoints" / chosen.name)
@@ -48,19 +48,20 @@ def test_a_run_without_checkpoints_keeps_its_weights(world: World, run: Path, le
     shutil.rmtree(run / "checkpoints")
     if left != "no folder":
         (run / "checkpoints" / (".partial" if left == "half a save" else "")).mkdir(parents=True)
-    assert "holds weights, but no checkpoint to go on from" in refused(world, run)
+    assert "has weights, but no checkpoint to continue from" in refused(world, run)
 
 
 def test_a_checkpoint_taken_elsewhere_keeps_its_weights(world: World, run: Path, tmp_path: Path) -> None:
     alone = Path(shutil.copytree(run / "checkpoints" / "000004", tmp_path / "deep" / "below" / "alone"))
-    assert "is a checkpoint: to go on at this one" in refused(world, alone)
+    assert "is a checkpoint: to continue from this one" in refused(world, alone)
     (alone / "state.json").unlink()
-    assert "holds weights" in refused(world, alone)
+    assert "has weights" in refused(world, alone)
 
 
+@pytest.mark.slow
 def test_an_exported_folder_keeps_its_weights(world: World, trained: Path, tmp_path: Path) -> None:
     world.run("export", "--run", trained, "--output", tmp_path / "model")
-    assert "holds weights" in refused(world, tmp_path / "model")
+    assert "has weights" in refused(world, tmp_path / "model")
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(world: World, tmp_path: Path) -> None:

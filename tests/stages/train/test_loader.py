@@ -36,11 +36,12 @@ def train(world: World, run: Path, before: str = "", **environment: str) -> subp
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "said"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL"),
-        ("os.kill(os.getpid(), signal.SIGBUS)", "was ended by SIGBUS"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was killed by SIGKILL"),
+        ("os.kill(os.getpid(), signal.SIGBUS)", "was killed by SIGBUS"),
         ("os._exit(3)", "exited unexpectedly"),
         ("raise RuntimeError('unable to allocate shared memory(shm)')", "unable to allocate shared memory(shm)"),
         ("raise OSError(24, 'Too many open files')", "Too many open files"),
@@ -52,14 +53,15 @@ def test_a_workers_end_is_one_line_and_the_steps_are_saved(
 ) -> None:
     """Workers are processes that begin anew: they find this in a module that Python imports by itself."""
     (tmp_path / "sitecustomize.py").write_text(LATE.replace("END", end))
-    start = time.monotonic()
     done = train(world, tmp_path / "run", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    ended = time.time()
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     assert said in lines[0] and CURE in lines[0] and "train.workers=0" in lines[0] and len(lines[0]) < 600
-    saved = [int(file.name) for file in (tmp_path / "run" / "checkpoints").iterdir()]
+    checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
+    saved = [int(folder.name) for folder in checkpoints]
     assert f"saved after iteration {max(saved)}: to continue, run train --run {tmp_path / 'run'}" in lines[0]
-    assert time.monotonic() - start < 50  # workers outlive a SIGTERM by a minute
+    assert ended - max(folder.stat().st_mtime for folder in checkpoints) < 40  # workers outlive a SIGTERM by a minute
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs a mount of its own")
@@ -70,7 +72,7 @@ def test_little_shared_memory_is_refused_before_the_first_step(world: World, tra
         pytest.skip("/dev/shm cannot be mounted here")
     done = train(world, tmp_path / "run", small)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "error: /dev/shm has 0 MiB free, and the batches of 2 train.workers need" in done.stderr
+    assert "error: /dev/shm has 0 MiB free, but 2 train.workers need" in done.stderr
     assert CURE in done.stderr and "train.workers; 0 needs none" in done.stderr
 
 

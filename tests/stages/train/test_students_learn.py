@@ -20,6 +20,7 @@ SETTINGS = ("train.iterations=50", "train.batch_size=2", "train.lr=1e-3", "train
             "student.drop_path=0", "student.channels=32")  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [*FAMILIES, *TIMM])
 def test_loss_falls(model: str, world: World, tmp_path: Path) -> None:
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Trains the embedded teacher, a small ViT CLIP, on captioned renders.
 
-Run it with `python -m pipeline.teacher.pretrain_scenes`.
+Run it with `python benchmarks/scenes_teacher.py`.
 
 Images are single-concept renders and crops of scenes. A caption names a random subset of the visible
 classes in one of several templates; every image that shows the whole subset is a positive of the caption, and the
@@ -22,16 +22,7 @@ import numpy as np
 import open_clip
 import torch
 import typer
-from open_clip.model import CLIP
-from open_clip.pos_embed import get_2d_sincos_pos_embed
-from open_clip.transformer import VisionTransformer
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
-from pipeline.data.scenes import CLASSES, THINGS, render_concept, scene_rng
-from pipeline.data.views import normalise
-from pipeline.metrics import average_precision
-from pipeline.teacher.captioned_scenes import (
+from captioned_scenes import (
     CROP,
     MEAN,
     STD,
@@ -43,6 +34,15 @@ from pipeline.teacher.captioned_scenes import (
     visibility,
     write_caption,
 )
+from open_clip.model import CLIP
+from open_clip.pos_embed import get_2d_sincos_pos_embed
+from open_clip.transformer import VisionTransformer
+from photos_teacher import average_precision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipeline.data.scenes import CLASSES, THINGS, render_concept, scene_rng
+from pipeline.data.views import normalise
 
 STEPS, TEXT_STEPS, WARM_UP = 2000, 1500, 100
 MUON_LR, ADAMW_LR = 3e-3, 3e-4

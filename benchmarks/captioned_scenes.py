@@ -1,4 +1,4 @@
-"""The training data of `pretrain_scenes.py`: crops of rendered scenes, and captions of what they show."""
+"""The training data of `scenes_teacher.py`: crops of rendered scenes, and captions of what they show."""
 
 from collections.abc import Iterable, Sequence
 from multiprocessing import get_context
