@@ -216,7 +216,9 @@ def _write(found: _Results, words: Vocabulary, output: Path, rle: bool) -> None:
     stem = output / file.name
     shown = overlay(small, _small(mask))
     _save(stacked([Image.fromarray(shown), _legend([mask], words)]), Path(f"{stem}.overlay.png"))
-    _save_mask(mask, Path(f"{stem}.mask.png"))
+    indices = Image.fromarray(mask)
+    indices.putpalette(palette().tobytes())  # the overlay's colours
+    _save(indices, Path(f"{stem}.mask.png"))
     if rle:
         with writing(Path(f"{stem}.rle.json")):
             Path(f"{stem}.rle.json").write_text(json.dumps(coco_rle(mask, words.names)) + "\n")

@@ -1,6 +1,5 @@
 """Models that predict: images are read ahead in threads, and those of one size go through the model together."""
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ _T = TypeVar("_T")
 _P = TypeVar("_P")
 _R = TypeVar("_R")
 BATCH_PIXELS = 16 * 512**2  # of a pass on a GPU: little, as there are no gradients
-CPU_PIXELS = int(os.environ.get("CPU_PIXELS", 2**18))
+CPU_PIXELS = 2**18  # of larger batches torch computes some layers another way, with other last bits
 WAITING = 4  # batches' worth of images that may wait for others of their size
 AHEAD = 4  # images for each thread that reads
 
