@@ -42,8 +42,8 @@ from stages.verbs.options import (
 
 app = typer.Typer(
     name="clip-zss",
-    help="CLIP-ZSS: train any segmentation encoder to recognise classes without masks, by distilling a frozen CLIP "
-    "into it. The trained model runs without CLIP.",
+    help="CLIP-ZSS: train any segmentation encoder to recognise classes it has no masks for, by distilling a frozen "
+    "CLIP into it. The trained model runs without CLIP.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -90,7 +90,7 @@ def precompute(
 ) -> None:
     """Stage one: run the frozen teacher once over the training images and cache its outputs.
 
-    If it is killed, the same command continues. Example: clip-zss precompute --dataset scenes --dry-run
+    If it is interrupted, the same command continues. Example: clip-zss precompute --dataset scenes --dry-run
 
     New labels with another lambda, without the teacher: clip-zss precompute --only pseudo-labels --lambda 0.9
     """

@@ -35,12 +35,12 @@ CacheOption = Annotated[
     typer.Option(
         "--cache",
         metavar="DIR|URL",
-        help="Cache folder or URL; default: named after its settings (precompute), otherwise the newest in caches/.",
+        help="Cache folder or URL; default: the newest in caches/; for precompute, one named after its settings.",
     ),
 ]
 RunOption = Annotated[
     Path | None,
-    typer.Option("--run", metavar="DIR", help="Run folder; default: a new one in runs/ (train), otherwise the newest."),
+    typer.Option("--run", metavar="DIR", help="Run folder; default: the newest; for train, a new one in runs/."),
 ]
 ConfigOption = Annotated[
     Path | None,
@@ -53,7 +53,7 @@ OnErrorOption = Annotated[
     Literal["stop", "skip"] | None,
     typer.Option("--on-error", help="What to do if an image cannot be read; default: stop."),
 ]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of this stage.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Random seed.")]
 RunlocalOption = Annotated[
     bool, typer.Option("--runlocal", help="Try it on a CPU in two minutes: a few small images, few iterations.")
 ]

@@ -45,7 +45,8 @@ def evaluate(
 ) -> None:
     """Score a run: pixel accuracy, mIoU of seen and unseen classes, hIoU (their harmonic mean), IoU of every class.
 
-    On another dataset than the run's, the score is mIoU over all its classes; CLIP's text tower encodes their names.
+    On a dataset other than the run's, the score is mIoU over all classes of that dataset; CLIP's text encoder is loaded
+    for their names.
 
     Example: clip-zss evaluate --dataset pascal-voc --set evaluate.mode=slide --json scores.json
     """
@@ -100,7 +101,8 @@ def predict(
 ) -> None:
     """Segment your own photos with your own words: writes an overlay with a legend and an index mask for each photo.
 
-    Training classes do not need CLIP; its text tower encodes new words once. Photos can have any format and size.
+    The training classes do not need CLIP; new words are encoded once with its text encoder. Photos can be of any size
+    and any common format.
 
     Example: clip-zss predict holiday/ --classes "cow|bull|calf, grass, sky" --output found
     """

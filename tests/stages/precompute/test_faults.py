@@ -166,7 +166,6 @@ def download(url: str, folder: Path) -> dict[str, bytes]:
     return tree(folder)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("share", "outage"), [(0.0, 0.0), (0.2, 0.0), (0.0, 5.0)])
 def test_an_object_store_that_answers_500_for_a_while(
     world: World, s3: Flaky, tmp_path: Path, share: float, outage: float

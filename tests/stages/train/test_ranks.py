@@ -90,7 +90,6 @@ def one(world: World) -> torch.Tensor:
     return losses(world.folder, "one-rank")
 
 
-@pytest.mark.slow
 def test_two_ranks_learn_what_one_learns(world: World, one: torch.Tensor) -> None:
     two_ranks(world.folder, "two-ranks")
     torch.testing.assert_close(losses(world.folder, "two-ranks"), one, rtol=1e-5, atol=1e-5)
