@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
@@ -50,6 +50,14 @@ def result(run: Path) -> dict[str, bytes]:
 
 def steps(run: Path) -> list[int]:
     return [json.loads(line)["iteration"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_image_at_a_time() -> Iterator[None]:
+    """In calibration and validation, so that they are checked for signals between images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.apply.predictor.CPU_PIXELS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +114,9 @@ def test_ctrl_c_saves_and_exits_130(world: World, undisturbed: Path, tmp_path: P
 
 @pytest.mark.parametrize(("at", "checks"), [(2, 3), (12, 13), (22, 22)])
 def test_sigterm_in_a_validation_does_not_wait_for_its_end(
-    world: World, undisturbed: Path, tmp_path: Path, at: int, checks: int, monkeypatch: pytest.MonkeyPatch
+    world: World, undisturbed: Path, tmp_path: Path, at: int, checks: int
 ) -> None:
     """Nor for the calibration before the checkpoint, twice on ten images; the validation then looks once more."""
-    monkeypatch.setattr("stages.apply.predictor.CPU_PIXELS", 1)  # one image at a time
     seen = []
 
     def count(stop: Stop) -> None:
