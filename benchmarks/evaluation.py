@@ -4,8 +4,8 @@
 
 DIR is that of benchmarks/photos.py. Its first 200 photos are scored, short side 192 as in benchmarks/photos.yaml, with
 random weights: the time does not depend on them. In each round each checkout has a process, one after the other; the
-first ten photos are a warm-up. Every IoU must be equal to 0.01 points: torch's last bits depend on the number of threads. Prints
-the table of evaluation.md. CPU time is that of all threads; other work on the machine disturbs it less than the clock.
+first ten photos are a warm-up. Every IoU must be equal to 0.01 points: torch's last bits depend on the number of threads.
+Prints the table of evaluation.md. CPU time is that of all threads; other work disturbs it less than the clock.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def main() -> None:
         for number in range(asked.rounds):
             pairs.append([run(checkout.resolve(), Path(name), data_root) for checkout in (HERE.parent, asked.beside)])
             print(f"round {number + 1}: {pairs[-1]}", file=sys.stderr, flush=True)
-            assert np.allclose(*(one["iou"] for one in pairs[-1]), atol=0.01, equal_nan=True), "the two checkouts count differently"
+            assert np.allclose(*(one["iou"] for one in pairs[-1]), atol=0.01, equal_nan=True), "they count differently"
     print("| | here, median (least to most) | beside | ratio, round by round |\n|---|---|---|---|")
     for what, key in (("images/s", "rate"), ("CPU ms an image", "cpu")):
         own, other = ([pair[place][key] for pair in pairs] for place in (0, 1))
