@@ -4,7 +4,7 @@
 
 DIR is that of benchmarks/photos.py. Its first 200 photos are scored, short side 192 as in benchmarks/photos.yaml, with
 random weights: the time does not depend on them. In each round each checkout has a process, one after the other; the
-first ten photos are a warm-up. Every IoU must be equal to 0.01 points: torch's last bits depend on the number of threads.
+first ten photos are a warm-up. Every IoU must be equal to 0.01 points: torch's last bits depend on its threads.
 Prints the table of evaluation.md. CPU time is that of all threads; other work disturbs it less than the clock.
 """
 
