@@ -1,10 +1,8 @@
 """benchmarks/gpu.py, rehearsed on the CPU."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
-from dask.distributed import LocalCluster
 
 from benchmarks import gpu
 
@@ -12,7 +10,6 @@ from benchmarks import gpu
 def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every part has its table, each with a figure beside that of the bare model; nothing is left behind."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("stages.precompute.workers.LocalCluster", partial(LocalCluster, processes=False))
     assert gpu.main(["--device", "cpu", "--tiny"]) == 0
     page = capsys.readouterr().out
     for part in ("Agreement", "Stage one", "Training steps", "The teacher online or cached", "Inference"):
