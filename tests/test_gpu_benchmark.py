@@ -7,6 +7,7 @@ import pytest
 from benchmarks import gpu
 
 
+@pytest.mark.slow
 def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every part has its table, each with a figure beside that of the bare model; nothing is left behind."""
     monkeypatch.chdir(tmp_path)
