@@ -16,8 +16,8 @@ from pipeline.data.photos import find_photos, read_photo
 from pipeline.data.scenes import CLASSES, render_scene
 from pipeline.data.views import normalise
 from pipeline.teacher.clip import FrozenClip
-from stages.apply.evaluate import Predictor, student_predictor
 from stages.apply.predict import Segmenter, cls_attention, coco_rle, predict
+from stages.apply.predictor import Predictor, student_predictor
 from stages.apply.words import parse_words, read_words
 from tests.conftest import SIZE, World
 
