@@ -104,14 +104,14 @@ def vocabulary(run: Run, words: Sequence[str], others: bool = False) -> Vocabula
     for name, names in new.items():  # each is kept separately, as other lists may contain it too
         (row,) = class_features(_with_classes(run.config, {name: names}), teacher, run.text_features.shape[1])
         rows[name] = torch.from_numpy(row).to(run.text_features.device)
-    names = list(parsed)
+    competing = list(parsed)
     if others:
         asked = {name for synonyms in parsed.values() for name in synonyms}
-        names += [name for name in trained.classes if name not in asked]
-        rows |= {name: run.text_features[known[name]] for name in names[len(parsed) :]}
-    seen = [index for index, name in enumerate(names) if name in known and known[name] in trained.seen_indices]
-    unseen = [index for index in range(len(names)) if index not in seen]
-    return Vocabulary(_with_classes(run.config, parsed), torch.stack([rows[name] for name in names]), seen, unseen)
+        competing += [name for name in trained.classes if name not in asked]
+        rows |= {name: run.text_features[known[name]] for name in competing[len(parsed) :]}
+    seen = [index for index, name in enumerate(competing) if name in known and known[name] in trained.seen_indices]
+    unseen = [index for index in range(len(competing)) if index not in seen]
+    return Vocabulary(_with_classes(run.config, parsed), torch.stack([rows[name] for name in competing]), seen, unseen)
 
 
 def _with_classes(config: Config, words: dict[str, tuple[str, ...]]) -> Config:

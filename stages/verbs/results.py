@@ -131,8 +131,8 @@ def predict(
     if done:
         show(f"results: {output}")
     if failures:
-        others = "; the others are done" if done else ""
-        raise UserError(f"{len(failures)} photos failed, listed above: correct them{others}")
+        rest = "; the others are done" if done else ""
+        raise UserError(f"{len(failures)} photos failed, listed above: correct them{rest}")
 
 
 def export(
