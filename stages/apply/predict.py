@@ -26,7 +26,7 @@ from pipeline.data.photos import find_photos, read_photo
 from pipeline.data.views import normalise
 from pipeline.inference import ClassLogits, Cut, short_side_to
 from pipeline.learning.glm import attention
-from pipeline.metrics import predicted_mask
+from pipeline.metrics import calibrated_argmax
 from pipeline.pictures import contact_sheet, legend, lit, overlay, palette, stacked
 from stages.apply.evaluate import run_gamma
 from stages.apply.predictor import Predictor, dense_predictor, student_predictor
@@ -41,16 +41,18 @@ if TYPE_CHECKING:
     from pipeline.teacher.clip import FrozenClip
 
 MOST_PIXELS = 2**22  # of a mask before it is enlarged: finer than the student sees
+NONE = 255  # in a mask: none of these
 PICTURE_SIDE = 2048  # longest side of a picture for people
 
 
 def best_words(logits: ClassLogits, size: tuple[int, int], words: Vocabulary, gamma: float) -> np.ndarray:
-    """(H, W) uint8 indices of the words, at the photo's `size`."""
+    """(H, W) uint8 indices of the words, at the photo's `size`; NONE where a class that was not asked for wins."""
     height, width = size
     scale = min(1.0, (MOST_PIXELS / (height * width)) ** 0.5)
     small = max(1, round(height * scale)), max(1, round(width * scale))
     groups = (words.seen, words.unseen) if words.seen else (words.unseen, [])
-    mask = Image.fromarray(predicted_mask(logits, small, *groups, gamma))
+    [found] = calibrated_argmax(logits, small, *groups, [gamma])
+    mask = Image.fromarray(found.where(found < len(words.names), NONE).byte().cpu().numpy())
     return np.asarray(mask.resize((width, height), Image.Resampling.NEAREST))
 
 
@@ -67,7 +69,7 @@ class Segmenter:
         self.run = run
         self.classes = run.config.dataset.classes
         self.gamma = run_gamma(run) if gamma is None else gamma
-        self._vocabularies: dict[tuple[str, ...], Vocabulary] = {}
+        self._vocabularies: dict[tuple[tuple[str, ...], bool], Vocabulary] = {}
 
     @classmethod
     def load(cls, run: str | Path, device: str = "auto", gamma: float | None = None) -> "Segmenter":
@@ -75,7 +77,7 @@ class Segmenter:
         return cls(load_run(Path(run), choose_device(device)), gamma)
 
     def __call__(
-        self, image: np.ndarray | Image.Image | str | Path, classes: Sequence[str] | None = None
+        self, image: np.ndarray | Image.Image | str | Path, classes: Sequence[str] | None = None, others: bool = False
     ) -> np.ndarray:
         """Segment one image.
 
@@ -83,9 +85,10 @@ class Segmenter:
             image: (H, W, 3) uint8 RGB, a PIL image, or a file's path; the last two are converted as in `read_photo`.
             classes: K words, synonyms as in `cow|bull|calf`. CLIP's text tower encodes new ones once; their features
                 are kept in caches/text/.
+            others: the training classes compete too.
 
         Returns:
-            (H, W) uint8: index into `classes` for each pixel.
+            (H, W) uint8: index into `classes` for each pixel; with `others`, 255 where none of them is the best.
 
         Raises:
             UserError: invalid words (see `parse_words`), not an image, or new words but no text tower.
@@ -96,18 +99,18 @@ class Segmenter:
             image = rgb(image, "the image")
         elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(f"an image array must be (H, W, 3) uint8, RGB, not {image.shape} {image.dtype}")
-        words = self.vocabulary(classes)
+        words = self.vocabulary(classes, others)
         return best_words(self.predictor(words)(image), (image.shape[0], image.shape[1]), words, self.gamma)
 
     def predictor(self, words: Vocabulary) -> Predictor:
         return student_predictor(self.run.student, words.features, words.config)
 
-    def vocabulary(self, classes: Sequence[str] | None = None) -> Vocabulary:
-        """The words, parsed, with their features."""
+    def vocabulary(self, classes: Sequence[str] | None = None, others: bool = False) -> Vocabulary:
+        """The words, parsed, with their features, and with those of the training classes if `others` compete."""
         words = self.classes if classes is None else classes
-        key = tuple(words)
+        key = tuple(words), others
         if key not in self._vocabularies:
-            self._vocabularies[key] = vocabulary(self.run, words)
+            self._vocabularies[key] = vocabulary(self.run, words, others)
         return self._vocabularies[key]
 
 
@@ -131,7 +134,7 @@ class _Results(NamedTuple):
 
 def predict(
     segmenter: Segmenter, photos: Sequence[Path], classes: Sequence[str] | None, output: Path,
-    rle: bool = False, compare: bool = False, show_attention: bool = False,
+    rle: bool = False, compare: bool = False, show_attention: bool = False, others: bool = False,
 ) -> tuple[int, list[str]]:  # fmt: skip
     """Writes PHOTO.overlay.png and PHOTO.mask.png (indices of the classes) of every photo to the folder `output`.
 
@@ -143,13 +146,14 @@ def predict(
         rle: also write PHOTO.rle.json, COCO's compressed run lengths of every predicted class.
         compare: also write PHOTO.compare.png, the teacher's dense prediction next to the student's. Loads CLIP.
         show_attention: also write PHOTO.attention.png, where GLM attends for the photo's CLS token. Loads CLIP.
+        others: the training classes compete too; what they win is NONE in the mask and absent from the run lengths.
 
     Returns:
         The number of segmented photos, and the reason for each that could not be read or written, of all ranks.
     """
     files = own_share(_to_segment(photos))
     output.mkdir(parents=True, exist_ok=True)
-    words = segmenter.vocabulary(classes)
+    words = segmenter.vocabulary(classes, others)
     student, device = segmenter.predictor(words), str(segmenter.run.text_features.device)
     teacher = None
     if compare or show_attention:
@@ -251,7 +255,7 @@ def cls_attention(run: Run, teacher: "FrozenClip", image: np.ndarray) -> np.ndar
 def coco_rle(mask: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
     """Annotations of the classes in a mask (H, W), as pycocotools reads and writes them."""
     found = []
-    for index in np.unique(mask).tolist():
+    for index in np.unique(mask[mask != NONE]).tolist():
         runs = coco.encode(np.asfortranarray(mask == index, np.uint8))
         found.append(
             {
@@ -279,10 +283,11 @@ def _small(picture: np.ndarray) -> np.ndarray:
 
 def _legend(masks: Sequence[np.ndarray], words: Vocabulary) -> Image.Image:
     """The classes in the masks, the largest first, each with its share of every mask."""
-    shares = 100 * np.stack([np.bincount(mask.ravel(), minlength=len(words.names)) / mask.size for mask in masks])
+    shares = 100 * np.stack([np.bincount(mask.ravel(), minlength=NONE + 1) / mask.size for mask in masks])
     names = {}
     for index in np.argsort(-shares.sum(0), kind="stable").tolist():
         if shares[:, index].any():
             texts = ("0" if not share else "< 1" if share < 1 else f"{share:.0f}" for share in shares[:, index])
-            names[index] = f"{words.names[index]} {', '.join(texts)} %"
+            name = "none of these" if index == NONE else words.names[index]
+            names[index] = f"{name} {', '.join(texts)} %"
     return legend(names, columns=4)

@@ -92,6 +92,10 @@ def predict(
         float | None,
         typer.Option("--gamma", help="Value subtracted from the logits of seen classes; default: the run's."),
     ] = None,
+    others: Annotated[
+        bool,
+        typer.Option("--others", help="Let the training classes compete too; 255 in the mask is none of your classes."),
+    ] = False,
     rle: Annotated[bool, typer.Option("--rle", help="Also write COCO run lengths as JSON.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Also show CLIP's dense prediction; loads CLIP.")] = False,
     attention: Annotated[
@@ -118,7 +122,7 @@ def predict(
     with ranks(device_of(device)) as on:
         segmenter = Segmenter.load(run or newest_run(), on, gamma)
         say(f"run: {segmenter.run}")
-        done, failures = stage(segmenter, photos, words, output, rle, compare, attention)
+        done, failures = stage(segmenter, photos, words, output, rle, compare, attention, others)
         if not is_main():
             return
     for line in failures:
@@ -127,8 +131,8 @@ def predict(
     if done:
         show(f"results: {output}")
     if failures:
-        others = "; the others are done" if done else ""
-        raise UserError(f"{len(failures)} photos failed, listed above: correct them{others}")
+        rest = "; the others are done" if done else ""
+        raise UserError(f"{len(failures)} photos failed, listed above: correct them{rest}")
 
 
 def export(
