@@ -32,7 +32,8 @@ from stages.studies.ablate import Result, ablate, read_csv
 FOLDER = RUNS / "photos"
 HERE = Path(__file__).parent
 # The first came with the data. The others are the first four draws of numpy.random.default_rng(2026).choice(20, 5,
-# replace=False), each made before its first run. Calibration was chosen on the first three; the last two are its test.
+# replace=False), each made before its first run. Calibration and the learning rate were chosen on the first three; the
+# last two are their test.
 SPLITS = {
     "first": ("sheep", "aeroplane", "chair", "road", "dog"),
     "second": ("building", "cow", "water", "sign", "bird"),
