@@ -1,15 +1,11 @@
 """Runs on the Hugging Face hub: from its cache on disk, and from a server that speaks what a download needs."""
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import huggingface_hub
 import numpy as np
@@ -23,6 +19,7 @@ from pipeline.student.student import Student
 from stages.apply.predict import Segmenter
 from stages.common.runs import CONFIG, load_run
 from tests.conftest import ROOT, World
+from tests.hub import serve
 from tests.pipeline.teacher.test_load import put
 
 SHA = "0" * 40
@@ -44,50 +41,6 @@ def published(offline: Path, trained: Path) -> Path:
     return offline
 
 
-@pytest.fixture
-def hub(trained: Path) -> Iterator[tuple[str, list[str]]]:
-    """The address of a hub with the run `trained`, and the paths that were asked for."""
-    files = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file() and path.name[0] != "."}
-    files["handler.py"] = b"raise SystemExit"
-    asked: list[str] = []
-
-    class Hub(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
-        def do_GET(self) -> None:
-            path = self.path.partition("?")[0]
-            name = path.rpartition("/")[2]
-            if path == "/api/models/org/one/revision/main":
-                listed = [{"rfilename": name} for name in files]
-                content = json.dumps({"id": "org/one", "sha": SHA, "siblings": listed}).encode()
-            elif path == f"/api/models/org/one/tree/{SHA}":
-                content = json.dumps(
-                    [{"type": "file", "path": name, "size": len(files[name]), "oid": SHA} for name in files]
-                ).encode()
-            elif path == f"/org/one/resolve/{SHA}/{name}" and name in files:
-                content = files[name]
-                asked.append(name)
-            else:
-                self.send_error(404)
-                return
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", SHA)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
-
-
 def test_a_run_in_the_hubs_cache_is_used_as_a_folder_is(world: World, trained: Path, published: Path) -> None:
     scores = []
     for run in (trained, NAME):
@@ -101,19 +54,35 @@ def test_a_run_in_the_hubs_cache_is_used_as_a_folder_is(world: World, trained: P
     assert (world.folder / "from-the-hub" / "val-0.png.mask.png").is_file()
 
 
-def test_a_run_is_downloaded_once(world: World, hub: tuple[str, list[str]], trained: Path, tmp_path: Path) -> None:
-    """By the hub's own client; only the two files that a run needs."""
-    address, asked = hub
-    environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "cli.py"), "evaluate", "--run", NAME, "--json", "-"]
-    found = []
-    for offline in ("0", "1"):
-        done = subprocess.run(
-            command, cwd=world.folder, env={**environment, "HF_HUB_OFFLINE": offline}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout))
-    assert found[0] == found[1] and set(asked) == {CONFIG, "student.safetensors"}
+def as_a_user(world: World, address: str, home: Path, *command: str | Path, offline: bool = False) -> str:
+    """What a command prints, in a process of its own: huggingface_hub reads its environment when it is imported."""
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *map(str, command)],
+        cwd=world.folder, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_is_downloaded_once(world: World, trained: Path, tmp_path: Path) -> None:
+    """Only the two files that a run needs; what else is there is left there."""
+    folder = shutil.copytree(trained, tmp_path / "published")
+    (folder / "handler.py").write_text("raise SystemExit")
+    with serve({"models/org/one": folder}) as (address, asked):
+        command = ("evaluate", "--run", NAME, "--json", "-")
+        first = as_a_user(world, address, tmp_path, *command)
+        assert first == as_a_user(world, address, tmp_path, *command, offline=True)
+        assert json.loads(first)["miou"] >= 0 and set(asked) == {CONFIG, "student.safetensors"}
+
+
+def test_a_cache_on_the_hub_is_a_cache_at_any_url(world: World, tmp_path: Path) -> None:
+    with serve({"datasets/org/cache": world.folder / "caches" / "tiny"}) as (address, _):
+        command = ("train", "--config", world.config, "--cache")
+        as_a_user(world, address, tmp_path, *command, "hf://datasets/org/cache", "--run", tmp_path / "by-url")
+    world.run(*command, "caches/tiny", "--run", tmp_path / "by-folder")
+    own, other = (load_run(tmp_path / run).student.state_dict() for run in ("by-url", "by-folder"))
+    assert all(torch.equal(own[name], other[name]) for name in own)
 
 
 @pytest.mark.parametrize("name", ["hf-hub:org/other", "hf-hub:a/b/c", "hf-hub:../one"])
