@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,14 +15,12 @@ from pipeline.gamma import SPREAD, feature_covariance
 from pipeline.inference import Classifier, ClassLogits, class_logits, short_side_to, sliding, whole
 from pipeline.metrics import CalibratedStacking, Scores
 from pipeline.student.student import Student
+from pipeline.teacher.teacher import Teacher, load_teacher
 from stages.apply.gamma import choose_gamma, gamma_pairs, open_gamma_split
 from stages.common.datasets import open_split
 from stages.common.progress import progress_bar, say
 from stages.common.runs import DATA, Run
 from stages.common.text import class_features
-
-if TYPE_CHECKING:
-    from pipeline.teacher.clip import FrozenClip
 
 # An image (H, W, 3) uint8 -> its class logits, the short side at views.size.
 Predictor = Callable[[np.ndarray], ClassLogits]
@@ -55,13 +52,11 @@ def student_predictor(student: Student, text_features: Tensor, config: Config) -
 
 def teacher_predictor(config: Config, device: str) -> Predictor:
     """The teacher's zero-shot dense prediction over the classes of `config.dataset`."""
-    from pipeline.teacher.clip import FrozenClip  # only here: nothing else in evaluation may load CLIP
-
-    teacher = FrozenClip(config.teacher, device)
+    teacher = load_teacher(config.teacher, device)
     return dense_predictor(teacher, torch.from_numpy(class_features(config, lambda: teacher)).to(device), config)
 
 
-def dense_predictor(teacher: "FrozenClip", text_features: Tensor, config: Config) -> Predictor:
+def dense_predictor(teacher: Teacher, text_features: Tensor, config: Config) -> Predictor:
     """Cosine of the teacher's dense tokens and `text_features` (K, C)."""
 
     def classify(pixels: Tensor) -> Tensor:
@@ -101,10 +96,8 @@ def features_of(config: Config, run: Run, device: str) -> tuple[Config, Tensor]:
     ):
         return config, run.text_features
 
-    def teacher() -> "FrozenClip":
-        from pipeline.teacher.clip import FrozenClip  # the text tower only, and only if the words are new
-
-        return FrozenClip(config.teacher, device)
+    def teacher() -> Teacher:  # only if the words are new
+        return load_teacher(config.teacher, device)
 
     features = torch.from_numpy(class_features(config, teacher, run.text_features.shape[1])).to(device)
     if asked.classes != trained.classes:

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from pycocotools import mask as coco
 from torch import nn
 
 from configs.errors import UserError, writing
-from configs.schema import Config
 from pipeline.data.files import WRITTEN, BrokenFile, rgb
 from pipeline.data.photos import find_photos, read_photo
 from pipeline.data.views import normalise
@@ -26,14 +25,12 @@ from pipeline.inference import short_side_to
 from pipeline.learning.glm import attention
 from pipeline.metrics import calibrated_argmax
 from pipeline.pictures import contact_sheet, legend, lit, overlay, palette, stacked
+from pipeline.teacher.teacher import Teacher, load_teacher
 from stages.apply.evaluate import Predictor, dense_predictor, run_gamma, student_predictor
 from stages.apply.words import Vocabulary, vocabulary
 from stages.common.devices import choose_device
 from stages.common.progress import progress_bar, say
 from stages.common.runs import Run, load_run
-
-if TYPE_CHECKING:
-    from pipeline.teacher.clip import FrozenClip
 
 MOST_PIXELS = 2**22  # of a mask before it is enlarged: finer than the student sees
 PICTURE_SIDE = 2048  # longest side of a picture for people
@@ -132,7 +129,7 @@ def predict(
     output.mkdir(parents=True, exist_ok=True)
     words = segmenter.vocabulary(classes)
     device = str(segmenter.run.text_features.device)
-    teacher = _teacher(words.config, device) if compare or show_attention else None
+    teacher = load_teacher(words.config.teacher, device) if compare or show_attention else None
     by_teacher = dense_predictor(teacher, words.features, words.config) if teacher and compare else None
     failures = []
     with progress_bar("predict", len(files), "photos") as advance:
@@ -169,14 +166,8 @@ def predict(
     return len(files) - len(failures), failures
 
 
-def _teacher(config: Config, device: str) -> "FrozenClip":
-    from pipeline.teacher.clip import FrozenClip
-
-    return FrozenClip(config.teacher, device)
-
-
 @torch.inference_mode()
-def cls_attention(run: Run, teacher: "FrozenClip", image: np.ndarray) -> np.ndarray:
+def cls_attention(run: Run, teacher: Teacher, image: np.ndarray) -> np.ndarray:
     """Eq. 1 on a whole image: softmax of its CLS token over the student's features, (h, w) float32, sums to 1."""
     resized = short_side_to(image, run.config.views.size)[None]
     pixels = normalise(resized, teacher.mean, teacher.std)
