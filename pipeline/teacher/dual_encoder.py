@@ -5,6 +5,7 @@ Nothing that is downloaded can run code: weights are safetensors, and only trans
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PretrainedConfig
+from transformers.utils import logging
 
 from configs.errors import UserError, reason
 from configs.schema import Teacher as Settings
@@ -101,10 +103,14 @@ class DualEncoder:
             return self.model.visual_projection(tokens)
         return self._tower.head(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
 
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return _read(self._settings, lambda: AutoTokenizer.from_pretrained(self._name, **SAFE))
+
     @torch.inference_mode()
     def text_features(self, names: Sequence[Sequence[str]], templates: str | Sequence[str]) -> Tensor:
         """As `Teacher.text_features`. SigLIP's texts are lower case and filled up to the length it was trained with."""
-        tokenizer = _read(self._settings, lambda: AutoTokenizer.from_pretrained(self._name, **SAFE))
+        tokenizer = self._tokenizer
         siglip, longest = self._kind.startswith("siglip"), self.model.config.text_config.max_position_embeddings
 
         def encode(texts: list[str]) -> Tensor:
@@ -149,6 +155,8 @@ def _whole(name: str, kind: str) -> Any:
 
 
 def _read(settings: Settings, read: Callable[[], Any]) -> Any:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of missing weights is a page long
     try:
         return read()
     except Exception as error:  # transformers, the hub, safetensors and the network each raise their own
@@ -156,3 +164,5 @@ def _read(settings: Settings, read: Callable[[], Any]) -> Any:
             f"teacher.pretrained {settings.pretrained} cannot be loaded by transformers ({reason(error)}): give a "
             "folder that save_pretrained wrote, with safetensors, or ORG/NAME of the hub, and connect once"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)

@@ -66,7 +66,7 @@ def test_an_installed_plug_in(own: World, monkeypatch: pytest.MonkeyPatch) -> No
     assert {path.name for path in installed.iterdir()} >= {"my_teacher.py", "my_teacher-1.0.dist-info"}
     monkeypatch.syspath_prepend(installed)
     monkeypatch.setenv("PYTHONPATH", f"{installed}")
-    from my_teacher import Towers  # type: ignore[import-not-found]
+    from my_teacher import Towers
 
     weights, size = own.folder / "my-clip.safetensors", "views.size=128"
     settings = ["teacher.model=my-clip", "teacher.pretrained=my-clip.safetensors", size]

@@ -94,8 +94,9 @@ def write_dual_encoder(folder: Path, kind: str, hidden_act: str | None = None) -
     settings = getattr(transformers, config)(**parts, **({} if "siglip" in kind else {"projection_dim": WIDTH}))
     model = transformers.AutoModel.from_config(settings).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator) + (0.8 if parameter.ndim == 1 else 0))
+    for name, parameter in model.named_parameters():
+        norm = parameter.ndim == 1 and name.endswith("weight")
+        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator) + norm)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     images().save_pretrained(folder)
