@@ -44,7 +44,7 @@ def every_verb(own: World, name: str, spawn: bool, *teacher: str) -> None:
     assert "nothing to do" in own.run("precompute", *settings, "--cache", cache).stderr
     assert made.manifest.settings["teacher"]["model"] == teacher[0].partition("=")[2]
     own.run("train", "--cache", cache, *settings, "--run", run)
-    own.run("train", "--cache", cache, *settings, "--run", f"{run}-live", "--set", "train.teacher=live")
+    own.run("train", "--cache", cache, *settings, "--run", f"{run}-online", "--set", "train.teacher=online")
     own.run("evaluate", "--run", run, "--json", "scores.json")
     assert 0 <= json.loads((own.folder / "scores.json").read_text())["pixel_accuracy"] <= 100
     own.run("evaluate", "--teacher-dense", *settings, "--set", "evaluate.gamma=0")

@@ -17,7 +17,7 @@ from pipeline.teacher.clip import FrozenClip
 from pipeline.teacher.dense import VARIANTS
 from pipeline.teacher.dual_encoder import MODELS
 from pipeline.teacher.teacher import Teacher, fingerprint, load_teacher
-from tests.pipeline.teacher.conftest import ARCHITECTURE, draw_pixels, random_weights, write
+from tests.pipeline.teacher.conftest import ARCHITECTURE, draw_pixels, put, random_weights, write
 from tests.pipeline.teacher.dual_encoders import KINDS, PATCH, SIDE, write_dual_encoder
 from tests.pipeline.teacher.test_towers import timm_tower
 
@@ -192,6 +192,16 @@ def test_fingerprint(tmp_path: Path) -> None:
     )
 
 
+def test_a_model_of_the_hub(offline: Path, folder: Path) -> None:
+    """From the Hugging Face cache, without a network; an absent one is one line."""
+    put(offline, "org/tiny", {path.name: path.read_bytes() for path in folder.iterdir()})
+    pixels, words = draw_pixels(1, SIDE), [["cat"], ["dog"]]
+    ours, hubs = load_teacher(settings(folder)), load_teacher(settings(Path("org/tiny")))
+    assert torch.equal(hubs.encode(pixels)[0], ours.encode(pixels)[0])
+    assert torch.equal(hubs.text_features(words, "single"), ours.text_features(words, "single"))
+    assert refused(Path("org/other")).endswith("or ORG/NAME of the hub, and connect once")
+
+
 def refused(folder: Path, use: Any = lambda teacher: None) -> str:
     with pytest.raises(UserError) as error:
         use(load_teacher(settings(folder)))
@@ -203,8 +213,7 @@ def words(teacher: Teacher) -> None:
     teacher.text_features([["cat"]], "single")
 
 
-def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_what_is_refused(offline: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "siglip"
     model = write_dual_encoder(folder, "siglip")
     config = folder / "config.json"
