@@ -70,9 +70,8 @@ class DualEncoder:
         folder = Path(settings.pretrained)
         if not folder.is_dir():
             return settings.pretrained
-        files = sorted(path for path in folder.rglob("*") if path.suffix in READ)
-        digests = "\n".join(f"{path.relative_to(folder).as_posix()} {file_digest(path)}" for path in files)
-        return hashlib.sha256(digests.encode()).hexdigest()
+        digests = sorted(f"{path.name} {file_digest(path)}" for path in folder.iterdir() if path.suffix in READ)
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

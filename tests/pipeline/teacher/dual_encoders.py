@@ -1,6 +1,7 @@
 """Random dual encoders of transformers, small, as `save_pretrained` writes them: model, image processor, tokenizer."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def _xlm_roberta() -> Any:
     return transformers.XLMRobertaTokenizer(vocab=vocabulary, model_max_length=LONGEST)
 
 
-def _gemma() -> Any:
-    return transformers.Siglip2Tokenizer(vocab=_ids("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *LETTERS, "▁"))
+def _gemma(kind: str = "GemmaTokenizer") -> Any:
+    return getattr(transformers, kind)(vocab=_ids("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *LETTERS, "▁"))
 
 
 def _clip_images() -> Any:
@@ -80,7 +81,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[[], Any], C
     ),
     "siglip2": (
         "Siglip2Config", VIT | NARROW | {"num_patches": (SIDE // PATCH) ** 2},
-        TEXT | {"max_position_embeddings": LONGEST, "projection_size": WIDTH}, _gemma, _siglip2_images,
+        TEXT | {"max_position_embeddings": LONGEST, "projection_size": WIDTH},
+        partial(_gemma, "Siglip2Tokenizer"), _siglip2_images,
     ),
 }  # fmt: skip
 
