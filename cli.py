@@ -80,6 +80,9 @@ def precompute(
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan (views, bytes, time) and stop.")] = False,
+    retry_skipped: Annotated[
+        bool, typer.Option("--retry-skipped", help="Try the images again that --on-error skip left out.")
+    ] = False,
     only: Annotated[
         Literal["pseudo-labels"] | None,
         typer.Option("--only", help="Recompute only the labels, from the dense tokens stored in --cache."),
@@ -98,17 +101,24 @@ def precompute(
     if only:
         from stages.precompute.recluster import recluster
 
-        if scheduler or dry_run:
-            raise UserError("--only pseudo-labels runs in this process: drop --scheduler and --dry-run")
+        if scheduler or dry_run or retry_skipped:
+            raise UserError(
+                "--only pseudo-labels runs in this process, on tokens that are there: drop --scheduler, --dry-run and "
+                "--retry-skipped"
+            )
         opened, settings = open_cache(cache, dataset, config, with_flags(set_, flags), runlocal)
         with resumable():
             recluster(settings, opened)
         return
     from stages.precompute.stage import precompute as stage
 
+    if retry_skipped and dry_run:
+        raise UserError("--retry-skipped changes the cache: drop --dry-run")
+
     settings = resolve(dataset, config, with_flags(set_, flags), runlocal=runlocal)
     with resumable():  # A cluster's workers choose their own device: this machine may have another.
-        stage(settings, data_root, cache, device if scheduler else device_of(device), scheduler, dry_run)
+        on = device if scheduler else device_of(device)
+        stage(settings, data_root, cache, on, scheduler, dry_run, retry_skipped)
 
 
 @app.command()

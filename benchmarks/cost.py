@@ -106,7 +106,8 @@ ABOVE = """\
 These numbers are computed, not measured on a GPU. `python benchmarks/cost.py` writes this page; its docstring lists the
 assumptions, and its options (`python benchmarks/cost.py -h`) give a line for another dataset. Stage two is 80,000
 iterations of 16 images, as in the paper. Eight GPUs are assumed to be eight times as fast. On the target machine,
-`precompute --dry-run` measures the speed instead.
+`precompute --dry-run` measures the speed instead, and `python -m benchmarks.gpu` that of every part, in under eight
+minutes. It has not been run on a GPU yet.
 """
 BELOW = f"""\
 The cache column is the size before compression: CLS tokens, K-means labels, pseudo labels, region tokens of {GROUPS}

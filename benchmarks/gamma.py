@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from stages.apply.evaluate import evaluate_predictor, student_predictor
+from stages.apply.evaluate import evaluate_predictor
 from stages.apply.gamma import gamma_of_holdout
+from stages.apply.predictor import student_predictor
 from stages.common.datasets import open_split
 from stages.common.runs import load_run
 

@@ -9,7 +9,6 @@ A minute a run of scenes; what was found is kept below --kept.
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from cache.reader import open_cache
 from pipeline.data.dataset import IGNORE, SegmentationDataset
 from pipeline.data.views import inside, padding_colour, replay
 from pipeline.gamma import KEPT, keeping_gamma
-from pipeline.inference import ClassLogits, class_logits, whole
+from pipeline.inference import ClassLogits, Cut, whole
 from pipeline.metrics import best_of, scores
-from stages.apply.evaluate import student_predictor
 from stages.apply.gamma import IMAGES
+from stages.apply.predictor import Predictor, student_predictor
 from stages.common.runs import load_run
 from stages.train.provenance import last_cache
 
@@ -41,7 +40,7 @@ def sides(logits: ClassLogits, seen: list[int], unseen: list[int], size: tuple[i
     return {"bs": bs.numpy(), "ns": ns.numpy().astype(np.uint8), "bu": bu.numpy(), "nu": nu.numpy().astype(np.uint8)}
 
 
-def curve(predict: Callable[[np.ndarray], ClassLogits], split: SegmentationDataset) -> np.ndarray:
+def curve(predict: Predictor, split: SegmentationDataset) -> np.ndarray:
     """(EDGES, 4): gamma, mIoU of seen and unseen classes, hIoU."""
     seen, unseen, count = split.config.seen_indices, split.config.unseen_indices, len(split.config.classes)
     by_seen, by_unseen = np.zeros((2, len(EDGES) + 1, count, count), np.int64)
@@ -74,10 +73,7 @@ def collect(path: Path, data_root: Path) -> Arrays:
         found |= {"w_mask": small, "w_img": np.full(small.shape, number)}
         view, groups = cache.read("views", row)[0], cache.read("pseudo_labels", row)[0]
         shown, covered = replay(view, image, size, padding_colour(student.mean)), inside(view, size)
-        logits = class_logits(
-            shown, lambda pixels: student.classify(pixels, run.text_features), student.stride, student.mean,
-            student.std, whole(size, size),
-        )  # fmt: skip
+        (logits,) = predict.logits([Cut(shown, whole(size, size))])
         of_view = sides(logits, seen, unseen, (size, size)) | {
             "mask": replay(view, mask, size), "img": np.full((size, size), number),
             "group": np.kron(groups, np.ones([size // len(groups)] * 2, np.uint8)),

@@ -21,7 +21,8 @@ from cache.reader import open_cache
 from configs.load import resolve
 from configs.schema import Config
 from pipeline.data.scenes import CLASSES, write_scenes
-from stages.apply.evaluate import Predictor, evaluate, features_of, student_predictor, teacher_predictor
+from stages.apply.evaluate import evaluate, features_of
+from stages.apply.predictor import Predictor, student_predictor, teacher_predictor
 from stages.common.runs import load_run
 from stages.precompute.stage import precompute
 from stages.train.stage import train

@@ -22,16 +22,18 @@ from configs.dataset import Dataset
 from configs.load import dataset_settings, resolve
 from configs.schema import Config
 from pipeline.data.dataset import IGNORE, SegmentationDataset
-from pipeline.metrics import Scores, calibrated_argmax
+from pipeline.metrics import Scores, predicted_mask
 from pipeline.pictures import colourise, contact_sheet, legend, stacked
-from stages.apply.evaluate import Predictor, evaluate_predictor, student_predictor, teacher_predictor
+from stages.apply.evaluate import evaluate_predictor
+from stages.apply.predictor import Predictor, student_predictor, teacher_predictor
 from stages.common.runs import RUNS, load_run
 from stages.studies.ablate import Result, ablate, read_csv
 
 FOLDER = RUNS / "photos"
 HERE = Path(__file__).parent
 # The first came with the data. The others are the first four draws of numpy.random.default_rng(2026).choice(20, 5,
-# replace=False), each made before its first run. Calibration was chosen on the first three; the last two are its test.
+# replace=False), each made before its first run. Calibration and the learning rate were chosen on the first three; the
+# last two are their test.
 SPLITS = {
     "first": ("sheep", "aeroplane", "chair", "road", "dog"),
     "second": ("building", "cow", "water", "sign", "bird"),
@@ -134,7 +136,7 @@ def picture(config: Config, dataset: SegmentationDataset, shown: dict[str, tuple
         image, mask = dataset.pair(row)
         labels = [mask]
         for predict, gamma in shown.values():
-            found = calibrated_argmax(predict(image), mask.shape, seen, unseen, [gamma])[0]
+            found = predicted_mask(predict(image), mask.shape, seen, unseen, gamma)
             labels.append(np.where(mask == IGNORE, IGNORE, found).astype(np.uint8))
         lines.append([colourise(each) for each in labels])
     names = {i: f"{n}*" if n in config.dataset.unseen else n for i, n in enumerate(config.dataset.classes)}

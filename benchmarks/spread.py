@@ -15,8 +15,8 @@ from PIL import Image
 from pipeline.data.dataset import IGNORE, SegmentationDataset
 from pipeline.gamma import SPREAD, keeping_gamma
 from pipeline.metrics import scores
-from stages.apply.evaluate import Predictor, student_predictor
-from stages.apply.gamma import STEP, gamma_pairs
+from stages.apply.gamma import STEP, training_rows
+from stages.apply.predictor import Predictor, student_predictor
 from stages.common.runs import load_run
 
 WEIGHTS, KEPT, GAMMAS = (0, 0.35, 0.7, 1, 1.4), (0.95, 0.97), np.linspace(-1.5, 2.5, 81)
@@ -65,7 +65,7 @@ def measure(run_path: Path, data_root: Path) -> list[str]:
     split = SegmentationDataset(config, data_root, "train")
     trained = [  # whose labels count the seen classes alone
         (logits, np.array(seen)[labels])
-        for logits, labels in (pixels(predict, *pair, count) for pair in gamma_pairs(split))
+        for logits, labels in (pixels(predict, *split.training_pair(row), count) for row in training_rows(split))
     ]
     split = SegmentationDataset(config, data_root, test)
     tested = [pixels(predict, *split.pair(row), count) for row in range(len(split))]

@@ -75,12 +75,14 @@ def new_cache(client: Client, config: Config, data_root: Path, device: str, path
     dataset = open_split(config.dataset, data_root, "train")
     settings = cache_settings(config.stage_one, dataset)
     base = ShardJob(
-        json.dumps(as_settings(config.stage_one)), "", config.precompute, data_root.absolute(), device, path,
-        "", 0, 0, 0, len(dataset),
+        settings=json.dumps(as_settings(config.stage_one)), fingerprint="", precompute=config.precompute,
+        data_root=data_root.absolute(), device=device, cache=path, kmeans=None, holder="", index=0, first_view=0,
+        start=0, stop=len(dataset),
     )  # fmt: skip
     manifest, features = _describe(client, base, config, dataset, settings, config.views.count)
     create_cache(path, manifest, dataset.ids, features)
     rows = map(manifest.shard_rows, range(manifest.shards))
+    base = replace(base, kmeans=manifest.kmeans)
     return [replace(base, index=index, start=start, stop=stop) for index, (start, stop) in enumerate(rows)]
 
 

@@ -23,7 +23,8 @@ from configs.load import resolve
 from pipeline.metrics import Scores
 from pipeline.student.timm_encoder import create
 from pipeline.student.weights import EFFICIENTNET_LITE0
-from stages.apply.evaluate import evaluate, student_predictor, teacher_predictor
+from stages.apply.evaluate import evaluate
+from stages.apply.predictor import student_predictor, teacher_predictor
 from stages.common.runs import load_run
 from stages.precompute.stage import precompute
 from stages.train.stage import train

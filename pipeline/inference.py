@@ -3,7 +3,7 @@
 What follows is in pipeline/metrics.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from pipeline.data.views import normalise
 
-# Normalised pixels (1, 3, h, w) -> logits R . T (1, K, ceil(h / stride), ceil(w / stride)).
+# Normalised pixels (B, 3, h, w) -> logits R . T (B, K, ceil(h / stride), ceil(w / stride)).
 Classifier = Callable[[Tensor], Tensor]
 LONGEST = 8  # times the short side
 
@@ -81,29 +81,59 @@ class ClassLogits:
         return full[0, :, : bottom - top, : right - left]
 
 
+@dataclass(frozen=True)
+class Cut:
+    """An image and the windows in which a model is shown it.
+
+    Attributes:
+        image: (H, W, 3) uint8.
+        boxes: top, bottom, left, right of each window; they have one size and together cover the image.
+    """
+
+    image: np.ndarray
+    boxes: list[tuple[int, int, int, int]]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.image.shape[0], self.image.shape[1]
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(h, w) of a window."""
+        top, bottom, left, right = self.boxes[0]
+        return bottom - top, right - left
+
+    def windows(self) -> list[np.ndarray]:
+        """(h, w, 3) uint8 each."""
+        return [self.image[top:bottom, left:right] for top, bottom, left, right in self.boxes]
+
+
 @torch.inference_mode()
 def class_logits(
-    image: np.ndarray,
+    cuts: Sequence[Cut],
     classify: Classifier,
     stride: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    boxes: list[tuple[int, int, int, int]],
-) -> ClassLogits:
-    """Inference of section 3.4 on (H, W, 3) uint8, window by window.
+    device: str = "cpu",
+    at_once: int = 1,
+) -> list[ClassLogits]:
+    """Inference of section 3.4 on images whose windows have one size, `at_once` windows in a pass on `device`.
 
     R . T is linear, so that upsampling it equals upsampling R.
 
     Raises:
         UserError: a logit is NaN or infinite: no class could be told.
     """
-    found = []
-    for top, bottom, left, right in boxes:
-        logits = classify(normalise(image[None, top:bottom, left:right], mean, std))
+    windows, found = [window for image in cuts for window in image.windows()], list[Tensor]()
+    for start in range(0, len(windows), at_once):
+        logits = classify(normalise(np.stack(windows[start : start + at_once]), mean, std, device))
         if not logits.isfinite().all():
             raise UserError("the model gives logits that are not finite: train again by a lower train.lr, or in fp32")
-        found.append(Window((top, bottom, left, right), logits[0]))
-    return ClassLogits((image.shape[0], image.shape[1]), stride, tuple(found))
+        found += logits
+    each = iter(found)
+    return [ClassLogits(image.size, stride, tuple(Window(box, next(each)) for box in image.boxes)) for image in cuts]
 
 
 def whole(height: int, width: int) -> list[tuple[int, int, int, int]]:

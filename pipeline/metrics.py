@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import torch
@@ -10,15 +11,19 @@ from torch import Tensor, nn
 from pipeline.data.dataset import IGNORE
 from pipeline.inference import ClassLogits
 
-CHUNK_VALUES = 2**20  # logits that are held at full size at once: 4 MB
+CHUNK_VALUES = 2**20  # logits that a CPU holds at full size at once: 4 MB
 FEWEST = 4  # classes upsampled at once: for fewer torch takes another kernel, whose last bit differs
 
 
-def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
-    """(K, K) int64 counts of pixels, rows truth, columns prediction; pixels with IGNORE in `truth` are skipped."""
-    valid = truth != IGNORE
-    pairs = truth[valid].astype(np.int64) * classes + prediction[valid]
-    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
+    """(K, K) int64 counts of pixels, rows truth, columns prediction; pixels with IGNORE in `truth` are skipped.
+
+    Args:
+        truth: uint8 of any shape.
+        prediction: integers from 0 of that shape, on the same device.
+    """
+    pairs = torch.where(truth == IGNORE, classes * classes, truth.long() * classes + prediction)
+    return torch.bincount(pairs.flatten(), minlength=classes * classes + 1)[:-1].view(classes, classes)
 
 
 @dataclass(frozen=True)
@@ -67,29 +72,50 @@ def _resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
 def best_of(logits: ClassLogits, classes: list[int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The best of `classes` at each pixel: logit (H, W) and class index (H, W); ties go to the smallest index.
 
-    The logits are upsampled to `size` (bilinear, align_corners=False) a few classes at a time: all of them at the size
+    The logits are upsampled to `size` (bilinear, align_corners=False) some classes at a time: all of them at the size
     of a large image would fill the memory. Bit for bit what the maximum over all at once gives (on a CPU of images of
     more than 128 pixels in height and width together; of smaller ones torch's last bit depends on the classes' order).
     """
     height, width = logits.size
-    step = max(FEWEST, CHUNK_VALUES // max(size[0] * size[1], height * width))
-    best = torch.full(size, -torch.inf, device=logits.windows[0].logits.device)
-    which = torch.full(size, classes[0], dtype=torch.int32, device=best.device)
-    higher = torch.empty(size, dtype=torch.bool, device=best.device)
+    device = logits.windows[0].logits.device
+    step = max(FEWEST, _chunk_values(device) // max(size[0] * size[1], height * width))
+    best = torch.full(size, -torch.inf, device=device)
+    which = torch.full(size, classes[0], dtype=torch.int32, device=device)
+    raise_to = _raise_one_by_one if device.type == "cpu" else _raise_at_once
     for start in range(0, len(classes), step):
         chunk = classes[start : start + step]
         chunk += chunk[-1:] * (FEWEST - len(chunk))
-        upsampled = _resize(logits.upsampled(chunk), size)
-        for index, name in enumerate(chunk):
-            which.masked_fill_(torch.gt(upsampled[index], best, out=higher), name)
-            torch.maximum(best, upsampled[index], out=best)
-        del upsampled  # before the next ones are made
+        raise_to(best, which, _resize(logits.upsampled(chunk), size), chunk)
     return best, which
+
+
+def _chunk_values(device: torch.device) -> int:
+    """How many logits are held at full size at once: what a CPU's caches hold, or an eighth of a GPU's free memory."""
+    if device.type != "cuda":
+        return CHUNK_VALUES
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min((torch.cuda.mem_get_info(device)[0] + unused) // (8 * 4), 2**30)
+
+
+def _raise_one_by_one(best: Tensor, which: Tensor, upsampled: Tensor, names: list[int]) -> None:
+    """Where a class of `upsampled` (k, H, W) is above `best`, it takes its place. For a CPU."""
+    higher = torch.empty(best.shape, dtype=torch.bool)
+    for logit, name in zip(upsampled, names, strict=True):
+        which.masked_fill_(torch.gt(logit, best, out=higher), name)
+        torch.maximum(best, logit, out=best)
+
+
+def _raise_at_once(best: Tensor, which: Tensor, upsampled: Tensor, names: list[int]) -> None:
+    """The same in few operations, for a GPU."""
+    highest, place = upsampled.max(dim=0)  # the first of equals
+    higher = highest > best
+    which[:] = torch.where(higher, torch.tensor(names, dtype=torch.int32, device=which.device)[place], which)
+    torch.maximum(best, highest, out=best)
 
 
 def calibrated_argmax(
     logits: ClassLogits, size: tuple[int, int], seen: list[int], unseen: list[int], gammas: list[float]
-) -> list[np.ndarray]:
+) -> list[Tensor]:
     """Predictions (H, W) at `size`, one for each gamma, of which NaN is none; ties go to the smallest class index.
 
     `seen` and `unseen` hold class indices in ascending order.
@@ -99,33 +125,49 @@ def calibrated_argmax(
     """
     best_seen, name_seen = best_of(logits, seen, size)
     if not unseen:
-        return [name_seen.cpu().numpy()] * len(gammas)
+        return [name_seen] * len(gammas)
     best_unseen, name_unseen = best_of(logits, unseen, size)
     predictions = []
     for gamma in gammas:
         lowered = best_seen if math.isnan(gamma) else best_seen - gamma
         seen_wins = (lowered > best_unseen) | ((lowered == best_unseen) & (name_seen < name_unseen))
-        predictions.append(torch.where(seen_wins, name_seen, name_unseen).cpu().numpy())
+        predictions.append(torch.where(seen_wins, name_seen, name_unseen))
     return predictions
 
 
+def predicted_mask(
+    logits: ClassLogits, size: tuple[int, int], seen: list[int], unseen: list[int], gamma: float
+) -> np.ndarray:
+    """The prediction (H, W) uint8 of at most 255 classes, see `calibrated_argmax`."""
+    return calibrated_argmax(logits, size, seen, unseen, [gamma])[0].byte().cpu().numpy()
+
+
 class CalibratedStacking:
-    """Confusion matrices under every gamma at once, in one pass over the images."""
+    """Confusion matrices under every gamma at once, in one pass over the images.
 
-    def __init__(self, classes: int, seen: list[int], unseen: list[int], gammas: list[float]) -> None:
+    Attributes:
+        confusions: (gammas, K, K) int64, on the device of the logits.
+    """
+
+    def __init__(
+        self, classes: int, seen: list[int], unseen: list[int], gammas: list[float], device: str = "cpu"
+    ) -> None:
         self.classes, self.seen, self.unseen, self.gammas = classes, seen, unseen, gammas
-        self.confusions = np.zeros((len(gammas), classes, classes), np.int64)
+        self.confusions = torch.zeros(len(gammas), classes, classes, dtype=torch.int64, device=device)
+        self._lock = Lock()
 
-    def update(self, logits: ClassLogits, truth: np.ndarray) -> None:
-        """Adds one image, whose logits are upsampled to the size of the truth (H, W)."""
+    def update(self, truth: np.ndarray, logits: ClassLogits) -> None:
+        """Adds one image, whose logits are upsampled to the size of the truth (H, W). Threads may do so together."""
         height, width = truth.shape
         predictions = calibrated_argmax(logits, (height, width), self.seen, self.unseen, self.gammas)
-        for index, prediction in enumerate(predictions):
-            self.confusions[index] += confusion_matrix(truth, prediction, self.classes)
+        there = torch.tensor(truth, device=self.confusions.device)
+        counts = torch.stack([confusion_matrix(there, prediction, self.classes) for prediction in predictions])
+        with self._lock:
+            self.confusions += counts
 
     def scores(self) -> list[Scores]:
         """The scores under each gamma, in order."""
-        return [scores(confusion, self.seen, self.unseen) for confusion in self.confusions]
+        return [scores(confusion, self.seen, self.unseen) for confusion in self.confusions.cpu().numpy()]
 
 
 def seen_margins(logits: ClassLogits, seen: list[int], unseen: list[int]) -> np.ndarray:

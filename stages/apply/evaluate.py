@@ -1,87 +1,24 @@
 """Evaluation: one prediction over all classes, scored on seen and unseen ones. Only the student runs."""
 
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
-from pipeline.gamma import SPREAD, feature_covariance
-from pipeline.inference import Classifier, ClassLogits, class_logits, short_side_to, sliding, whole
 from pipeline.metrics import CalibratedStacking, Scores
 from pipeline.student.student import Student
 from pipeline.teacher.teacher import Teacher, load_teacher
-from stages.apply.gamma import choose_gamma, gamma_pairs, open_gamma_split
+from stages.apply.gamma import calibrate, count_pixels, open_gamma_split
+from stages.apply.predictor import Predictor, student_predictor
 from stages.common.datasets import open_split
-from stages.common.progress import progress_bar, say
+from stages.common.progress import say
+from stages.common.ranks import add_up, everyone_has, is_main, own_share, take_buffers
 from stages.common.runs import DATA, Run
 from stages.common.text import class_features
-
-# An image (H, W, 3) uint8 -> its class logits, the short side at views.size.
-Predictor = Callable[[np.ndarray], ClassLogits]
-
-
-def _predictor(
-    config: Config, classify: Classifier, stride: int, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Predictor:
-    def predict(image: np.ndarray) -> ClassLogits:
-        resized = short_side_to(image, config.views.size)
-        height, width = resized.shape[:2]
-        if config.evaluate.mode == "whole":
-            boxes = whole(height, width)
-        else:
-            boxes = sliding(height, width, config.views.size, config.evaluate.stride)
-        return class_logits(resized, classify, stride, mean, std, boxes)
-
-    return predict
-
-
-def student_predictor(student: Student, text_features: Tensor, config: Config) -> Predictor:
-    """The student alone, in eval mode; `text_features` (K, C) are those of `config.dataset`."""
-
-    def classify(pixels: Tensor) -> Tensor:
-        return student.classify(pixels.to(text_features.device), text_features)
-
-    return _predictor(config, classify, student.stride, student.mean, student.std)
-
-
-def teacher_predictor(config: Config, device: str) -> Predictor:
-    """The teacher's zero-shot dense prediction over the classes of `config.dataset`."""
-    teacher = load_teacher(config.teacher, device)
-    return dense_predictor(teacher, torch.from_numpy(class_features(config, lambda: teacher)).to(device), config)
-
-
-def dense_predictor(teacher: Teacher, text_features: Tensor, config: Config) -> Predictor:
-    """Cosine of the teacher's dense tokens and `text_features` (K, C)."""
-
-    def classify(pixels: Tensor) -> Tensor:
-        height, width = pixels.shape[-2:]
-        _, dense = teacher.encode(nn.functional.pad(pixels, (0, -width % teacher.stride, 0, -height % teacher.stride)))
-        return torch.einsum("bhwc,kc->bkhw", nn.functional.normalize(dense, dim=-1), text_features)
-
-    return _predictor(config, classify, teacher.stride, teacher.mean, teacher.std)
-
-
-def set_spread(
-    student: Student, config: Config, split: SegmentationDataset | None,
-    wrap: Callable[[Predictor], Predictor] = lambda predict: predict,
-) -> None:  # fmt: skip
-    """With `evaluate.gamma=auto`, calibrate the student on `split`, that of `open_gamma_split` (pipeline/gamma.py)."""
-    if split is None or config.evaluate.gamma != "auto":
-        return
-    encode = wrap(_predictor(config, student, student.stride, student.mean, student.std))  # R in place of logits
-
-    def features() -> Iterator[np.ndarray]:
-        for image, _ in gamma_pairs(split):
-            for window in encode(image).windows:
-                yield window.logits[:, ::2, ::2].flatten(1).float().cpu().numpy()
-
-    student.spread.copy_(torch.from_numpy(SPREAD**2 * feature_covariance(features())))
 
 
 def features_of(config: Config, run: Run, device: str) -> tuple[Config, Tensor]:
@@ -106,14 +43,15 @@ def features_of(config: Config, run: Run, device: str) -> tuple[Config, Tensor]:
 
 
 def evaluate_predictor(predict: Predictor, dataset: SegmentationDataset, gammas: list[float]) -> list[Scores]:
-    """Scores of a split under each gamma; confusion is accumulated image by image at the masks' own size."""
-    config = dataset.config
-    stacking = CalibratedStacking(len(config.classes), config.seen_indices, config.unseen_indices, gammas)
-    with progress_bar(f"evaluate {dataset.split}", len(dataset), "images") as advance:
-        for row in range(len(dataset)):
-            image, mask = dataset.pair(row)
-            stacking.update(predict(image), mask)
-            advance()
+    """Scores of a split under each gamma, counted at the masks' own size.
+
+    With torchrun every rank takes its share of the images, and all return the same scores.
+    """
+    config, rows = dataset.config, own_share(range(len(dataset)))
+    seen, unseen = config.seen_indices, config.unseen_indices
+    stacking = CalibratedStacking(len(config.classes), seen, unseen, gammas, predict.device)
+    what = f"evaluate {dataset.split}"
+    add_up(stacking.confusions, lambda: count_pixels(predict, dataset, stacking, what, rows))
     return stacking.scores()
 
 
@@ -133,8 +71,8 @@ def run_gamma(run: Run, data_root: Path = DATA) -> float:
         split = open_gamma_split(run.config, data_root)
     except UserError as error:
         return _without_gamma(str(run), error)
-    set_spread(run.student, run.config, split)
-    return choose_gamma(student_predictor(run.student, run.text_features, run.config), run.config, split)
+    predict = student_predictor(run.student, run.text_features, run.config)
+    return _calibrate(predict, run.config.evaluate.gamma, split, run.student)
 
 
 def gamma_of(predict: Predictor, config: Config, data_root: Path, run: Run | None = None) -> float:
@@ -152,9 +90,17 @@ def gamma_of(predict: Predictor, config: Config, data_root: Path, run: Run | Non
         if not auto:
             raise
         return _without_gamma(str(run or config.teacher.model), error)
-    if run:
-        set_spread(run.student, config, split)
-    return choose_gamma(predict, config, split)
+    return _calibrate(predict, config.evaluate.gamma, split, run.student if run else None)
+
+
+def _calibrate(
+    predict: Predictor, asked: float | str, split: SegmentationDataset | None, student: Student | None
+) -> float:
+    """`calibrate` on the first rank; the others take its gamma and spread."""
+    gamma = calibrate(predict, asked, split, student) if is_main() else math.nan
+    if student:
+        take_buffers(student)
+    return everyone_has(gamma)
 
 
 def _without_gamma(name: str, error: UserError) -> float:

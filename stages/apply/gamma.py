@@ -1,27 +1,32 @@
 """Chooses gamma on images: training images, without unseen classes, or a split that has masks of them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
 
 from configs.dataset import Dataset
 from configs.errors import UserError
 from configs.schema import Config
 from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
-from pipeline.gamma import keeping_gamma
-from pipeline.inference import ClassLogits
+from pipeline.gamma import SPREAD, feature_covariance, keeping_gamma
+from pipeline.inference import ClassLogits, Cut
 from pipeline.metrics import CalibratedStacking, best_of, seen_margins
+from pipeline.student.student import Student
+from stages.apply.predictor import Predictor
 from stages.common.datasets import open_split
+from stages.common.devices import lanes
 from stages.common.progress import progress_bar, say
 
-if TYPE_CHECKING:
-    from stages.apply.evaluate import Predictor
-
+TrainingImage = tuple[Cut, np.ndarray]  # and its mask of seen classes, (H, W) uint8 at the cut image's size
 IMAGES = 100  # of the training split, evenly spaced
 STEP = 4  # of these every fourth pixel: neighbours say much the same
 GAMMAS = 60  # candidates on `holdout`: quantiles of the margins on 20 images, and 0
@@ -53,24 +58,69 @@ def open_gamma_split(config: Config, data_root: Path) -> SegmentationDataset | N
     )
 
 
-def choose_gamma(predict: "Predictor", config: Config, split: SegmentationDataset | None) -> float:
-    """The gamma that `evaluate.gamma` asks for; NaN where there is none, which a line says.
+def calibrate(
+    predict: Predictor, asked: float | str, split: SegmentationDataset | None, student: Student | None = None
+) -> float:
+    """The gamma that `evaluate.gamma`, `asked`, calls for; NaN where there is none, which a line says.
 
-    `split` is that of `open_gamma_split`.
+    `auto` first sets the spread of `student`, whose predictor `predict` is (pipeline/gamma.py).
+
+    Args:
+        predict: the student's, in eval mode, or a teacher's.
+        asked: auto, holdout or a number.
+        split: that of `open_gamma_split`.
+        student: None for a teacher, which has no spread.
     """
-    asked = config.evaluate.gamma
     if split is None:
         return 0.0 if isinstance(asked, str) else float(asked)
-    return gamma_of_training(predict, split) if asked == "auto" else gamma_of_holdout(predict, split)
+    if asked == "holdout":
+        return gamma_of_holdout(predict, split)
+    predict.before()
+    images = read_training_images(predict, split)
+    if student:
+        student.spread.copy_(torch.from_numpy(SPREAD**2 * feature_covariance(_features(predict, student, images))))
+    return gamma_of_training(predict, split, images)
 
 
-def gamma_of_training(predict: "Predictor", split: SegmentationDataset) -> float:
+def read_training_images(predict: Predictor, split: SegmentationDataset) -> list[TrainingImage]:
+    """The images of `training_rows` that can be read, with their masks as in training.
+
+    They are small: bytes, with the short side at `views.size`.
+    """
+
+    def read(row: int) -> TrainingImage | None:
+        with suppress(BrokenFile):
+            image, mask = split.training_pair(row)
+            shown = predict.cut(image)
+            return shown, np.asarray(Image.fromarray(mask).resize(shown.size[::-1], Image.Resampling.NEAREST))
+        return None
+
+    with ThreadPoolExecutor(lanes(predict.device).readers) as pool:
+        return [found for found in pool.map(read, training_rows(split)) if found]
+
+
+def training_rows(split: SegmentationDataset) -> list[int]:
+    """Up to `IMAGES` of the split, evenly spaced."""
+    return np.unique(np.linspace(0, len(split) - 1, IMAGES).astype(int)).tolist()
+
+
+def _features(predict: Predictor, student: Student, images: list[TrainingImage]) -> Iterator[np.ndarray]:
+    """(C, P) of R at every other position down and across, window by window."""
+
+    def every_other(mask: np.ndarray, found: ClassLogits) -> list[np.ndarray]:
+        return [window.logits[:, ::2, ::2].flatten(1).float().cpu().numpy() for window in found.windows]
+
+    encode = replace(predict, classify=student)  # R in place of logits
+    return chain.from_iterable(encode.each(images, lambda image: image, every_other))
+
+
+def gamma_of_training(predict: Predictor, split: SegmentationDataset, images: list[TrainingImage]) -> float:
     """The gamma of `keeping_gamma` on up to `IMAGES` training images: cheap, a few seconds even on a CPU.
 
-    Masks are read as in training, without unseen classes. Unreadable images are skipped. Gamma is NaN, with a warning,
-    if no pixel is unannotated, or if no annotated pixel is classified correctly among the seen classes.
+    NaN, with a warning, if no pixel is unannotated, or if no annotated pixel is classified correctly among the seen
+    classes.
     """
-    found = [_pixels(predict(image), mask, split.config) for image, mask in gamma_pairs(split)]
+    found = list(predict.each(images, lambda image: image, partial(_pixels, split.config)))
     margins, predicted, truth = np.concatenate(found or [np.empty((3, 0))], axis=1)
     annotated = truth != IGNORE
     gamma = None
@@ -83,39 +133,45 @@ def gamma_of_training(predict: "Predictor", split: SegmentationDataset) -> float
     return gamma
 
 
-def gamma_pairs(split: SegmentationDataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Up to `IMAGES` training images, evenly spaced, with their masks as in training; without unreadable ones."""
-    for row in np.unique(np.linspace(0, len(split) - 1, IMAGES).astype(int)).tolist():
-        with suppress(BrokenFile):
-            yield split.training_pair(row)
-
-
-def _pixels(logits: ClassLogits, mask: np.ndarray, config: Dataset) -> np.ndarray:
+def _pixels(config: Dataset, mask: np.ndarray, logits: ClassLogits) -> np.ndarray:
     """(3, P) of every fourth pixel down and across: margin, best seen class, its own among the seen ones or IGNORE."""
     best_seen, names = best_of(logits, config.seen_indices, logits.size)
     margins = best_seen - best_of(logits, config.unseen_indices, logits.size)[0]
     among_seen = np.searchsorted(config.seen_indices, names.cpu().numpy())
-    small = np.asarray(Image.fromarray(mask).resize(logits.size[::-1], Image.Resampling.NEAREST))
-    return np.stack([found[::STEP, ::STEP].ravel() for found in (margins.cpu().numpy(), among_seen, small)])
+    return np.stack([found[::STEP, ::STEP].ravel() for found in (margins.cpu().numpy(), among_seen, mask)])
 
 
-def gamma_of_holdout(predict: "Predictor", split: SegmentationDataset) -> float:
+def gamma_of_holdout(predict: Predictor, split: SegmentationDataset) -> float:
     """The gamma with the best hIoU on a split with masks of unseen classes, never on the reported split.
 
     NaN, with a warning, if hIoU is 0 at every gamma: then none of them is better than another.
     """
     seen, unseen = split.config.seen_indices, split.config.unseen_indices
     rows = range(0, len(split), max(1, len(split) // 20))
-    margins = np.concatenate([seen_margins(predict(split.image(row)), seen, unseen) for row in rows])
+
+    def read(row: int) -> tuple[Cut, None]:
+        return predict.cut(split.image(row)), None
+
+    margins = np.concatenate(list(predict.each(rows, read, lambda _, logits: seen_margins(logits, seen, unseen))))
     gammas = sorted({0.0, *np.quantile(margins, np.linspace(0, 1, GAMMAS)).tolist()})
-    stacking = CalibratedStacking(len(split.config.classes), seen, unseen, gammas)
-    with progress_bar(f"gamma on {split.split}", len(split), "images") as advance:
-        for row in range(len(split)):
-            image, mask = split.pair(row)
-            stacking.update(predict(image), mask)
-            advance()
+    stacking = CalibratedStacking(len(split.config.classes), seen, unseen, gammas, predict.device)
+    count_pixels(predict, split, stacking, f"gamma on {split.split}", range(len(split)))
     found = [scores.hiou for scores in stacking.scores()]
     if not max(found):
         say(f"warning: no gamma: on split `{split.split}` of {split.root} hIoU is 0 whatever it is")
         return math.nan
     return gammas[int(np.argmax(found))]
+
+
+def count_pixels(
+    predict: Predictor, split: SegmentationDataset, stacking: CalibratedStacking, what: str, rows: Sequence[int]
+) -> None:
+    """Adds images of a split to `stacking`, at the masks' own size. `what` names the progress."""
+
+    def read(row: int) -> tuple[Cut, np.ndarray]:
+        image, mask = split.pair(row)
+        return predict.cut(image), mask
+
+    with progress_bar(what, len(rows), "images") as advance:
+        for _ in predict.each(rows, read, stacking.update):
+            advance()

@@ -8,8 +8,10 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,28 +23,33 @@ from configs.errors import UserError, writing
 from pipeline.data.files import WRITTEN, BrokenFile, rgb
 from pipeline.data.photos import find_photos, read_photo
 from pipeline.data.views import normalise
-from pipeline.inference import short_side_to
+from pipeline.inference import ClassLogits, Cut, short_side_to
 from pipeline.learning.glm import attention
 from pipeline.metrics import calibrated_argmax
 from pipeline.pictures import contact_sheet, legend, lit, overlay, palette, stacked
 from pipeline.teacher.teacher import Teacher, load_teacher
-from stages.apply.evaluate import Predictor, dense_predictor, run_gamma, student_predictor
+from stages.apply.evaluate import run_gamma
+from stages.apply.predictor import Predictor, dense_predictor, student_predictor
 from stages.apply.words import Vocabulary, vocabulary
-from stages.common.devices import choose_device
+from stages.common.ahead import ahead
+from stages.common.devices import choose_device, lanes
 from stages.common.progress import progress_bar, say
+from stages.common.ranks import from_everyone, own_share
 from stages.common.runs import Run, load_run
 
 MOST_PIXELS = 2**22  # of a mask before it is enlarged: finer than the student sees
+NONE = 255  # in a mask: none of these
 PICTURE_SIDE = 2048  # longest side of a picture for people
 
 
-def segment(predict: Predictor, image: np.ndarray, words: Vocabulary, gamma: float) -> np.ndarray:
-    """(H, W, 3) uint8 -> (H, W) uint8 indices of the words."""
-    height, width = image.shape[:2]
+def best_words(logits: ClassLogits, size: tuple[int, int], words: Vocabulary, gamma: float) -> np.ndarray:
+    """(H, W) uint8 indices of the words, at the photo's `size`; NONE where a class that was not asked for wins."""
+    height, width = size
     scale = min(1.0, (MOST_PIXELS / (height * width)) ** 0.5)
-    size = max(1, round(height * scale)), max(1, round(width * scale))
+    small = max(1, round(height * scale)), max(1, round(width * scale))
     groups = (words.seen, words.unseen) if words.seen else (words.unseen, [])
-    mask = Image.fromarray(calibrated_argmax(predict(image), size, *groups, [gamma])[0].astype(np.uint8))
+    [found] = calibrated_argmax(logits, small, *groups, [gamma])
+    mask = Image.fromarray(found.where(found < len(words.names), NONE).byte().cpu().numpy())
     return np.asarray(mask.resize((width, height), Image.Resampling.NEAREST))
 
 
@@ -59,7 +66,7 @@ class Segmenter:
         self.run = run
         self.classes = run.config.dataset.classes
         self.gamma = run_gamma(run) if gamma is None else gamma
-        self._vocabularies: dict[tuple[str, ...], Vocabulary] = {}
+        self._vocabularies: dict[tuple[tuple[str, ...], bool], Vocabulary] = {}
 
     @classmethod
     def load(cls, run: str | Path, device: str = "auto", gamma: float | None = None) -> "Segmenter":
@@ -67,7 +74,7 @@ class Segmenter:
         return cls(load_run(Path(run), choose_device(device)), gamma)
 
     def __call__(
-        self, image: np.ndarray | Image.Image | str | Path, classes: Sequence[str] | None = None
+        self, image: np.ndarray | Image.Image | str | Path, classes: Sequence[str] | None = None, others: bool = False
     ) -> np.ndarray:
         """Segment one image.
 
@@ -75,9 +82,10 @@ class Segmenter:
             image: (H, W, 3) uint8 RGB, a PIL image, or a file's path; the last two are converted as in `read_photo`.
             classes: K words, synonyms as in `cow|bull|calf`. CLIP's text tower encodes new ones once; their features
                 are kept in caches/text/.
+            others: the training classes compete too.
 
         Returns:
-            (H, W) uint8: index into `classes` for each pixel.
+            (H, W) uint8: index into `classes` for each pixel; with `others`, 255 where none of them is the best.
 
         Raises:
             UserError: invalid words (see `parse_words`), not an image, or new words but no text tower.
@@ -88,35 +96,103 @@ class Segmenter:
             image = rgb(image, "the image")
         elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(f"an image array must be (H, W, 3) uint8, RGB, not {image.shape} {image.dtype}")
-        words = self.vocabulary(classes)
-        return segment(student_predictor(self.run.student, words.features, words.config), image, words, self.gamma)
+        words = self.vocabulary(classes, others)
+        return best_words(self.predictor(words)(image), (image.shape[0], image.shape[1]), words, self.gamma)
 
-    def vocabulary(self, classes: Sequence[str] | None = None) -> Vocabulary:
-        """The words, parsed, with their features."""
+    def predictor(self, words: Vocabulary) -> Predictor:
+        return student_predictor(self.run.student, words.features, words.config)
+
+    def vocabulary(self, classes: Sequence[str] | None = None, others: bool = False) -> Vocabulary:
+        """The words, parsed, with their features, and with those of the training classes if `others` compete."""
         words = self.classes if classes is None else classes
-        key = tuple(words)
+        key = tuple(words), others
         if key not in self._vocabularies:
-            self._vocabularies[key] = vocabulary(self.run, words)
+            self._vocabularies[key] = vocabulary(self.run, words, others)
         return self._vocabularies[key]
+
+
+class _Photo(NamedTuple):
+    """What is kept of a photo until its results are written."""
+
+    file: Path
+    size: tuple[int, int]  # (H, W)
+    cut: Cut
+    small: np.ndarray  # for the pictures
+
+
+class _Results(NamedTuple):
+    """Of a photo: masks (H, W) of the student and, where they are compared, of the teacher; attention (h, w)."""
+
+    photo: _Photo
+    mask: np.ndarray
+    by_teacher: np.ndarray | None
+    attention: np.ndarray | None
 
 
 def predict(
     segmenter: Segmenter, photos: Sequence[Path], classes: Sequence[str] | None, output: Path,
-    rle: bool = False, compare: bool = False, show_attention: bool = False,
+    rle: bool = False, compare: bool = False, show_attention: bool = False, others: bool = False,
 ) -> tuple[int, list[str]]:  # fmt: skip
     """Writes PHOTO.overlay.png and PHOTO.mask.png (indices of the classes) of every photo to the folder `output`.
 
-    Existing outputs of the same photo are deleted.
+    Existing outputs of the same photo are deleted. Photos are read, and results written, while the student computes.
+    With torchrun every rank takes its share of the photos.
 
     Args:
         photos: files, or folders of them.
         rle: also write PHOTO.rle.json, COCO's compressed run lengths of every predicted class.
         compare: also write PHOTO.compare.png, the teacher's dense prediction next to the student's. Loads CLIP.
         show_attention: also write PHOTO.attention.png, where GLM attends for the photo's CLS token. Loads CLIP.
+        others: the training classes compete too; what they win is NONE in the mask and absent from the run lengths.
 
     Returns:
-        The number of segmented photos, and the reason for each that could not be read or written.
+        The number of segmented photos, and the reason for each that could not be read or written, of all ranks.
     """
+    files = own_share(_to_segment(photos))
+    output.mkdir(parents=True, exist_ok=True)
+    words = segmenter.vocabulary(classes, others)
+    student, device = segmenter.predictor(words), str(segmenter.run.text_features.device)
+    teacher = None
+    if compare or show_attention:
+        teacher, student = load_teacher(words.config.teacher, device), replace(student, lanes=1)
+    by_teacher = dense_predictor(teacher, words.features, words.config) if teacher and compare else None
+    failures: dict[Path, str] = {}  # whatever happens to a photo, the others follow
+
+    def ready(file: Path) -> tuple[Cut, _Photo] | None:
+        try:
+            for ending in WRITTEN:
+                Path(f"{output / file.name}{ending}").unlink(missing_ok=True)
+            photo = read_photo(file)
+        except (BrokenFile, OSError) as error:
+            failures[file] = _failure(file, error, output)
+            return None
+        shown = student.cut(photo)
+        return shown, _Photo(file, (photo.shape[0], photo.shape[1]), shown, _small(photo))
+
+    def finish(photo: _Photo, logits: ClassLogits) -> _Results:
+        other = attention = None
+        if by_teacher:
+            other = best_words(by_teacher.logits([photo.cut])[0], photo.size, words, 0.0)
+        if teacher and show_attention:
+            attention = cls_attention(segmenter.run, teacher, photo.cut.image)
+        return _Results(photo, best_words(logits, photo.size, words, segmenter.gamma), other, attention)
+
+    def write(found: _Results) -> None:
+        try:
+            _write(found, words, output, rle)
+        except OSError as error:
+            failures[found.photo.file] = _failure(found.photo.file, error, output)
+
+    writers = lanes(device).readers
+    with progress_bar("predict", len(files), "photos") as advance, ThreadPoolExecutor(writers) as pool:
+        for _ in ahead(pool, write, student.each(files, ready, finish), 2 * writers):
+            advance()
+    done = from_everyone((len(files) - len(failures), [failures[file] for file in files if file in failures]))
+    return sum(count for count, _ in done), [line for _, lines in done for line in lines]
+
+
+def _to_segment(photos: Sequence[Path]) -> list[Path]:
+    """The photos' files. UserError if two have one name."""
     passed_over: list[str] = []
     files = find_photos(photos, passed_over)
     if passed_over:
@@ -126,44 +202,33 @@ def predict(
         raise UserError(
             f"{times} photos are named {name}, so their results would overwrite each other: run them separately"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    words = segmenter.vocabulary(classes)
-    device = str(segmenter.run.text_features.device)
-    teacher = load_teacher(words.config.teacher, device) if compare or show_attention else None
-    by_teacher = dense_predictor(teacher, words.features, words.config) if teacher and compare else None
-    failures = []
-    with progress_bar("predict", len(files), "photos") as advance:
-        for file in files:
-            stem = str(output / file.name)
-            try:  # whatever happens to this photo, continue with the others
-                for ending in WRITTEN:
-                    Path(f"{stem}{ending}").unlink(missing_ok=True)
-                photo = read_photo(file)
-                mask = segmenter(photo, classes)
-                small = _small(photo)
-                shown = overlay(small, _small(mask))
-                _save(stacked([Image.fromarray(shown), _legend([mask], words)]), Path(f"{stem}.overlay.png"))
-                indices = Image.fromarray(mask)
-                indices.putpalette(palette().tobytes())  # the overlay's colours
-                _save(indices, Path(f"{stem}.mask.png"))
-                if rle:
-                    with writing(Path(f"{stem}.rle.json")):
-                        Path(f"{stem}.rle.json").write_text(json.dumps(coco_rle(mask, words.names)) + "\n")
-                if by_teacher:
-                    other = segment(by_teacher, photo, words, 0.0)
-                    row = [small, overlay(small, _small(other)), shown]
-                    sheet = contact_sheet([row], ("photo", "teacher, dense", "student"), [file.name], 512)
-                    _save(stacked([sheet, _legend([other, mask], words)]), Path(f"{stem}.compare.png"))
-                if teacher and show_attention:
-                    weights = cls_attention(segmenter.run, teacher, photo)
-                    _save(Image.fromarray(lit(small, weights)), Path(f"{stem}.attention.png"))
-            except BrokenFile as error:
-                failures.append(str(error))
-            except OSError as error:  # its name is too long, say; a full disk ends the command
-                why = error.strerror or error
-                failures.append(f"photo {file}: cannot write its results ({why}): rename it, or check {output}")
-            advance()
-    return len(files) - len(failures), failures
+    return files
+
+
+def _failure(file: Path, error: BrokenFile | OSError, output: Path) -> str:
+    if isinstance(error, BrokenFile):
+        return str(error)
+    why = error.strerror or error  # its name is too long, say; a full disk ends the command
+    return f"photo {file}: cannot write its results ({why}): rename it, or check {output}"
+
+
+def _write(found: _Results, words: Vocabulary, output: Path, rle: bool) -> None:
+    (file, _, _, small), mask, other, attention = found
+    stem = output / file.name
+    shown = overlay(small, _small(mask))
+    _save(stacked([Image.fromarray(shown), _legend([mask], words)]), Path(f"{stem}.overlay.png"))
+    indices = Image.fromarray(mask)
+    indices.putpalette(palette().tobytes())  # the overlay's colours
+    _save(indices, Path(f"{stem}.mask.png"))
+    if rle:
+        with writing(Path(f"{stem}.rle.json")):
+            Path(f"{stem}.rle.json").write_text(json.dumps(coco_rle(mask, words.names)) + "\n")
+    if other is not None:
+        row = [small, overlay(small, _small(other)), shown]
+        sheet = contact_sheet([row], ("photo", "teacher, dense", "student"), [file.name], 512)
+        _save(stacked([sheet, _legend([other, mask], words)]), Path(f"{stem}.compare.png"))
+    if attention is not None:
+        _save(Image.fromarray(lit(small, attention)), Path(f"{stem}.attention.png"))
 
 
 @torch.inference_mode()
@@ -181,7 +246,7 @@ def cls_attention(run: Run, teacher: Teacher, image: np.ndarray) -> np.ndarray:
 def coco_rle(mask: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
     """Annotations of the classes in a mask (H, W), as pycocotools reads and writes them."""
     found = []
-    for index in np.unique(mask).tolist():
+    for index in np.unique(mask[mask != NONE]).tolist():
         runs = coco.encode(np.asfortranarray(mask == index, np.uint8))
         found.append(
             {
@@ -209,10 +274,11 @@ def _small(picture: np.ndarray) -> np.ndarray:
 
 def _legend(masks: Sequence[np.ndarray], words: Vocabulary) -> Image.Image:
     """The classes in the masks, the largest first, each with its share of every mask."""
-    shares = 100 * np.stack([np.bincount(mask.ravel(), minlength=len(words.names)) / mask.size for mask in masks])
+    shares = 100 * np.stack([np.bincount(mask.ravel(), minlength=NONE + 1) / mask.size for mask in masks])
     names = {}
     for index in np.argsort(-shares.sum(0), kind="stable").tolist():
         if shares[:, index].any():
             texts = ("0" if not share else "< 1" if share < 1 else f"{share:.0f}" for share in shares[:, index])
-            names[index] = f"{words.names[index]} {', '.join(texts)} %"
+            name = "none of these" if index == NONE else words.names[index]
+            names[index] = f"{name} {', '.join(texts)} %"
     return legend(names, columns=4)

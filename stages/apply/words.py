@@ -63,8 +63,8 @@ class Vocabulary:
 
     Attributes:
         config: the run's, with these classes as its dataset's.
-        features: (K, C).
-        seen, unseen: indices of the classes with masks in training, and of the others.
+        features: (K, C), or (K + O, C): the training classes that are not asked for follow, if they compete too.
+        seen, unseen: indices of the classes with masks in training, and of the rest.
     """
 
     config: Config
@@ -77,8 +77,10 @@ class Vocabulary:
         return self.config.dataset.classes
 
 
-def vocabulary(run: Run, words: Sequence[str]) -> Vocabulary:
+def vocabulary(run: Run, words: Sequence[str], others: bool = False) -> Vocabulary:
     """Training classes keep the run's features and do not need CLIP; its text tower encodes other words once.
+
+    With `others`, the training classes compete too, except those whose name is one of the words or a synonym in them.
 
     Raises:
         UserError: as `parse_words`, or there is no text tower.
@@ -97,9 +99,14 @@ def vocabulary(run: Run, words: Sequence[str]) -> Vocabulary:
     for name, names in new.items():  # each is kept separately, as other lists may contain it too
         (row,) = class_features(_with_classes(run.config, {name: names}), teacher, run.text_features.shape[1])
         rows[name] = torch.from_numpy(row).to(run.text_features.device)
-    seen = [index for index, name in enumerate(parsed) if name in known and known[name] in trained.seen_indices]
-    unseen = [index for index in range(len(parsed)) if index not in seen]
-    return Vocabulary(_with_classes(run.config, parsed), torch.stack([rows[name] for name in parsed]), seen, unseen)
+    competing = list(parsed)
+    if others:
+        asked = {name for synonyms in parsed.values() for name in synonyms}
+        competing += [name for name in trained.classes if name not in asked]
+        rows |= {name: run.text_features[known[name]] for name in competing[len(parsed) :]}
+    seen = [index for index, name in enumerate(competing) if name in known and known[name] in trained.seen_indices]
+    unseen = [index for index in range(len(competing)) if index not in seen]
+    return Vocabulary(_with_classes(run.config, parsed), torch.stack([rows[name] for name in competing]), seen, unseen)
 
 
 def _with_classes(config: Config, words: dict[str, tuple[str, ...]]) -> Config:

@@ -4,6 +4,8 @@ import ctypes
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -50,6 +52,23 @@ def keep_freed_memory() -> None:
         allocator.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def choose_gpu(device: str) -> None:
+    """A new thread would otherwise start at the first GPU, whichever its tensors are on."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+
+
+@contextmanager
+def computing_threads(count: int) -> Iterator[None]:
+    """How many cores a thread that starts in the block computes with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Lanes(NamedTuple):
     """How many threads a stage-one worker computes and reads with."""
 
@@ -74,6 +93,11 @@ def local_workers(device: str) -> int:
 def _gpus(device: str) -> int:
     """The number of GPUs of the device's kind in this machine; a Mac has one."""
     return torch.cuda.device_count() if device.startswith("cuda") else 1
+
+
+def processes_here() -> int:
+    """How many processes torchrun started on this machine; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def worker_device(asked: str) -> str:

@@ -19,12 +19,14 @@ from cache.manifest import different_settings
 from configs.errors import UserError, writing
 from configs.load import as_settings, resolve
 from configs.schema import Config
+from pipeline.hub import HUB, on_the_hub
 from pipeline.student.student import Student
+from pipeline.student.weights import TEXT, WEIGHTS
 
 RUNS, DATA = Path("runs"), Path("data")  # DATA: the default of --data-root
-CONFIG, WEIGHTS = "config.yaml", "student.safetensors"
+CONFIG = "config.yaml"
 CHECKPOINTS, STATE = "checkpoints", "state.json"  # a folder in a run; a file that only checkpoints have
-_TEXT, _FACTS = "text_features", "run"
+_FACTS = "run"
 # Settings that do not affect what a run learns: they may change when it is continued.
 FREE = ("train.workers", "train.checkpoint_every", "train.keep_checkpoints")
 
@@ -72,8 +74,13 @@ def is_begun(path: Path) -> bool:
     """Whether the folder has a training to continue.
 
     Raises:
-        UserError: it is a checkpoint, or has weights that no checkpoint belongs to: a training would overwrite them.
+        UserError: it is a checkpoint, or has weights that no checkpoint belongs to: a training would overwrite them. Or
+            it is on the hub.
     """
+    if path.as_posix().startswith(HUB):
+        raise UserError(
+            f"--run {path.as_posix()} cannot be continued: to start from its weights, set student.weights to it"
+        )
     if not (path / CONFIG).is_file():
         return False
     if (path / STATE).is_file():
@@ -162,7 +169,7 @@ def save_student(
 ) -> None:
     """Weights and class features in one file, put in place whole; iteration, gamma and alpha are its metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
-    tensors[_TEXT] = text_features.cpu().contiguous()
+    tensors[TEXT] = text_features.cpu().contiguous()
     facts = {"iteration": iteration, "gamma": gamma, "alpha": alpha}
     # One entry: several would be in any order. A file of save_file's is for its owner's eyes alone.
     content = save(tensors, {_FACTS: json.dumps(facts)})
@@ -183,11 +190,13 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def load_run(path: Path, device: str = "cpu") -> Run:
-    """A trained run, its student in eval mode.
+    """A trained run, its student in eval mode. `path` may be `hf-hub:ORG/NAME`.
 
     Raises:
         UserError: there is no run, or its files are damaged or do not fit each other.
     """
+    if (name := path.as_posix()).startswith(HUB):
+        path = on_the_hub(name, (CONFIG, WEIGHTS), "--run")
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             raise UserError(f"{path} has no {name}: it is not a run, or was not validated yet: run train --run {path}")
@@ -202,7 +211,7 @@ def load_run(path: Path, device: str = "cpu") -> Run:
             raise UserError(
                 f"{path / WEIGHTS} has values that are not finite ({wrong}): train again with a lower train.lr"
             )
-        text_features = tensors.pop(_TEXT)
+        text_features = tensors.pop(TEXT)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(
             f"{path / WEIGHTS} is damaged ({error}): train --run {path} restores it from the last checkpoint"

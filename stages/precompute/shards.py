@@ -32,8 +32,9 @@ from pipeline.data.views import draw_views, normalise, padding_colour, teacher_v
 from pipeline.pseudo_labels import kmeans_on, pseudo_labels
 from pipeline.pseudo_labels.regions import most_groups, region_tokens
 from pipeline.teacher.teacher import load_teacher, tokens_along
+from stages.common.ahead import ahead
 from stages.common.devices import keep_freed_memory, lanes, synchronize, worker_device
-from stages.precompute.overlap import Stopwatch, ahead
+from stages.precompute.stopwatch import Stopwatch
 
 PARTS = ("read", "teacher", "cluster", "write")
 SHARDS_AT_ONCE = 2  # per worker: one uses the teacher; the other reads its first images, or is written

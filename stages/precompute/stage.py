@@ -18,11 +18,11 @@ from torch import Tensor
 
 from cache.base import Store
 from cache.copies import trusted_manifest
-from cache.layout import MANIFEST, SHARDS
+from cache.layout import MANIFEST
 from cache.manifest import Manifest, check_settings, fingerprint
 from cache.reader import open_cache
 from cache.store import absolute, open_store
-from cache.writer import create_cache, list_skipped, pending, stored_pca
+from cache.writer import create_cache, forget_skipped, list_skipped, pending, stored_pca
 from configs.errors import UserError
 from configs.load import as_settings, merge
 from configs.schema import Config, StageOne
@@ -56,6 +56,7 @@ def precompute(
     device: str,
     scheduler: str | None = None,
     dry_run: bool = False,
+    retry_skipped: bool = False,
 ) -> str:
     """Make the cache that `config` describes, complete it, or add views to it.
 
@@ -64,6 +65,7 @@ def precompute(
         device: for workers on this machine; with a scheduler, `auto`, and each worker chooses.
         scheduler: address of a running Dask scheduler, tcp://...; by default one is started here.
         dry_run: stop after the plan; no cache is written.
+        retry_skipped: make the shards again in which images were skipped.
 
     Returns:
         The cache's folder or URL.
@@ -74,6 +76,9 @@ def precompute(
     name = fingerprint(settings)
     path = cache or str(CACHES / f"{config.dataset.name}-{name[:12]}")
     store = open_store(path)
+    if retry_skipped:
+        with store.lock():
+            say(f"trying {forget_skipped(path)} skipped images again")
     if _is_complete(path, name, config.views.count):
         say(f"{path} is complete for these settings: nothing to do")
     else:
@@ -86,7 +91,7 @@ def precompute(
         first = next(iter(skipped.values()))
         say(
             f"{len(skipped)} images were skipped ({store.show(MANIFEST)} lists them; the first: {first}); "
-            f"to retry them, delete the records in {store.show(SHARDS)} that list them"
+            "--retry-skipped tries them again"
         )
     return path
 

@@ -17,7 +17,8 @@ from configs.errors import UserError, writing
 from configs.load import as_settings
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
-from stages.apply.evaluate import evaluate, student_predictor
+from stages.apply.evaluate import evaluate
+from stages.apply.predictor import student_predictor
 from stages.common.progress import figure, say
 from stages.common.runs import RUNS, load_run, one_trainer, replace_file
 from stages.inspect.regions import summary, table

@@ -15,9 +15,10 @@ from configs.errors import writing
 from configs.load import resolve
 from configs.schema import Config
 from pipeline.data.dataset import IGNORE, SegmentationDataset
-from pipeline.metrics import Scores, calibrated_argmax
+from pipeline.metrics import Scores, predicted_mask
 from pipeline.pictures import contact_sheet, legend, overlay, stacked
-from stages.apply.evaluate import Predictor, evaluate, student_predictor, teacher_predictor
+from stages.apply.evaluate import evaluate
+from stages.apply.predictor import Predictor, student_predictor, teacher_predictor
 from stages.common.progress import figure, output, say, show
 from stages.common.runs import DATA, load_run, replace_file
 from stages.inspect.regions import choose_rows, sheet, summary, table
@@ -116,7 +117,7 @@ def _predictions(config: Config, predictors: tuple[tuple[Predictor, float], ...]
     for row in list(rows)[:PICTURES]:
         image, mask = dataset.pair(row)
         predictions = [
-            calibrated_argmax(predict(image), mask.shape, seen, unseen, [gamma])[0].astype(np.uint8)
+            predicted_mask(predict(image), (mask.shape[0], mask.shape[1]), seen, unseen, gamma)
             for predict, gamma in predictors
         ]
         hidden = np.where(np.isin(mask, unseen), mask, IGNORE).astype(np.uint8)

@@ -11,7 +11,7 @@ from pipeline.data.dataset import SegmentationDataset
 from pipeline.data.views import normalise, padding_colour, replay
 from pipeline.inference import ClassLogits
 from pipeline.learning.glm import attention
-from pipeline.metrics import calibrated_argmax
+from pipeline.metrics import predicted_mask
 from pipeline.pictures import contact_sheet, lit, overlay
 from pipeline.student.student import Student
 
@@ -30,7 +30,7 @@ def predictions(dataset: SegmentationDataset, logits: dict[int, ClassLogits], ga
     for row, found in logits.items():
         image, mask = dataset.pair(row)
         seen, unseen = dataset.config.seen_indices, dataset.config.unseen_indices
-        labels = calibrated_argmax(found, mask.shape, seen, unseen, [gamma])[0].astype(np.uint8)
+        labels = predicted_mask(found, (mask.shape[0], mask.shape[1]), seen, unseen, gamma)
         lines.append([image, overlay(image, mask, 0.75), overlay(image, labels, 0.75)])
     return contact_sheet(lines, ("image", "true mask", "prediction"), [dataset.ids[row] for row in logits], SIDE)
 

@@ -17,6 +17,7 @@ from stages.apply.gamma import open_gamma_split
 from stages.common.caches import check_cache
 from stages.common.datasets import open_split
 from stages.common.progress import progress_bar, say
+from stages.common.ranks import OtherRankFailed, everyone_has, is_main, ranks, take_buffers
 from stages.common.runs import begin_run, one_trainer, run_folder, save_config, save_student
 from stages.train.batches import Batches, CannotLoad
 from stages.train.checkpoints import Checkpoints
@@ -25,7 +26,7 @@ from stages.train.log import RunLog, import_wandb, is_validated
 from stages.train.pace import Pace
 from stages.train.pictures import attentions, few
 from stages.train.provenance import check_same_cache, record_start
-from stages.train.ranks import anywhere, everyone_has, is_main, ranks, wait_for_all
+from stages.train.ranks import anywhere, wait_for_all
 from stages.train.stopping import Stopped, outlive_signals, stop_on_signals
 from stages.train.validation import Validation
 
@@ -100,10 +101,8 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
             progress_bar("train", schedule.iterations, "it", first) as advance,
             closing(_Writer(config, path, first, cache, device, batches)) if is_main() else nullcontext() as writer,
         ):
-            if writer:
-                validation = Validation(
-                    config, validation_split, gamma_split, text_features, writer.log, stop, show_attention
-                )
+            log = writer.log if writer else None
+            validation = Validation(config, validation_split, gamma_split, text_features, log, stop, show_attention)
 
             def choose_gamma() -> float:
                 if learner.gamma is None:
@@ -122,10 +121,16 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
             def validate() -> None:
                 if writer:
                     with suppress(Stopped):
-                        gamma = choose_gamma()
+                        choose_gamma()
                         write_run(path)
+                if not anywhere(bool(stop), device):
+                    gamma = everyone_has(learner.gamma)
+                    assert gamma is not None  # only a signal keeps it from being chosen
+                    take_buffers(learner.best_student)
+                    with suppress(Stopped, OtherRankFailed):
                         validation(learner.best_student, learner.iteration, gamma)
-                        checkpoints.prune(validation.best)
+                        if writer:
+                            checkpoints.prune(validation.best)
                 student.train()
                 if anywhere(bool(stop), device):
                     raise Stopped

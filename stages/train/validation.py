@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
-from pipeline.inference import ClassLogits
 from pipeline.student.student import Student
-from stages.apply.evaluate import Predictor, evaluate_predictor, set_spread, student_predictor
-from stages.apply.gamma import choose_gamma
+from stages.apply.evaluate import evaluate_predictor
+from stages.apply.gamma import calibrate
+from stages.apply.predictor import Predictor, student_predictor
 from stages.common.progress import figure, say
 from stages.train.log import RunLog, read_scores
 from stages.train.pictures import few, predictions
@@ -24,15 +24,15 @@ class Validation:
 
     def __init__(
         self, config: Config, dataset: SegmentationDataset, gamma_split: SegmentationDataset | None,
-        text_features: Tensor, log: RunLog, stop: Stop, show_attention: Callable[[Student], Image.Image],
+        text_features: Tensor, log: RunLog | None, stop: Stop, show_attention: Callable[[Student], Image.Image],
     ) -> None:  # fmt: skip
-        """`gamma_split` is that of `open_gamma_split`."""
+        """`gamma_split` is that of `open_gamma_split`; `log` is None on all ranks but the first."""
         self.config, self.dataset, self.text_features, self.log, self.stop = config, dataset, text_features, log, stop
         self.gamma_split, self.show_attention = gamma_split, show_attention
         generalised = bool(config.dataset.unseen)
         self.names = ("miou", "miou_seen", "miou_unseen", "hiou") if generalised else ("miou",)
         self._scores: dict[int, float | None] = {
-            line["iteration"]: line[self.names[-1]] for line in read_scores(log.path)
+            line["iteration"]: line[self.names[-1]] for line in (read_scores(log.path) if log else ())
         }
 
     def choose_gamma(self, student: Student) -> float:
@@ -43,17 +43,21 @@ class Validation:
         Raises:
             Stopped: a signal came between two images.
         """
-        set_spread(student.eval(), self.config, self.gamma_split, self._until_stopped)
-        return choose_gamma(self._predictor(student), self.config, self.gamma_split)
+        return calibrate(self._predictor(student), self.config.evaluate.gamma, self.gamma_split, student)
 
     def __call__(self, student: Student, iteration: int, gamma: float) -> None:
         """Scores at `gamma`, which select the best validation, and at 0. Leaves `student` in eval mode.
 
+        Every rank takes its share of the images.
+
         Raises:
             Stopped: a signal came between two images.
+            OtherRankFailed: or it came to another rank.
         """
         predict = self._predictor(student)
         scores, plain = evaluate_predictor(predict, self.dataset, [gamma, 0.0])
+        if self.log is None:
+            return
         logits = {row: predict(self.dataset.image(row)) for row in few(range(len(self.dataset)))}
         self.log.picture(iteration, f"{self.dataset.split}/predictions", predictions(self.dataset, logits, gamma))
         self.log.picture(iteration, "train/attention", self.show_attention(student))
@@ -67,14 +71,7 @@ class Validation:
         say(f"iteration {iteration}, {self.dataset.split}{at}: {values}")
 
     def _predictor(self, student: Student) -> Predictor:
-        return self._until_stopped(student_predictor(student.eval(), self.text_features, self.config))
-
-    def _until_stopped(self, predict: Predictor) -> Predictor:
-        def until_stopped(image: np.ndarray) -> ClassLogits:
-            self.stop.check()
-            return predict(image)
-
-        return until_stopped
+        return replace(student_predictor(student.eval(), self.text_features, self.config), before=self.stop.check)
 
     def done(self, iteration: int) -> bool:
         return iteration in self._scores

@@ -29,6 +29,7 @@ from stages.precompute.stage import precompute
 from stages.train.batches import lack_of_shared_memory, loader_workers
 from stages.train.provenance import versions
 from stages.train.stage import train
+from stages.upkeep.agreement import agreement
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def doctor(asked: str) -> Iterator[Finding]:
     yield Finding("device", device)
     keep_freed_memory()
     yield from _smoke(device)
+    if device != "cpu":
+        yield from _agreement(device)
 
 
 def _gpus() -> Iterator[Finding]:
@@ -106,6 +109,15 @@ def _smoke(device: str) -> Iterator[Finding]:
                 yield Finding(part, _reason(error), fault=True)
                 return  # the later parts depend on it
             yield Finding(part, f"works, one image in {time.perf_counter() - start:.1f} s")
+
+
+def _agreement(device: str) -> Iterator[Finding]:
+    """Whether the device computes what the CPU does."""
+    try:
+        for found in agreement(device):
+            yield Finding(found.part, f"beside the processor's, {found}", fault=not found.holds)
+    except Exception as error:  # what is looked for
+        yield Finding("agreement", _reason(error), fault=True)
 
 
 def _one_image(folder: Path, picture: Path) -> Config:

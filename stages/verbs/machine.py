@@ -28,7 +28,7 @@ def runs(json_file: JsonOption = None) -> None:
 def doctor(device: DeviceOption = "auto", json_file: JsonOption = None) -> None:
     """Check that everything works here: versions, GPUs, disk space, and one image through every part (about 30 s).
 
-    Exit code 1 if a part fails. Example: clip-zss doctor --device cuda:1
+    A GPU is also compared with the processor. Exit code 1 if a part fails. Example: clip-zss doctor --device cuda:1
     """
     from stages.upkeep.doctor import doctor as stage
 

@@ -51,23 +51,27 @@ def evaluate(
     Example: clip-zss evaluate --dataset pascal-voc --set evaluate.mode=slide --json scores.json
     """
     from stages.apply.evaluate import evaluate as stage
-    from stages.apply.evaluate import features_of, student_predictor, teacher_predictor
+    from stages.apply.evaluate import features_of
+    from stages.apply.predictor import student_predictor, teacher_predictor
+    from stages.common.ranks import is_main, ranks
     from stages.common.runs import load_run, newest_run
     from stages.verbs.report import score_report, score_table
 
-    on, opened = device_of(device), None
-    if teacher_dense:
-        base = None if run is None and (dataset or config) else as_settings(load_run(run or newest_run()).config)
-        settings = resolve(dataset, config, set_, base, runlocal)
-        name, predict = "teacher's dense tokens", teacher_predictor(settings, on)
-    else:
-        opened = load_run(run or newest_run(), on)
-        settings = resolve(dataset, config, set_, as_settings(opened.config), runlocal)
-        settings, features = features_of(settings, opened, on)
-        name, predict = str(opened), student_predictor(opened.student, features, settings)
-    gamma, scores = stage(predict, settings, data_root, opened)
-    found = (name, settings, gamma, scores, opened.alpha if opened else None)
-    print_result(lambda: score_table(*found), score_report(*found), json_file)
+    with ranks(device_of(device)) as on:
+        opened = None
+        if teacher_dense:
+            base = None if run is None and (dataset or config) else as_settings(load_run(run or newest_run()).config)
+            settings = resolve(dataset, config, set_, base, runlocal)
+            name, predict = "teacher's dense tokens", teacher_predictor(settings, on)
+        else:
+            opened = load_run(run or newest_run(), on)
+            settings = resolve(dataset, config, set_, as_settings(opened.config), runlocal)
+            settings, features = features_of(settings, opened, on)
+            name, predict = str(opened), student_predictor(opened.student, features, settings)
+        gamma, scores = stage(predict, settings, data_root, opened)
+        found = (name, settings, gamma, scores, opened.alpha if opened else None)
+        if is_main():
+            print_result(lambda: score_table(*found), score_report(*found), json_file)
 
 
 def predict(
@@ -88,6 +92,10 @@ def predict(
         float | None,
         typer.Option("--gamma", help="Value subtracted from the logits of seen classes; default: the run's."),
     ] = None,
+    others: Annotated[
+        bool,
+        typer.Option("--others", help="Let the training classes compete too; 255 in the mask is none of your classes."),
+    ] = False,
     rle: Annotated[bool, typer.Option("--rle", help="Also write COCO run lengths as JSON.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Also show CLIP's dense prediction; loads CLIP.")] = False,
     attention: Annotated[
@@ -105,22 +113,26 @@ def predict(
     from stages.apply.predict import Segmenter
     from stages.apply.predict import predict as stage
     from stages.apply.words import read_words
+    from stages.common.ranks import is_main, ranks
     from stages.common.runs import newest_run
 
     if gamma is not None and not math.isfinite(gamma):
         raise UserError(f"--gamma {gamma}: give a finite number")
-    segmenter = Segmenter.load(run or newest_run(), device_of(device), gamma)
-    say(f"run: {segmenter.run}")
     words = None if classes is None else read_words(classes)
-    done, failures = stage(segmenter, photos, words, output, rle, compare, attention)
+    with ranks(device_of(device)) as on:
+        segmenter = Segmenter.load(run or newest_run(), on, gamma)
+        say(f"run: {segmenter.run}")
+        done, failures = stage(segmenter, photos, words, output, rle, compare, attention, others)
+        if not is_main():
+            return
     for line in failures:
         with suppress(OSError):  # of a stderr that is full or closed
             typer.echo(f"skipped: {line}", err=True)
     if done:
         show(f"results: {output}")
     if failures:
-        others = "; the others are done" if done else ""
-        raise UserError(f"{len(failures)} photos failed, listed above: correct them{others}")
+        rest = "; the others are done" if done else ""
+        raise UserError(f"{len(failures)} photos failed, listed above: correct them{rest}")
 
 
 def export(

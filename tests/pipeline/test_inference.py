@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from configs.schema import Config
 from pipeline import metrics
-from pipeline.inference import class_logits, short_side_to, sliding, whole, windows
+from pipeline.inference import Cut, class_logits, short_side_to, sliding, whole, windows
 from pipeline.metrics import CalibratedStacking
-from stages.apply.evaluate import Predictor, evaluate_predictor, student_predictor
+from stages.apply.evaluate import evaluate_predictor
+from stages.apply.predictor import Predictor, student_predictor
 from tests import reference
 from tests.pipeline.data.trees import Tree
 from tests.pipeline.draws import draw, draw_classes
@@ -69,7 +70,7 @@ class FakeStudent(nn.Module):
         self.kernel = draw(rng, CHANNELS, 3, 4, 4, scale=0.3)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        assert pixels.dtype == torch.float32 and pixels.shape[:2] == (1, 3)
+        assert pixels.dtype == torch.float32 and pixels.shape[1] == 3
         std, mean = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (STD, MEAN))
         shown = 255 * (pixels.double() * std + mean)
         torch.testing.assert_close(shown, shown.round(), rtol=0, atol=1e-3)
@@ -153,7 +154,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[CalibratedStacking]:
 def assert_evaluation(case: Case, counted: list[CalibratedStacking]) -> None:
     found = evaluate_predictor(case.predictor(), case.dataset, case.gammas)
     expected = case.expected()
-    np.testing.assert_array_equal(counted[-1].confusions, expected, strict=True)
+    np.testing.assert_array_equal(counted[-1].confusions.numpy(), expected, strict=True)
     unseen = [index for index in range(case.classes) if index not in case.seen]
     for matrix, row in zip(expected, found, strict=True):
         wanted: dict[str, Any] = reference.scores(matrix, case.seen, unseen)
@@ -204,7 +205,7 @@ def test_equal_classes_tie_in_every_pixel(
     dataset = tree.read(classes=("a", "b", "c", "d"), unseen=unseen)
     config = Config(dataset=dataset.config, views={"size": size}, evaluate={"mode": mode, "stride": 8})  # type: ignore[arg-type]
     student = FakeStudent(rng)
-    student.forward = lambda pixels: torch.ones(1, 1, *(-(-side // 4) for side in pixels.shape[2:]))  # type: ignore[method-assign]
+    student.forward = lambda pixels: torch.ones(len(pixels), 1, *(-(-side // 4) for side in pixels.shape[2:]))  # type: ignore[method-assign]
     for values in ([2, 2, 2, 2], [1, 2, 2, 1], [3, 2, 3, 2], [2, 2, 3, 2]):
         text, gammas = np.array(values, np.float32)[:, None], [0.0, 1.0, -1.0]
         predict = student_predictor(student, torch.from_numpy(text), config)  # type: ignore[arg-type]
@@ -218,7 +219,7 @@ def test_equal_classes_tie_in_every_pixel(
             size,
             8 if mode == "slide" else None,
         )
-        np.testing.assert_array_equal(counted[-1].confusions, expected, strict=True)
+        np.testing.assert_array_equal(counted[-1].confusions.numpy(), expected, strict=True)
         assert all(np.isfinite([row.miou, row.miou_seen]).all() for row in found)
         assert all(np.isnan([row.miou_unseen, row.hiou]).any() != bool(unseen) for row in found)
 
@@ -267,7 +268,7 @@ def test_slide_averages_overlaps() -> None:
         return torch.tensor([1.0, 2.0]).view(1, 2, 1, 1) * len(calls)
 
     strip = np.arange(4 * 10 * 3, dtype=np.uint8).reshape(4, 10, 3)
-    found = class_logits(strip, classify, 4, MEAN, STD, sliding(4, 10, 4, 3))
+    (found,) = class_logits([Cut(strip, sliding(4, 10, 4, 3))], classify, 4, MEAN, STD)
     expected = torch.tensor([1, 1, 1, 1.5, 2, 2, 2.5, 3, 3, 3]).expand(4, 10)
     assert found.size == (4, 10)
     assert torch.equal(found.upsampled([0, 1]), torch.stack([expected, 2 * expected]))
@@ -294,7 +295,7 @@ def test_class_logits(shape: tuple[int, int], stride: int) -> None:
         np.testing.assert_allclose(pixels, normalised(image), rtol=1e-5, atol=1e-6)
         return torch.einsum("bchw,kc->bkhw", torch.from_numpy(features[None]).requires_grad_(), torch.from_numpy(text))
 
-    found = class_logits(image, classify, stride, MEAN, STD, whole(*shape)).upsampled([0, 1, 2])
+    found = class_logits([Cut(image, whole(*shape))], classify, stride, MEAN, STD)[0].upsampled([0, 1, 2])
     assert found.shape == (3, *shape) and not found.requires_grad and found.dtype == torch.float32
     np.testing.assert_allclose(found, reference.window_logits(features, text, shape, stride), rtol=0, atol=1e-4)
     upsampled = reference.bilinear(features[None], (cells[0] * stride, cells[1] * stride))[0]

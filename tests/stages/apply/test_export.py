@@ -23,9 +23,9 @@ from pipeline.data.scenes import render_scene
 from pipeline.metrics import seen_margins
 from pipeline.student.portable import Portable
 from pipeline.student.student import Student
-from stages.apply.evaluate import student_predictor
 from stages.apply.export import export
 from stages.apply.predict import Segmenter
+from stages.apply.predictor import student_predictor
 from stages.common.runs import Run, load_run
 from tests.conftest import World
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -18,13 +18,15 @@ from configs.load import resolve
 from configs.schema import Config
 from pipeline.data.dataset import IGNORE, SegmentationDataset
 from pipeline.data.views import normalise
-from pipeline.inference import ClassLogits, Window
+from pipeline.inference import ClassLogits, Cut
 from pipeline.metrics import best_of
-from stages.apply.evaluate import Predictor, evaluate, evaluate_predictor, run_gamma, set_spread, student_predictor
-from stages.apply.gamma import choose_gamma, gamma_of_training, open_gamma_split
+from stages.apply.evaluate import evaluate, evaluate_predictor, run_gamma
+from stages.apply.gamma import calibrate, open_gamma_split
 from stages.apply.predict import Segmenter
+from stages.apply.predictor import Predictor, student_predictor
 from stages.common.runs import Run, load_run, save_student
 from tests.conftest import World
+from tests.pipeline.draws import as_logits
 from tests.pipeline.test_gamma import brute_force
 
 
@@ -86,7 +88,7 @@ def test_it_equals_the_slow_reference(world: World, trained: Path) -> None:
                     truth.append(int(mask[y, x]))
     wanted = brute_force(np.array(margins), np.array(predicted), np.array(truth))
     own = np.array(predicted) == truth
-    assert gamma_of_training(predict, split) == min(np.array(margins)[own & (np.array(margins) >= wanted)]) == run.gamma
+    assert calibrate(predict, "auto", split) == min(np.array(margins)[own & (np.array(margins) >= wanted)]) == run.gamma
 
 
 def test_the_spread_equals_the_slow_reference(world: World, trained: Path) -> None:
@@ -113,8 +115,7 @@ def test_only_auto_sets_the_spread(world: World, trained: Path, older: Path) -> 
     run = load_run(older)
     assert not run.student.spread.any()
     for asked in (0.5, "holdout"):
-        config = with_gamma(run, asked)
-        set_spread(run.student, config, open_gamma_split(config, world.data))
+        calibrate(predictor(run), asked, open_gamma_split(with_gamma(run, asked), world.data), run.student)
     assert not run.student.spread.any()
     assert run_gamma(run, world.data) == load_run(trained).gamma
     torch.testing.assert_close(run.student.spread, load_run(trained).student.spread)
@@ -133,7 +134,7 @@ def test_no_label_of_an_unseen_class_is_read(copied: World, trained: Path) -> No
 
     change_masks(copied, "train-*.png", scrambled)
     split = open_gamma_split(run.config, copied.data)
-    assert split is not None and choose_gamma(predictor(run), run.config, split) == run.gamma
+    assert split is not None and calibrate(predictor(run), "auto", split, run.student) == run.gamma
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,8 @@ def test_nothing_to_choose_by_is_said(
 ) -> None:  # fmt: skip
     run = load_run(trained)
     change_masks(copied, "train-*.png", mask)
-    assert np.isnan(gamma_of_training(predictor(run), SegmentationDataset(run.config.dataset, copied.data, "train")))
+    split = SegmentationDataset(run.config.dataset, copied.data, "train")
+    assert np.isnan(calibrate(predictor(run), "auto", split))
     said = capsys.readouterr().err
     assert said.count("no gamma:") == 1 and lack in said
 
@@ -158,18 +160,18 @@ def test_images_that_cannot_be_read_are_left_out(copied: World, trained: Path) -
     run = load_run(trained)
     (copied.data / "tiny" / "images" / "train-5.png").write_bytes(b"no image")
     broken = SegmentationDataset(run.config.dataset, copied.data, "train")
-    found = gamma_of_training(predictor(run), broken)
+    found = calibrate(predictor(run), "auto", broken)
     broken.ids.remove("train-5")
-    assert found == gamma_of_training(predictor(run), broken)
+    assert found == calibrate(predictor(run), "auto", broken)
     for name in broken.ids:
         (copied.data / "tiny" / "images" / f"{name}.png").unlink()
-    assert np.isnan(gamma_of_training(predictor(run), broken))
+    assert np.isnan(calibrate(predictor(run), "auto", broken))
 
 
 def test_one_image_is_enough(world: World, trained: Path) -> None:
     run = load_run(trained)
     config = run.config.dataset.model_copy(update={"limit": 1})
-    assert gamma_of_training(predictor(run), SegmentationDataset(config, world.data, "train")) != 0
+    assert calibrate(predictor(run), "auto", SegmentationDataset(config, world.data, "train")) != 0
 
 
 def test_without_unseen_classes_it_is_0(world: World, trained: Path) -> None:
@@ -177,7 +179,7 @@ def test_without_unseen_classes_it_is_0(world: World, trained: Path) -> None:
     dataset = run.config.dataset.model_copy(update={"unseen": ()})
     for asked in ("auto", "holdout"):
         config = with_gamma(run, asked).model_copy(update={"dataset": dataset})
-        assert open_gamma_split(config, Path("nowhere")) is None and choose_gamma(predictor(run), config, None) == 0
+        assert open_gamma_split(config, Path("nowhere")) is None and calibrate(predictor(run), asked, None) == 0
 
 
 def test_a_number_is_a_number(world: World, trained: Path) -> None:
@@ -200,28 +202,31 @@ def labelled_gamma(predict: Predictor, config: Config, data_root: Path) -> float
     return gammas[int(np.argmax(found))] if max(found) else float("nan")
 
 
-def knowing(config: Config, data_root: Path) -> Predictor:
+def knowing(run: Run, config: Config, data_root: Path) -> Predictor:
     """Logits of which that of the true class is a little higher."""
     truth = {}
     for name in ("holdout", "val"):
         split = SegmentationDataset(config.dataset, data_root, name)
         truth |= {split.image(row).tobytes(): split.mask(row) for row in range(len(split))}
 
-    def predict(image: np.ndarray) -> ClassLogits:
-        mask = truth[image.tobytes()]
+    class Knowing(Predictor):
+        def logits(self, cuts: Sequence[Cut]) -> list[ClassLogits]:
+            return [of(truth[cut.image.tobytes()]) for cut in cuts]
+
+    def of(mask: np.ndarray) -> ClassLogits:
         logits = torch.randn(20, *mask.shape, generator=torch.Generator().manual_seed(int(mask.sum())))
         logits[torch.from_numpy(np.isin(mask, config.dataset.seen_indices)).expand(20, -1, -1)] += 0.1
         logits.scatter_add_(0, torch.from_numpy(mask.astype(np.int64))[None], torch.ones(1, *mask.shape))
         logits[config.dataset.seen_indices] += 0.5
-        return ClassLogits(mask.shape, 1, (Window((0, mask.shape[0], 0, mask.shape[1]), logits),))  # type: ignore[arg-type]
+        return as_logits(logits)
 
-    return predict
+    return Knowing(**vars(predictor(run)))
 
 
 def test_holdout_is_what_auto_was(world: World, trained: Path) -> None:
     run = load_run(trained)
     config = with_gamma(run, "holdout")
-    predict = knowing(config, world.data)
+    predict = knowing(run, config, world.data)
     gamma, found = evaluate(predict, config, world.data, run)
     assert gamma == labelled_gamma(predict, config, world.data) > 0.1
     (plain,) = evaluate_predictor(predict, SegmentationDataset(config.dataset, world.data, "val"), [gamma])

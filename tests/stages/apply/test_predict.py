@@ -16,8 +16,8 @@ from pipeline.data.photos import find_photos, read_photo
 from pipeline.data.scenes import CLASSES, render_scene
 from pipeline.data.views import normalise
 from pipeline.teacher.clip import FrozenClip
-from stages.apply.evaluate import Predictor, student_predictor
 from stages.apply.predict import Segmenter, cls_attention, coco_rle, predict
+from stages.apply.predictor import Predictor, student_predictor
 from stages.apply.words import parse_words, read_words
 from tests.conftest import SIZE, World
 
@@ -70,6 +70,43 @@ def test_training_classes_need_no_clip(segmenter: Segmenter, no_clip: None) -> N
         assert 0.1 < np.isin(wanted, np.flatnonzero(hidden)).mean() < 0.9
         found = Segmenter(segmenter.run, gamma)(image, None if len(rows) > 3 else [CLASSES[row] for row in rows])
         assert found.dtype == np.uint8 and (found == wanted).mean() > 0.999
+
+
+def test_what_the_training_classes_win_is_none_of_these(segmenter: Segmenter, no_clip: None) -> None:
+    """A pixel is 255 where a training class that was not asked for has the highest logit."""
+    image = scene(0)
+    for asked in (["heart"], [CLASSES[3], "heart", CLASSES[0]], list(CLASSES)):
+        rows = [CLASSES.index(name) for name in asked]
+        rows += [row for row in range(len(CLASSES)) if row not in rows]
+        logits = slow_logits(segmenter, image, segmenter.run.text_features[rows])
+        hidden = np.isin(rows, [CLASSES.index(name) for name in UNSEEN])
+        gamma = float(np.median(logits[~hidden].max(axis=0) - logits[hidden].max(axis=0)))
+        wanted = (logits - gamma * ~hidden[:, None, None]).argmax(axis=0)
+        wanted[wanted >= len(asked)] = 255
+        found = Segmenter(segmenter.run, gamma)(image, asked, others=True)
+        assert found.dtype == np.uint8 and (found == wanted).mean() > 0.999
+        assert (found == 255).any() == (len(asked) < len(CLASSES))
+    words = segmenter.vocabulary([CLASSES[3], "heart"], others=True)
+    assert words.names == (CLASSES[3], "heart") and len(words.features) == len(CLASSES)
+
+
+def test_a_synonym_does_not_compete_with_its_own_class(
+    segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the new words are kept
+    words = segmenter.vocabulary([f"something|{CLASSES[0]}", "heart"], others=True)
+    assert len(words.features) == len(CLASSES)  # two asked for, and all others but CLASSES[0] and heart
+    assert not any(torch.equal(row, segmenter.run.text_features[0]) for row in words.features)
+
+
+def test_none_of_these_in_what_predict_writes(world: World, trained: Path, tmp_path: Path) -> None:
+    Image.fromarray(scene(0)).save(tmp_path / "photo.png")
+    world.run("predict", tmp_path / "photo.png", "--run", trained, "--classes", "heart", "--others", "--rle",
+              "--output", tmp_path / "found", "--gamma", "0")  # fmt: skip
+    mask = np.asarray(Image.open(tmp_path / "found" / "photo.png.mask.png"))
+    assert set(np.unique(mask)) <= {0, 255} and (mask == 255).any()
+    written = json.loads((tmp_path / "found" / "photo.png.rle.json").read_text())
+    assert [one["category_name"] for one in written] == ["heart"] * bool((mask == 0).any())
 
 
 def test_gamma_moves_pixels_to_the_unseen_classes(segmenter: Segmenter, no_clip: None) -> None:

@@ -84,3 +84,9 @@ def test_full_size(name: str) -> None:
     assert local.student.model == full.student.model and local.loss == full.loss and local.student.weights == "none"
     assert full.train.iterations >= 400 and local.train.iterations == 6
     assert (full.evaluate.gamma == "auto") == (name == "scenes")  # the paper's are numbers
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_validations_are_few(name: str) -> None:
+    schedule = resolve(config=experiment(name)).train
+    assert 1 <= schedule.iterations / schedule.validate_every <= 5

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
@@ -50,6 +50,14 @@ def result(run: Path) -> dict[str, bytes]:
 
 def steps(run: Path) -> list[int]:
     return [json.loads(line)["iteration"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_image_at_a_time() -> Iterator[None]:
+    """In calibration and validation, so that they are checked for signals between images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.apply.predictor.CPU_PIXELS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +121,7 @@ def test_sigterm_in_a_validation_does_not_wait_for_its_end(
 
     def count(stop: Stop) -> None:
         seen.append(stop)
-        if len(seen) == at:  # one check before each image
+        if len(seen) == at:  # the first check comes before the images, the others after each
             os.kill(os.getpid(), signal.SIGTERM)
         check(stop)
 

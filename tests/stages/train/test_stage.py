@@ -17,7 +17,7 @@ from cache.reader import open_cache
 from configs.load import resolve
 from pipeline.data.dataset import SegmentationDataset
 from pipeline.learning.criterion import Criterion
-from stages.apply.evaluate import student_predictor
+from stages.apply.predictor import student_predictor
 from stages.common.runs import load_run
 from tests import reference
 from tests.conftest import ROOT, World

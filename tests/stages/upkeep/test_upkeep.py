@@ -12,8 +12,10 @@ import yaml
 import stages.common.runs
 import stages.upkeep.doctor
 from configs.errors import UserError
+from pipeline.learning.criterion import Criterion
 from stages.common.devices import choose_device, lanes, local_workers, obstacle
-from stages.train.ranks import ranks
+from stages.common.ranks import ranks
+from stages.upkeep.agreement import agreement
 from stages.verbs.options import print_result
 from tests.conftest import World
 
@@ -146,7 +148,7 @@ def test_the_gpu_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto") == choose_device("mps") == "mps"
     assert local_workers("mps") == 1 and lanes("mps").readers >= 2
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"^--device mps is for one process: run train without torchrun"), ranks("mps"):
+    with pytest.raises(UserError, match=r"^--device mps is for one process: start it without torchrun"), ranks("mps"):
         raise AssertionError
 
 
@@ -203,3 +205,19 @@ def test_shells_complete_verbs() -> None:
 
     shell = ShellComplete(typer.main.get_command(cli.app), {}, "clip-zss", "_CLIP_ZSS_COMPLETE")
     assert "inspect-pseudolabels" in [word.value for word in shell.get_completions([], "in")]
+
+
+def test_a_device_agrees_with_the_cpu_or_doctor_says_where_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU agrees with itself to the bit; a device that adds 1 % to every token's length and every loss does not."""
+    found = list(agreement("cpu"))
+    assert len(found) == 6 and all(one.holds and one.difference == 0 for one in found)
+    criterion = Criterion.forward
+    calls = []
+
+    def wrong(self: Criterion, *arguments: object) -> dict[str, torch.Tensor]:
+        calls.append(self)  # the first is the CPU's
+        return {name: loss * (1.01 if len(calls) == 2 else 1) for name, loss in criterion(self, *arguments).items()}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Criterion, "forward", wrong)
+    faults = {item.part for item in stages.upkeep.doctor._agreement("cpu") if item.fault}
+    assert faults == {"losses", "gradients of the losses"}

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from stages.precompute.overlap import Stopwatch, ahead
+from stages.common.ahead import ahead
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 50])
@@ -74,20 +74,3 @@ def test_an_error_of_the_producer_reaches_the_consumer() -> None:
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(OSError, match="gone"):
         list(ahead(pool, lambda item: item, items(), 3))
-
-
-def test_stopwatch_adds_threads_up_also_when_they_fail() -> None:
-    watch = Stopwatch("read", "write")
-
-    def wait() -> None:
-        with watch("read"):
-            time.sleep(0.02)
-            raise ValueError
-
-    with ThreadPoolExecutor(4) as pool:
-        for future in [pool.submit(wait) for _ in range(4)]:
-            with pytest.raises(ValueError):
-                future.result()
-    assert watch.seconds["read"] >= 4 * 0.02 and watch.seconds["write"] == 0
-    with pytest.raises(KeyError), watch("nothing"):
-        pass

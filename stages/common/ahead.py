@@ -1,11 +1,8 @@
-"""Bounded look-ahead in threads, so that the parts of stage one overlap; and the time each part takes."""
+"""Bounded look-ahead in threads, so that reading and computing overlap."""
 
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -29,20 +26,3 @@ def ahead(pool: Executor, function: Callable[[_T], _R], items: Iterable[_T], dep
     finally:
         for future in waiting:
             future.cancel()
-
-
-class Stopwatch:
-    """Seconds spent in each part, by name, over all threads."""
-
-    def __init__(self, *parts: str) -> None:
-        self.seconds = dict.fromkeys(parts, 0.0)
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.seconds[part] += time.perf_counter() - start
