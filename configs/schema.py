@@ -25,6 +25,8 @@ class Teacher(Section):
     `model`: an open_clip name, a JSON file in open_clip's format, or `hf-hub:ORG/NAME`. `pretrained`: a tag of it;
     a local file (.safetensors, a state dict as .bin or .pt, OpenAI's .pt archive); always `hub` for hf-hub models; or
     `none` for random weights, to try the pipeline. Paths are resolved from the working folder, then from configs/.
+    `model` transformers: `pretrained` is a folder or ORG/NAME of its dual encoders. Other names are those of installed
+    plug-ins (docs/teachers.md).
     """
 
     model: str = "ViT-B-16-quickgelu"

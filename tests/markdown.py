@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LANGUAGES = {"sh", "python", "yaml", "text", ""}  # another one would slip through what is checked
+LANGUAGES = {"sh", "python", "yaml", "toml", "text", ""}  # another one would slip through what is checked
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _MARK = re.compile(r"<!-- (parsed only: .+|file: .+) -->\n$")
 

@@ -41,27 +41,29 @@ def parts(block: Any, x: Tensor, rope: Tensor | None, grid: tuple[int, int]) -> 
     return _open_clip(block, x, grid)
 
 
-def _per_head(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, N, heads * d) -> (B, heads, N, d)
+def per_head(x: Tensor, heads: int) -> Tensor:
+    """(B, N, heads * d) -> (B, heads, N, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _joined(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)  # (B, heads, N, d) -> (B, N, heads * d)
+def joined(x: Tensor) -> Tensor:
+    """(B, heads, N, d) -> (B, N, heads * d)."""
+    return x.transpose(1, 2).flatten(2)
 
 
 def _open_clip(block: Any, x: Tensor, grid: tuple[int, int]) -> Block:
     attention = block.attn
     qkv = nn.functional.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = (_per_head(part, attention.num_heads) for part in qkv.chunk(3, dim=-1))
+    q, k, v = (per_head(part, attention.num_heads) for part in qkv.chunk(3, dim=-1))
     custom = isinstance(block, CustomResidualAttentionBlock)
     if custom:
         q, k = attention.ln_q(q), attention.ln_k(k)
 
     def out(mixed: Tensor) -> Tensor:
         if not custom:
-            return block.ls_1(attention.out_proj(_joined(mixed)))
+            return block.ls_1(attention.out_proj(joined(mixed)))
         scaled = mixed if attention.head_scale is None else mixed * attention.head_scale
-        return block.ls_1(block.ln_attn(attention.out_proj(attention.ln_inner(_joined(scaled)))))
+        return block.ls_1(block.ln_attn(attention.out_proj(attention.ln_inner(joined(scaled)))))
 
     def ffn(tokens: Tensor) -> Tensor:
         return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
@@ -78,7 +80,7 @@ def _timm(block: Any, x: Tensor, rope: Tensor | None, grid: tuple[int, int]) -> 
         if getattr(attention, "q_bias", None) is not None:
             joint = joint + torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
         qkv = list(joint.chunk(3, dim=-1))
-    q, k, v = (_per_head(part, attention.num_heads) for part in qkv)
+    q, k, v = (per_head(part, attention.num_heads) for part in qkv)
     q, k = attention.q_norm(q), attention.k_norm(k)
     if rope is not None:
         first = attention.num_prefix_tokens
@@ -94,7 +96,7 @@ def _timm(block: Any, x: Tensor, rope: Tensor | None, grid: tuple[int, int]) -> 
         return getattr(block, f"ls{number}")(added)
 
     def out(mixed: Tensor) -> Tensor:
-        values = attention.norm(_joined(mixed))
+        values = attention.norm(joined(mixed))
         if attention.gate is not None:
             values = values * attention.gate(normed).sigmoid()
         return gain(1, attention.proj(values))

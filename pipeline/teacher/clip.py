@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
 from configs.schema import Teacher
 from pipeline.precision import autocast
 from pipeline.teacher.load import load
+from pipeline.teacher.teacher import require_finite, tokens_along
 from pipeline.teacher.text import classifier
 from pipeline.teacher.towers import capture, tower_of
 
@@ -52,14 +52,7 @@ class FrozenClip:
 
     def grid(self, size: int) -> int:
         """Dense tokens along a side of `size` pixels. UserError if `size` is not a multiple of the stride."""
-        rest = size % self.stride
-        if rest:
-            nearest = [str(fit) for fit in (size - rest, size - rest + self.stride) if fit]
-            raise UserError(
-                f"views.size {size} is not a multiple of {self.stride}, the token size in pixels of teacher.model "
-                f"{self._name}: use {' or '.join(nearest)}"
-            )
-        return size // self.stride
+        return tokens_along(size, self.stride, self._name)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,16 +74,9 @@ class FrozenClip:
             with capture(self._tower.tap, self._tower.method) as calls:
                 cls_token = self.model.encode_image(pixels, normalize=False)
             dense_tokens = self._tower.dense(calls[0], grid)
-        self._check(cls_token.half(), "CLS tokens")  # caches have float16
-        self._check(dense_tokens, "dense tokens")
+        require_finite(cls_token.half(), "CLS tokens", self._name)  # caches have float16
+        require_finite(dense_tokens, "dense tokens", self._name)
         return cls_token.float(), dense_tokens.float().unflatten(1, grid)
-
-    def _check(self, values: Tensor, what: str) -> None:
-        if not values.isfinite().all():
-            raise UserError(
-                f"teacher {self._name} gives {what} that are not finite: set teacher.precision=fp32, or choose other "
-                "teacher.pretrained"
-            )
 
     @torch.inference_mode()
     def text_features(self, names: Sequence[Sequence[str]], templates: str | Sequence[str]) -> Tensor:
@@ -109,5 +95,5 @@ class FrozenClip:
             return self.model.encode_text(tokenizer(texts).to(self._device))
 
         features = classifier(encode, names, templates)
-        self._check(features, "text features")
+        require_finite(features, "text features", self._name)
         return features

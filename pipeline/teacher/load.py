@@ -116,7 +116,7 @@ def _architecture(config: Teacher) -> tuple[str, dict[str, Any]]:
     if name not in open_clip.list_models():
         raise UserError(
             f"unknown teacher.model {name!r}: give a name that open_clip lists (open_clip.list_models()), "
-            "a JSON file or hf-hub:ORG/NAME"
+            "a JSON file, hf-hub:ORG/NAME, transformers, or the name of an installed plug-in"
         )
     return name, open_clip.get_model_config(name)
 

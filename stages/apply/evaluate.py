@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from configs.schema import Config
 from pipeline.data.dataset import SegmentationDataset
 from pipeline.metrics import CalibratedStacking, Scores
 from pipeline.student.student import Student
+from pipeline.teacher.teacher import Teacher, load_teacher
 from stages.apply.gamma import calibrate, count_pixels, open_gamma_split
 from stages.apply.predictor import Predictor, student_predictor
 from stages.common.datasets import open_split
@@ -19,9 +19,6 @@ from stages.common.progress import say
 from stages.common.ranks import add_up, everyone_has, is_main, own_share, take_buffers
 from stages.common.runs import DATA, Run
 from stages.common.text import class_features
-
-if TYPE_CHECKING:
-    from pipeline.teacher.clip import FrozenClip
 
 
 def features_of(config: Config, run: Run, device: str) -> tuple[Config, Tensor]:
@@ -36,10 +33,8 @@ def features_of(config: Config, run: Run, device: str) -> tuple[Config, Tensor]:
     ):
         return config, run.text_features
 
-    def teacher() -> "FrozenClip":
-        from pipeline.teacher.clip import FrozenClip  # the text tower only, and only if the words are new
-
-        return FrozenClip(config.teacher, device)
+    def teacher() -> Teacher:  # only if the words are new
+        return load_teacher(config.teacher, device)
 
     features = torch.from_numpy(class_features(config, teacher, run.text_features.shape[1])).to(device)
     if asked.classes != trained.classes:

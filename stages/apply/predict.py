@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from pycocotools import mask as coco
 from torch import nn
 
 from configs.errors import UserError, writing
-from configs.schema import Config
 from pipeline.data.files import WRITTEN, BrokenFile, rgb
 from pipeline.data.photos import find_photos, read_photo
 from pipeline.data.views import normalise
@@ -28,6 +27,7 @@ from pipeline.inference import ClassLogits, Cut, short_side_to
 from pipeline.learning.glm import attention
 from pipeline.metrics import calibrated_argmax
 from pipeline.pictures import contact_sheet, legend, lit, overlay, palette, stacked
+from pipeline.teacher.teacher import Teacher, load_teacher
 from stages.apply.evaluate import run_gamma
 from stages.apply.predictor import Predictor, dense_predictor, student_predictor
 from stages.apply.words import Vocabulary, vocabulary
@@ -36,9 +36,6 @@ from stages.common.devices import choose_device, lanes
 from stages.common.progress import progress_bar, say
 from stages.common.ranks import from_everyone, own_share
 from stages.common.runs import Run, load_run
-
-if TYPE_CHECKING:
-    from pipeline.teacher.clip import FrozenClip
 
 MOST_PIXELS = 2**22  # of a mask before it is enlarged: finer than the student sees
 NONE = 255  # in a mask: none of these
@@ -157,7 +154,7 @@ def predict(
     student, device = segmenter.predictor(words), str(segmenter.run.text_features.device)
     teacher = None
     if compare or show_attention:
-        teacher, student = _teacher(words.config, device), replace(student, lanes=1)
+        teacher, student = load_teacher(words.config.teacher, device), replace(student, lanes=1)
     by_teacher = dense_predictor(teacher, words.features, words.config) if teacher and compare else None
     failures: dict[Path, str] = {}  # whatever happens to a photo, the others follow
 
@@ -234,14 +231,8 @@ def _write(found: _Results, words: Vocabulary, output: Path, rle: bool) -> None:
         _save(Image.fromarray(lit(small, attention)), Path(f"{stem}.attention.png"))
 
 
-def _teacher(config: Config, device: str) -> "FrozenClip":
-    from pipeline.teacher.clip import FrozenClip
-
-    return FrozenClip(config.teacher, device)
-
-
 @torch.inference_mode()
-def cls_attention(run: Run, teacher: "FrozenClip", image: np.ndarray) -> np.ndarray:
+def cls_attention(run: Run, teacher: Teacher, image: np.ndarray) -> np.ndarray:
     """Eq. 1 on a whole image: softmax of its CLS token over the student's features, (h, w) float32, sums to 1."""
     resized = short_side_to(image, run.config.views.size)[None]
     pixels = normalise(resized, teacher.mean, teacher.std)

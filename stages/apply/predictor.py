@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from configs.schema import Config
 from pipeline.inference import Classifier, ClassLogits, Cut, class_logits, short_side_to, sliding, whole
 from pipeline.student.student import Student
+from pipeline.teacher.teacher import Teacher, load_teacher
 from stages.common.ahead import ahead
 from stages.common.devices import choose_gpu, computing_threads, lanes, local_workers, processes_here
 from stages.common.text import class_features
-
-if TYPE_CHECKING:
-    from pipeline.teacher.clip import FrozenClip
 
 _T = TypeVar("_T")
 _P = TypeVar("_P")
@@ -132,13 +130,11 @@ def student_predictor(student: Student, text_features: Tensor, config: Config) -
 
 def teacher_predictor(config: Config, device: str) -> Predictor:
     """The teacher's zero-shot dense prediction over the classes of `config.dataset`."""
-    from pipeline.teacher.clip import FrozenClip  # only here: nothing else in evaluation may load CLIP
-
-    teacher = FrozenClip(config.teacher, device)
+    teacher = load_teacher(config.teacher, device)
     return dense_predictor(teacher, torch.from_numpy(class_features(config, lambda: teacher)).to(device), config)
 
 
-def dense_predictor(teacher: "FrozenClip", text_features: Tensor, config: Config) -> Predictor:
+def dense_predictor(teacher: Teacher, text_features: Tensor, config: Config) -> Predictor:
     """Cosine of the teacher's dense tokens and `text_features` (K, C)."""
 
     def classify(pixels: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +13,9 @@ from torch import Tensor
 from configs.dataset import check_names
 from configs.errors import UserError
 from configs.schema import Config
+from pipeline.teacher.teacher import Teacher, load_teacher
 from stages.common.runs import Run
 from stages.common.text import class_features
-
-if TYPE_CHECKING:
-    from pipeline.teacher.clip import FrozenClip
 
 MOST_CLASSES = 255  # as in the masks of a dataset
 
@@ -96,10 +93,8 @@ def vocabulary(run: Run, words: Sequence[str], others: bool = False) -> Vocabula
     rows = {name: run.text_features[known[name]] for name in parsed if name not in new}
 
     @cache
-    def teacher() -> "FrozenClip":
-        from pipeline.teacher.clip import FrozenClip
-
-        return FrozenClip(run.config.teacher)
+    def teacher() -> Teacher:
+        return load_teacher(run.config.teacher)
 
     for name, names in new.items():  # each is kept separately, as other lists may contain it too
         (row,) = class_features(_with_classes(run.config, {name: names}), teacher, run.text_features.shape[1])

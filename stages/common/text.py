@@ -18,10 +18,10 @@ from stages.common.progress import progress_bar, say
 
 
 class TextTower(Protocol):
-    """FrozenClip, or a proxy for one in another process."""
+    """A teacher, or a proxy for one in another process."""
 
     def text_features(self, names: Sequence[Sequence[str]], templates: str | Sequence[str]) -> Tensor:
-        """As FrozenClip's."""
+        """As `pipeline.teacher.teacher.Teacher`'s."""
 
 
 def class_features(config: Config, teacher: Callable[[], TextTower], width: int | None = None) -> np.ndarray:
@@ -37,10 +37,10 @@ def class_features(config: Config, teacher: Callable[[], TextTower], width: int 
     dataset = config.dataset
     if dataset.text_features is not None:
         return read_text_features(Path(dataset.text_features), len(dataset.classes), width)
-    from pipeline.teacher.load import weights_fingerprint  # open_clip is only needed from here on
+    from pipeline.teacher.teacher import fingerprint  # the teacher is only needed from here on
 
     prompts = {"synonyms": dataset.synonyms, "templates": prompt_templates(dataset.templates)}
-    wanted = json.dumps({**prompts, "teacher": weights_fingerprint(config.teacher)}, sort_keys=True).encode()
+    wanted = json.dumps({**prompts, "teacher": fingerprint(config.teacher)}, sort_keys=True).encode()
     path = CACHES / "text" / f"{dataset.name}-{sha256(wanted)[:12]}.safetensors"
     if not path.is_file():
         with progress_bar(f"class features of {dataset.name}"):

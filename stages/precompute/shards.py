@@ -31,7 +31,7 @@ from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
 from pipeline.data.views import draw_views, normalise, padding_colour, teacher_view
 from pipeline.pseudo_labels import kmeans_on, pseudo_labels
 from pipeline.pseudo_labels.regions import most_groups, region_tokens
-from pipeline.teacher.clip import FrozenClip
+from pipeline.teacher.teacher import load_teacher, tokens_along
 from stages.common.ahead import ahead
 from stages.common.devices import keep_freed_memory, lanes, synchronize, worker_device
 from stages.precompute.stopwatch import Stopwatch
@@ -101,9 +101,9 @@ class Worker:
         self.lanes = lanes(self.device)
         keep_freed_memory()
         torch.set_num_threads(self.lanes.threads)
-        self.teacher = FrozenClip(self.config.teacher, self.device, precompute.channels_last, precompute.compile)
+        self.teacher = load_teacher(self.config.teacher, self.device, precompute.channels_last, precompute.compile)
         self.dataset = SegmentationDataset(self.config.dataset, data_root, "train")
-        self.grid = self.teacher.grid(self.config.views.size)
+        self.grid = tokens_along(self.config.views.size, self.teacher.stride, self.config.teacher.model)
         self.groups = most_groups(self.config.pseudo_labels, self.grid)
 
     def array_specs(self) -> dict[str, ArraySpec]:
@@ -166,7 +166,7 @@ def describe(job: ShardJob) -> tuple[int, dict[str, ArraySpec], str]:
 
 
 def text_features(job: ShardJob, names: tuple[tuple[str, ...], ...], templates: str | tuple[str, ...]) -> np.ndarray:
-    """(K, C) class features by the worker's teacher; see FrozenClip.text_features."""
+    """(K, C) class features by the worker's teacher; see Teacher.text_features."""
     return np.asarray(worker_of(job).teacher.text_features(names, templates).cpu())
 
 

@@ -28,7 +28,7 @@ from configs.load import as_settings, merge
 from configs.schema import Config, StageOne
 from pipeline.data.dataset import SegmentationDataset
 from pipeline.openmp import faiss
-from pipeline.teacher.load import weights_fingerprint
+from pipeline.teacher.teacher import fingerprint as teacher_fingerprint
 from pipeline.teacher.text import read_text_features
 from stages.common.caches import CACHES, split_settings
 from stages.common.datasets import open_split
@@ -42,7 +42,7 @@ from stages.precompute.workers import for_all, on_a_worker, on_every_worker, wor
 
 def cache_settings(config: StageOne, dataset: SegmentationDataset) -> dict[str, Any]:
     """The content of the fingerprint: the resolved settings and digests of the teacher's and the dataset's files."""
-    files = {"dataset": dataset.digest(), **weights_fingerprint(config.teacher)}
+    files = {"dataset": dataset.digest(), **teacher_fingerprint(config.teacher)}
     if config.dataset.text_features is not None:
         features = read_text_features(Path(config.dataset.text_features), len(config.dataset.classes), None)
         files["text_features"] = hashlib.sha256(features.tobytes()).hexdigest()

@@ -14,8 +14,7 @@ from pipeline.data.training import LiveView
 from pipeline.data.views import normalise
 from pipeline.pseudo_labels import pseudo_labels
 from pipeline.pseudo_labels.regions import most_groups, region_tokens
-from pipeline.teacher.clip import FrozenClip
-from pipeline.teacher.load import weights_fingerprint
+from pipeline.teacher.teacher import fingerprint, load_teacher, tokens_along
 
 
 class LiveTeacher:
@@ -27,7 +26,7 @@ class LiveTeacher:
 
     def __init__(self, config: Config, cache: Cache, device: str) -> None:
         """UserError if the teacher's files are not those that made `cache` and its class features."""
-        for part, digest in weights_fingerprint(config.teacher).items():
+        for part, digest in fingerprint(config.teacher).items():
             if cache.manifest.settings["files"][part] != digest:
                 raise UserError(
                     f"teacher.{part} {getattr(config.teacher, part)} has changed since {cache.location} was made: "
@@ -36,15 +35,16 @@ class LiveTeacher:
         self._device, self._pseudo_labels, self._kmeans = device, config.pseudo_labels, cache.manifest.kmeans
         how = config.precompute
         with fork_rng(devices=[]):  # random weights must not change the student's random numbers
-            self._clip = FrozenClip(config.teacher, device, how.channels_last, how.compile)
+            self._teacher = load_teacher(config.teacher, device, how.channels_last, how.compile)
         fresh = config.views if config.train.teacher == "fresh" else None
-        self.live = LiveView(self._clip.mean, self._clip.grid(config.views.size), fresh)
+        grid = tokens_along(config.views.size, self._teacher.stride, config.teacher.model)
+        self.live = LiveView(self._teacher.mean, grid, fresh)
         self._most = most_groups(config.pseudo_labels, self.live.grid) if config.loss.local else None
 
     def __call__(self, loaded: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """As stages.train.batches.Teacher."""
-        pixels = normalise(loaded["shown"], self._clip.mean, self._clip.std, self._device)
-        cls_tokens, dense_tokens = self._clip.encode(pixels)
+        pixels = normalise(loaded["shown"], self._teacher.mean, self._teacher.std, self._device)
+        cls_tokens, dense_tokens = self._teacher.encode(pixels)
         groups = pseudo_labels(dense_tokens, loaded["unannotated"].numpy(), self._pseudo_labels, self._kmeans)[1]
         regions = None
         if self._most is not None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import open_clip
 import pytest
 import torch
@@ -17,7 +16,7 @@ from configs.errors import UserError
 from configs.schema import CONFIGS, Teacher
 from pipeline.teacher.clip import FrozenClip
 from pipeline.teacher.load import weights_fingerprint
-from tests.pipeline.teacher.conftest import ARCHITECTURE, Weights, draw_pixels, random_weights, refusal, write
+from tests.pipeline.teacher.conftest import ARCHITECTURE, Weights, draw_pixels, put, random_weights, refusal, write
 
 # Widths of 64: OpenAI's archives say nothing of heads, which are all 64 wide.
 OPENAI = ARCHITECTURE | {
@@ -25,16 +24,6 @@ OPENAI = ARCHITECTURE | {
     "vision_cfg": ARCHITECTURE["vision_cfg"] | {"width": 64, "head_width": 64},
     "text_cfg": ARCHITECTURE["text_cfg"] | {"width": 64, "heads": 1},
 }
-
-
-@pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No network and an empty Hugging Face cache, as HF_HUB_OFFLINE=1 and HF_HUB_CACHE make them."""
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-    return cache
 
 
 def archive(path: Path, state: Weights) -> None:
@@ -179,17 +168,6 @@ def test_random_weights(files: Teacher, capsys: pytest.CaptureFixture[str]) -> N
     second = FrozenClip(config).model.state_dict()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert weights_fingerprint(config)["pretrained"] == "none: random weights, seed 0"
-
-
-def put(cache: Path, repository: str, files: dict[str, bytes]) -> None:
-    """A repository as huggingface_hub keeps it."""
-    folder = cache / f"models--{repository.replace('/', '--')}"
-    snapshot = folder / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("0" * 40)
-    for name, content in files.items():
-        (snapshot / name).write_bytes(content)
 
 
 def test_hub_model_from_the_cache(offline: Path, weights: Weights, tmp_path: Path) -> None:
