@@ -43,6 +43,7 @@ from stages.common.progress import say
 from stages.precompute.stage import precompute
 from stages.train.batches import Batch, Batches
 from stages.train.learner import Learner, make_learner
+from stages.train.precision import fixed_shapes
 from stages.upkeep.agreement import agreement
 
 PAGE = Path(__file__).parent / "gpu.md"
@@ -154,7 +155,8 @@ class Steps:
     def __iter__(self) -> Iterator[tuple[float, float, float]]:
         """Seconds of each step, of its wait for images and of its teacher; the first two steps are left out."""
         for number, parts in enumerate(self.batches):
-            self.learner.step(parts, self.ids)
+            with fixed_shapes():
+                self.learner.step(parts, self.ids)
             seconds = self._now() - self.batches.asked
             if number >= 2:
                 yield seconds, self.batches.waited, self.teacher_seconds
@@ -166,9 +168,10 @@ class Steps:
         for number in range(count + 2):
             start = self._now()
             self.learner.optimizer.zero_grad(set_to_none=True)
-            features, auxiliary = self.learner.forward(self.last.pixels)
-            outputs = [features] if auxiliary is None else [features, auxiliary]
-            torch.autograd.backward(outputs, [torch.full_like(output, 1e-6) for output in outputs])
+            with fixed_shapes():
+                features, auxiliary = self.learner.forward(self.last.pixels)
+                outputs = [features] if auxiliary is None else [features, auxiliary]
+                torch.autograd.backward(outputs, [torch.full_like(output, 1e-6) for output in outputs])
             self.learner.optimizer.step()
             if number >= 2:
                 found.append(self._now() - start)

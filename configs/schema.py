@@ -126,7 +126,9 @@ class Student(Section):
     weights: str = "timm"
     channels: Side | None = Field(None, description="channels in the head; unset: the family's")
     drop_path: float | None = Field(None, ge=0, lt=1, description="unset: the family's")
-    batch_norm: Literal["local", "sync"] = Field("local", description="sync: over all processes")
+    batch_norm: Literal["auto", "local", "sync"] = Field(
+        "auto", description="sync: over all processes; auto: sync where several GPUs train"
+    )
     auxiliary: bool = Field(False, description="Swin only: an FCN head on the third level, trained with weight 0.4")
 
 
@@ -177,7 +179,10 @@ class Train(Section):
     teacher: Literal["cached", "online", "fresh"] = Field(
         "cached", description="online: run the teacher on every batch, on the cached views; fresh: on new ones"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast of the student; losses are fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="autocast of the student; auto: bf16 or fp16 on a GPU, fp32 on a CPU; losses are fp32"
+    )
+    checkpointing: bool = Field(False, description="recompute the encoder's blocks in the backward pass: less memory")
     compile: bool = Field(False, description="compile the student with torch.compile")
     workers: int = Field(4, ge=0, le=10**7, description="processes that read images; 0: the training process")
     validate_every: Count = Field(2000, description="iterations; also saves a checkpoint")

@@ -6,8 +6,16 @@ from torch import Tensor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def best_precision(device_type: str) -> str:
+    """What `auto` means: bf16 on a GPU that has it, fp16 on other NVIDIA GPUs, elsewhere fp32."""
+    if device_type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 def autocast(device_type: str, precision: str) -> torch.autocast:
     """Around a model's forward pass; fp32 leaves everything as it is."""
+    precision = best_precision(device_type) if precision == "auto" else precision
     return torch.autocast(device_type, DTYPES[precision], enabled=precision != "fp32")
 
 

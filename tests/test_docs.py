@@ -103,9 +103,10 @@ def check_command(words: list[str]) -> None:
             if "table" in options:
                 read_ablation(options["table"])
         return
-    assert words[0] in OTHER_PROGRAMS or (
-        words[0] == "python" and (words[1:3] == ["-m", "venv"] or (ROOT / words[1]).is_file())
-    ), words
+    if words[:2] == ["python", "-m"]:
+        assert words[2] == "venv" or (ROOT / f"{words[2].replace('.', '/')}.py").is_file(), words
+    else:
+        assert words[0] in OTHER_PROGRAMS or (words[0] == "python" and (ROOT / words[1]).is_file()), words
     if words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), words
     for extra in re.findall(r"clip-zss\[(\w+)\]", " ".join(words)):

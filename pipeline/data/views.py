@@ -15,6 +15,7 @@ from PIL import Image
 
 from configs.schema import Views
 from pipeline.data.dataset import IGNORE
+from pipeline.transfer import sent
 
 # An array (5,) float32: left, top, right, bottom as fractions, right and bottom perhaps beyond 1; flip as 0 or 1.
 View = np.ndarray
@@ -102,12 +103,8 @@ def normalise(
 ) -> torch.Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 on `device`, (x / 255 - mean) / std, its memory channels last."""
     pixels = torch.from_numpy(images.copy()) if isinstance(images, np.ndarray) else images
-    cuda = device.startswith("cuda")
-    if cuda and not pixels.is_pinned():  # memory that the GPU reads by itself
-        pixels = pixels.pin_memory()
-    pixels = pixels.to(device, non_blocking=cuda)  # bytes, a quarter of the floats
-    pixels = pixels.permute(0, 3, 1, 2).float() / 255
-    mean_, std_ = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+    pixels = sent(pixels, device).permute(0, 3, 1, 2).float() / 255  # sent as bytes, a quarter of the floats
+    mean_, std_ = (sent(torch.tensor(values), device).view(3, 1, 1) for values in (mean, std))
     return (pixels - mean_) / std_
 
 

@@ -6,12 +6,13 @@ from torch import Tensor, nn
 from configs.schema import Loss
 from pipeline.learning.bank import TokenBank
 from pipeline.learning.glm import info_nce, predict_cls
-from pipeline.learning.labels import UNLABELLED, at_stride, class_centroids, fuse_labels
+from pipeline.learning.labels import UNLABELLED, at_stride, class_centroids, fuse_labels, layout
 from pipeline.learning.local import region_loss, tokens_of_groups
 from pipeline.learning.losses import prototype_bce
-from pipeline.learning.pixel_loss import count_labelled, count_pairs, pixel_sums
+from pipeline.learning.pixel_loss import pixel_losses
 from pipeline.learning.ranks import gathered
 from pipeline.learning.synthesizer import make_synthesizer
+from pipeline.transfer import sent
 
 AUXILIARY_WEIGHT = 0.4  # mmsegmentation's
 
@@ -38,6 +39,7 @@ class Criterion(nn.Module):
         region_tokens: Tensor | None = None,
         auxiliary: Tensor | None = None,
         progress: float = 0.0,
+        on_cpu: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The enabled losses by their names in Eq. 8. The objective is their sum (averaged over ranks).
 
@@ -51,6 +53,7 @@ class Criterion(nn.Module):
             auxiliary: (B, C, h', w') features of an auxiliary head, trained with cross-entropy on the seen classes
                 only, unless `loss.ce` is off.
             progress: finished fraction of the training, 0 to 1.
+            on_cpu: `seen` and `groups` in the CPU's memory; a GPU is waited for where they have to be fetched.
         """
         losses: dict[str, Tensor] = {}
         cls_tokens, all_ids = gathered(cls_token), gathered(image_ids)
@@ -62,39 +65,37 @@ class Criterion(nn.Module):
             self.bank.enqueue(cls_tokens, all_ids)
 
         text_seen: Tensor = self.text_seen  # type: ignore[assignment]
-        num_seen = len(text_seen)
-        labels, count = fuse_labels(seen, groups, num_seen)
-        centroids, present = class_centroids(features, at_stride(labels, (features.shape[2], features.shape[3])), count)
+        num_seen, size = len(text_seen), (features.shape[2], features.shape[3])
+        plan = layout(*(on_cpu or (seen.cpu(), groups.cpu())), num_seen, size)
+        labels = fuse_labels(seen, groups, sent(plan.first, seen.device))
+        centroids, present = class_centroids(features, at_stride(labels, size), plan.total)
         if self.config.local:
             assert region_tokens is not None
-            told = tokens_of_groups(region_tokens, groups) * present[num_seen:, None]
+            told = tokens_of_groups(region_tokens, plan.groups) * present[num_seen:, None]
             of_regions = region_loss(centroids[num_seen:], told, self.config.tau)
             losses["local"] = self.config.local_weight * of_regions
-        rows = present.nonzero()[:, 0]
-        prototypes = self.synthesizer(centroids[rows], cls_tokens) if len(rows) else centroids[rows]
-        is_seen = rows < num_seen
+        rows = sent(plan.rows, labels.device)
+        prototypes = centroids[rows]
+        if len(rows):
+            prototypes = self.synthesizer(prototypes, cls_tokens)
+        of_seen, pseudo = prototypes[: plan.classes], prototypes[plan.classes :]
         if self.config.bce:
-            losses["bce"] = prototype_bce(prototypes[is_seen], rows[is_seen], text_seen, self.config.bce_negatives)
+            losses["bce"] = prototype_bce(of_seen, rows[: plan.classes], text_seen, self.config.bce_negatives)
         if self.config.nel or self.config.ce:
-            pseudo = prototypes[~is_seen]
-            channels = num_seen + len(pseudo)
-            # Labels become channels of the logits: a group without a centroid has no channel.
-            channel = torch.full((count + 1,), UNLABELLED, device=labels.device)
-            channel[:num_seen] = torch.arange(num_seen, device=labels.device)
-            channel[rows[~is_seen]] = torch.arange(num_seen, channels, device=labels.device)
             size = (-(-seen.shape[1] // self.config.label_stride), -(-seen.shape[2] // self.config.label_stride))
-            target = channel[at_stride(labels, size)]  # UNLABELLED = -1 finds the last entry, which is UNLABELLED too
+            target = sent(plan.channels, labels.device)[at_stride(labels, size)]
             if self.config.unit_features:
                 features = nn.functional.normalize(features, dim=1)
                 auxiliary = None if auxiliary is None else nn.functional.normalize(auxiliary, dim=1)
-            of_nel = (num_seen if self.config.nel_channels == "seen" else channels) if self.config.nel else 0
-            sums = pixel_sums(features, text_seen, pseudo, self.alpha, self.config.beta, target, of_nel, self.config.ce)
+            of_nel = (num_seen if self.config.nel_channels == "seen" else num_seen + len(pseudo)) * self.config.nel
+            alpha, beta, ce = self.alpha, self.config.beta, self.config.ce
+            found = pixel_losses(features, text_seen, pseudo, alpha, beta, target, of_nel, ce)
             if self.config.nel:
-                losses["nel"] = self.config.nel_weight * sums["nel"] / count_pairs(target, of_nel)
-            if self.config.ce:
-                losses["ce"] = sums["ce"] / count_labelled(target)
-            if self.config.ce and auxiliary is not None:
+                losses["nel"] = self.config.nel_weight * found["nel"]
+            if ce:
+                losses["ce"] = found["ce"]
+            if ce and auxiliary is not None:
                 own = torch.where(target < num_seen, target, UNLABELLED)
-                of_seen = pixel_sums(auxiliary, text_seen, pseudo[:0], self.alpha, self.config.beta, own, 0)
-                losses["auxiliary"] = AUXILIARY_WEIGHT * of_seen["ce"] / count_labelled(own)
+                found = pixel_losses(auxiliary, text_seen, pseudo[:0], alpha, beta, own, 0)
+                losses["auxiliary"] = AUXILIARY_WEIGHT * found["ce"]
         return losses

@@ -54,6 +54,6 @@ def info_nce(
     candidates = nn.functional.normalize(torch.cat([cls_token, bank]), dim=1)
     logits = nn.functional.normalize(predicted, dim=1) @ candidates.T / tau  # (B, B + M)
     same_image = image_ids[:, None] == torch.cat([image_ids, bank_ids])[None]
+    same_image.fill_diagonal_(False)
     own = torch.arange(len(predicted), device=predicted.device)
-    same_image[own, own] = False
     return nn.functional.cross_entropy(logits.masked_fill(same_image, -torch.inf), own)

@@ -6,11 +6,10 @@ of object-level features over pseudo masks. The form below was chosen by measure
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.learning.glm import info_nce
-from pipeline.learning.labels import group_counts
 from pipeline.learning.ranks import gathered
+from pipeline.transfer import sent
 
 
 def tokens_of_groups(region_tokens: Tensor, groups: Tensor) -> Tensor:
@@ -18,14 +17,14 @@ def tokens_of_groups(region_tokens: Tensor, groups: Tensor) -> Tensor:
 
     Args:
         region_tokens: (B, M, C), row g of group g; M is the maximum number of groups in a view.
-        groups: (B, G, G) uint8 groups of tokens, 255 = annotated.
+        groups: (ranks x B,) how many groups each view has, on the CPU.
 
     Returns:
         (P, C).
     """
-    numbers = torch.arange(region_tokens.shape[1], device=groups.device)
-    there = gathered((numbers < group_counts(groups)[:, None]).to(torch.uint8))
-    return gathered(region_tokens)[there.bool()]
+    there = torch.arange(region_tokens.shape[1]) < groups[:, None]
+    rows = there.flatten().nonzero()[:, 0]
+    return gathered(region_tokens).flatten(0, 1)[sent(rows, region_tokens.device)]
 
 
 def region_loss(centroids: Tensor, region_tokens: Tensor, tau: float) -> Tensor:
@@ -40,8 +39,11 @@ def region_loss(centroids: Tensor, region_tokens: Tensor, tau: float) -> Tensor:
     Returns:
         A scalar; 0 if all regions are skipped.
     """
-    told = region_tokens.any(dim=1).nonzero()[:, 0]
-    if not len(told):
-        return centroids.sum() * 0
-    own = region_tokens[told].to(centroids.dtype)
-    return info_nce(centroids[told], own, own[:0], tau, told, told[:0])
+    told = region_tokens.any(dim=1)
+    unit = nn.functional.normalize(region_tokens.to(centroids.dtype), dim=1)
+    logits = nn.functional.normalize(centroids, dim=1) @ unit.T / tau
+    own = torch.arange(len(told), device=told.device)
+    # Skipped regions are no candidates, except of themselves: their rows, which do not count, must be finite.
+    others = logits.masked_fill(~told & (own[:, None] != own), -torch.inf)
+    each = nn.functional.cross_entropy(others, own, reduction="none")
+    return (told * each).sum() / told.sum().clamp(min=1)

@@ -1,7 +1,10 @@
 """Eq. 6 and Eq. 7 of the Pixel Learning Module; the losses on Eq. 7's logits are in pixel_loss.py."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 EPSILON = 1e-12  # the least length that a vector is divided by, torch's own
 
@@ -20,7 +23,7 @@ def prototype_bce(prototypes: Tensor, classes: Tensor, text_seen: Tensor, negati
         return prototypes.sum()
     if not negatives:
         return nn.functional.softplus(-(prototypes * text_seen[classes]).sum(dim=1)).mean()
-    own = nn.functional.one_hot(classes, len(text_seen)).to(prototypes.dtype)
+    own = (classes[:, None] == torch.arange(len(text_seen), device=classes.device)).to(prototypes.dtype)
     return nn.functional.binary_cross_entropy_with_logits(prototypes @ text_seen.T, own)
 
 
@@ -33,14 +36,38 @@ def classify(features: Tensor, text_seen: Tensor, prototypes: Tensor, alpha: Ten
     Returns:
         (B, K + P, h, w).
     """
-    flat = channels_last(features)
-    channels = torch.cat([text_seen, nn.functional.normalize(prototypes, dim=1)])
-    products = flat @ channels.T.to(flat.dtype)  # one product for both: R is read once, and its gradient written once
-    length = torch.linalg.vector_norm(flat, dim=2, keepdim=True).clamp(min=EPSILON)
-    logits = torch.cat(
-        [alpha * products[..., : len(text_seen)], beta * products[..., len(text_seen) :] / length], dim=2
-    )
+    channels = torch.cat([alpha * text_seen, beta * nn.functional.normalize(prototypes, dim=1)])
+    logits = _Classify.apply(channels_last(features), channels, len(text_seen))
     return logits.unflatten(1, features.shape[2:]).permute(0, 3, 1, 2)
+
+
+class _Classify(torch.autograd.Function):
+    """(B, L, C) features R, (N, C) channels -> (B, L, N) R . channels, from channel `seen` on divided by R's length.
+
+    One product for both: R is read once more for its length, and its gradient is written once. Autograd would make six
+    tensors of R's size out of the length alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, channels: Tensor, seen: int) -> Tensor:
+        logits = (flat @ channels.T.to(flat.dtype)).to(torch.promote_types(flat.dtype, channels.dtype))
+        length = torch.linalg.vector_norm(flat, dim=2, keepdim=True).clamp(min=EPSILON).to(logits.dtype)
+        logits[..., seen:].div_(length)
+        ctx.save_for_backward(flat, channels, length, logits)
+        ctx.seen = seen
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        flat, channels, length, logits = ctx.saved_tensors
+        of_length = (gradient[..., ctx.seen :] * logits[..., ctx.seen :]).sum(2, keepdim=True) / -length
+        gradient = gradient.clone()
+        gradient[..., ctx.seen :].div_(length)
+        gradient = gradient.to(flat.dtype)
+        of_flat = gradient @ channels.to(flat.dtype)
+        of_flat.addcmul_(flat, (of_length / length).masked_fill(length <= EPSILON, 0).to(flat.dtype))
+        return of_flat, (gradient.flatten(0, 1).T @ flat.flatten(0, 1)).to(channels.dtype), None
 
 
 def channels_last(features: Tensor) -> Tensor:

@@ -23,6 +23,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def several_gpus() -> bool:
+    """Whether this is one of several processes with a GPU each."""
+    return world_size() > 1 and "nccl" in str(dist.get_backend_config())
+
+
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, share: Tensor) -> Tensor:
@@ -44,8 +49,8 @@ def gathered(share: Tensor) -> Tensor:
     """(B, ...) of every rank, of equal shapes -> (ranks x B, ...) in the ranks' order. Gradients go back to each."""
     if world_size() == 1:
         return share
-    slots = share.new_zeros(world_size(), *share.shape)
-    return summed(slots.index_add(0, torch.tensor([rank()], device=share.device), share[None])).flatten(0, 1)
+    before, after = (share.new_zeros(n * len(share), *share.shape[1:]) for n in (rank(), world_size() - 1 - rank()))
+    return summed(torch.cat([before, share, after]))
 
 
 def mean_count(count: Tensor) -> Tensor:
@@ -66,21 +71,14 @@ def averaged(share: Tensor) -> Tensor:
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """All gradients become their mean over ranks, in one message; after the backward pass.
 
-    A parameter that had no part in one rank's loss, and so has no gradient there, counts as zero; one that has none on
-    any rank keeps none.
+    Which parameters have a part in the losses depends on settings and the whole batch, so it is the same on every rank.
+    Those without a gradient keep none.
     """
     if world_size() == 1:
         return
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    used = torch.tensor([parameter.grad is not None for parameter in trained], device=trained[0].device).float()
-    dist.all_reduce(used)
-    touched = [parameter for parameter, count in zip(trained, used.tolist(), strict=True) if count]
-    for parameter in touched:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([parameter.grad.flatten() for parameter in touched if parameter.grad is not None])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= world_size()
-    for parameter, mean in zip(touched, flat.split([parameter.numel() for parameter in touched]), strict=True):
-        if parameter.grad is not None:
-            parameter.grad.copy_(mean.view_as(parameter))
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

@@ -1,5 +1,7 @@
 """SegNeXt's head: LightHam, whose middle factorises the features into non-negative matrices (Geng et al. 2021)."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -52,9 +54,14 @@ class Hamburger(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.ham_in(x).relu().flatten(2)  # (B, C, h w)
-        bases = nn.functional.normalize(self._random_bases(inner), dim=1)
-        found = factorise(inner, bases, TRAIN_STEPS if self.training else EVAL_STEPS)
-        return (x + self.ham_out(found.view_as(x))).relu()
+        # In single precision always: products of three factors overflow float16 at activations of std 9.
+        inner = inner.to(torch.promote_types(inner.dtype, torch.float32))
+        kind = x.device.type
+        lowered = kind != "meta" and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if lowered else nullcontext():
+            bases = nn.functional.normalize(self._random_bases(inner), dim=1)
+            found = factorise(inner, bases, TRAIN_STEPS if self.training else EVAL_STEPS)
+        return (x + self.ham_out(found.view_as(x).to(x.dtype))).relu()
 
     def _random_bases(self, inner: Tensor) -> Tensor:
         """(B, C, rank), uniform. In eval mode always the same, so that a prediction does not depend on chance."""

@@ -4,11 +4,14 @@ The parts of a block are named as in the official checkpoints.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 EXPANSIONS = (8, 8, 4, 4)  # of the feed-forward layers, stage by stage
 LAYER_SCALE = 1e-2
@@ -113,9 +116,12 @@ class Stage(nn.Module):
         self.downsample = Downsample(in_channels, channels) if in_channels else nn.Identity()
         self.blocks = nn.Sequential(*(Block(channels, expansion, rate) for rate in drop_paths))
         self.norm = nn.LayerNorm(channels)
+        self.checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(self.downsample(x))
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = _recomputed(block, x) if self.checkpointing and torch.is_grad_enabled() else block(x)
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -138,12 +144,38 @@ class MSCAN(nn.Module):
         )
         self.apply(_initialise)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Named as timm's."""
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            stage.checkpointing = enable
+
     def forward(self, pixels: Tensor) -> list[Tensor]:
         x, levels = self.patch_embed(pixels), []
         for stage in self.stages:
             x = stage(x)
             levels.append(x)
         return levels
+
+
+def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """The block's output, its inner activations forgotten until the backward pass."""
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        """The running statistics have seen this batch already."""
+        momenta = {m: m.momentum for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        for norm in momenta:
+            norm.momentum = 0.0
+        yield
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), again()
+
+    result: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+    return result
 
 
 def _initialise(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import Student as StudentConfig
+from pipeline.learning.ranks import several_gpus
 from pipeline.student.families import family_of
 from pipeline.student.heads import FCNHead, UPerHead
 from pipeline.student.weights import load_encoder, load_head, load_student, run_weights
@@ -64,12 +65,24 @@ class Student(nn.Module):
                 load_head(self.head, config.weights, "decode_head")
                 if self.auxiliary_head:
                     load_head(self.auxiliary_head, config.weights, "auxiliary_head")
-        if config.batch_norm == "sync":
+        if config.batch_norm == "sync" or (config.batch_norm == "auto" and several_gpus()):
             convert_sync_batchnorm(self)  # type: ignore[no-untyped-call]  # timm's knows its own norms, which hold an activation
         self.stride: int = family.head.stride
         self.head_lr_factor = family.head_lr_factor
         self.mean: tuple[float, ...] = encoder.mean
         self.std: tuple[float, ...] = encoder.std
+
+    def recompute_blocks(self) -> None:
+        """Keeps only what goes into the encoder's blocks for the backward pass, and computes them again there.
+
+        Raises:
+            UserError: the encoder is timm's, which does not know how.
+        """
+        encoder = getattr(self.encoder, "model", self.encoder)
+        try:
+            encoder.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise UserError("train.checkpointing: timm does not offer it for this student.model: unset it") from error
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self._crop(self.head.project(self._decode(pixels)[0]), pixels)

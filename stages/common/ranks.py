@@ -43,7 +43,7 @@ def ranks(device: str) -> Iterator[str]:
         if not 0 <= own < size or local < 0:
             raise ValueError(f"RANK is {own}, LOCAL_RANK {local}")
         if device.startswith("cuda"):
-            backend, device = "nccl", f"cuda:{local}"
+            backend, device = "cpu:gloo,cuda:nccl", f"cuda:{local}"
             torch.cuda.set_device(device)
         dist.init_process_group(backend, timeout=PATIENCE)
     except (KeyError, ValueError, RuntimeError) as error:

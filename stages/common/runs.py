@@ -28,7 +28,7 @@ CONFIG = "config.yaml"
 CHECKPOINTS, STATE = "checkpoints", "state.json"  # a folder in a run; a file that only checkpoints have
 _FACTS = "run"
 # Settings that do not affect what a run learns: they may change when it is continued.
-FREE = ("train.workers", "train.checkpoint_every", "train.keep_checkpoints")
+FREE = ("train.workers", "train.checkpoint_every", "train.keep_checkpoints", "train.checkpointing")
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The input of a training step: views prepared by loader workers, and the teacher's outputs for them.
 
-CLS tokens and pseudo labels of the whole dataset are kept in memory as stored, 2 KiB per view. Region tokens, if the
-loss needs them, are read by the loader's workers, together with the view.
+CLS tokens and pseudo labels of the whole dataset are kept in memory as stored, 2 KiB per view, once for all ranks of a
+machine. Region tokens, if the loss needs them, are read by the loader's workers, together with the view.
 """
 
 import math
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,7 +28,8 @@ from pipeline.data.dataset import SegmentationDataset
 from pipeline.data.training import TrainingViews
 from pipeline.data.views import normalise
 from pipeline.learning.ranks import world_size
-from stages.train.ranks import micro_batch, own_draws
+from pipeline.transfer import sent
+from stages.train.ranks import loaded_once, micro_batch, own_draws
 
 SHARED = Path("/dev/shm")  # on Linux, workers pass their batches on in this shared memory
 AHEAD = 2  # batches that a worker prepares
@@ -46,13 +48,14 @@ class Batch(NamedTuple):
     groups: Tensor  # (B, G, G) uint8 pseudo labels, 255 = annotated
     rows: Tensor  # (B,) int64 which images
     region_tokens: Tensor | None  # (B, M, C) int8 directions of the groups' mean dense tokens, zero where there is none
+    on_cpu: tuple[Tensor, Tensor]  # `seen` and `groups` in the CPU's memory
 
 
 class Teacher(Protocol):
     """The teacher's outputs in a Batch.
 
-    CLS tokens (B, C) float32, pseudo labels (B, G, G) uint8 and, where `loss.local` is on, region tokens (B, M, C) int8
-    of a loader's batch, on the device.
+    CLS tokens (B, C) float32 on the device, pseudo labels (B, G, G) uint8 on the CPU and, where `loss.local` is on,
+    region tokens (B, M, C) int8 on either, of a loader's batch.
     """
 
     def __call__(self, loaded: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]: ...
@@ -67,17 +70,13 @@ class CachedTeacher:
     """
 
     def __init__(self, cache: Cache, views: int, device: str) -> None:
-        self.cls_tokens = torch.from_numpy(cache.load("cls_tokens", views))
-        self.groups = torch.from_numpy(cache.load("pseudo_labels", views))
+        arrays = (loaded_once(partial(cache.load, name, views)) for name in ("cls_tokens", "pseudo_labels"))
+        self.cls_tokens, self.groups = map(torch.from_numpy, arrays)
         self._device = device
 
     def __call__(self, loaded: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         rows, views, regions = loaded["row"], loaded["view"], loaded.get("region_tokens")
-        return (
-            self.cls_tokens[rows, views].to(self._device).float(),
-            self.groups[rows, views].to(self._device),
-            None if regions is None else regions.to(self._device, non_blocking=regions.is_pinned()),
-        )
+        return sent(self.cls_tokens[rows, views], self._device).float(), self.groups[rows, views], regions
 
 
 class Batches:
@@ -146,11 +145,12 @@ class Batches:
         cls_tokens, groups, regions = self.teacher(ready)
         return Batch(
             normalise(ready["pixels"], self._mean, self._std, self._device),
-            ready["seen"].to(self._device, non_blocking=ready["seen"].is_pinned()),
+            sent(ready["seen"], self._device),
             cls_tokens,
-            groups,
-            ready["row"].to(self._device),
-            regions,
+            sent(groups, self._device),
+            sent(ready["row"], self._device),
+            None if regions is None else sent(regions, self._device),
+            (ready["seen"], groups),
         )
 
     def close(self) -> None:

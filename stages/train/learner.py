@@ -1,6 +1,5 @@
 """The training step, and all state it changes, which can be saved and restored bit by bit."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from configs.schema import Config, Train
 from pipeline.learning.criterion import Criterion
 from pipeline.learning.ranks import average_gradients, averaged, gathered, rank
 from pipeline.student.student import Student
+from pipeline.transfer import Fetch
 from stages.train.batches import Batch
 from stages.train.precision import Forward, gradient_scaler, student_forward
 
@@ -31,6 +31,7 @@ class Learner:
         scaler: for float16 gradients.
         iteration, iterations: steps done, and steps in total.
         gamma: of `best_student`; None until a validation chooses it, and again after the next step.
+        stopping: whether a rank was told to stop before the last step.
     """
 
     student: Student
@@ -44,6 +45,7 @@ class Learner:
     ema: AveragedModel | None = None
     iteration: int = 0
     gamma: float | None = None
+    stopping: bool = False
 
     @property
     def lr(self) -> float:
@@ -55,41 +57,50 @@ class Learner:
         """The student to evaluate and save: the moving average if it is on."""
         return self.ema.module if self.ema else self.student  # type: ignore[return-value]
 
-    def step(self, parts: Sequence[Batch], ids: Sequence[str]) -> dict[str, float]:
+    def step(self, parts: Sequence[Batch], ids: Sequence[str], stop: bool = False) -> dict[str, float]:
         """Run one iteration; returns the losses by name and their `total`, for the whole batch.
+
+        A GPU is waited for once, when it has been told all there is to do, and then for the forward pass alone.
 
         Args:
             parts: the batch, or this rank's share of it, whole or in micro-batches, whose losses are averaged.
             ids: of all images of the dataset, for error messages.
+            stop: whether this rank was told to stop.
 
         Raises:
-            UserError: a loss is NaN or infinite.
+            UserError: a loss is NaN or infinite. The weights are then spoilt and must not be saved.
         """
         self.optimizer.zero_grad(set_to_none=True)
         progress = self.iteration / self.iterations
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        fetched: list[Fetch] = []
         for number, part in enumerate(parts):
             torch.manual_seed(_seed(self.seed, self.iteration, number, 1 + rank()))
             features, auxiliary = self.forward(part.pixels)
             torch.manual_seed(_seed(self.seed, self.iteration, number, 0))  # all ranks synthesize the same prototypes
             losses = self.criterion(
-                features, part.cls_tokens, part.seen, part.groups, part.rows, part.region_tokens, auxiliary, progress
+                features, part.cls_tokens, part.seen, part.groups, part.rows, part.region_tokens, auxiliary, progress,
+                on_cpu=part.on_cpu,
             )  # fmt: skip
-            shown = averaged(torch.stack(list(losses.values()))).cpu() / len(parts)
-            for name, value in zip(losses, shown, strict=True):
-                sums[name] = sums[name] + value
-            if not shown.isfinite().all():
-                self._refuse(dict(zip(losses, shown.tolist(), strict=True)), gathered(part.rows), ids)
-            self.scaler.scale(torch.stack(list(losses.values())).sum() / len(parts)).backward()
+            stacked = torch.stack(list(losses.values()))
+            fetched.append(Fetch(averaged(torch.cat([stacked.detach(), stacked.new_full((1,), stop)]))))
+            self.scaler.scale(stacked.sum() / len(parts)).backward()
         average_gradients([*self.student.parameters(), *self.criterion.parameters()])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
         if self.ema:
             self.ema.update_parameters(self.student)
+        total: dict[str, float] = dict.fromkeys(losses, 0.0)
+        for part, fetch in zip(parts, fetched, strict=True):
+            *shown, stopping = fetch.wait().tolist()
+            if not np.isfinite(shown).all():
+                self._refuse(dict(zip(losses, shown, strict=True)), gathered(part.rows), ids)
+            self.stopping = stopping > 0
+            for name, value in zip(losses, shown, strict=True):
+                total[name] += value / len(parts)
         self.iteration += 1
         self.gamma = None
-        return {**{name: float(value) for name, value in sums.items()}, "total": float(sum(sums.values()))}
+        return {**total, "total": sum(total.values())}
 
     def _refuse(self, losses: dict[str, float], rows: Tensor, ids: Sequence[str]) -> None:
         wrong = ", ".join(name for name, value in losses.items() if not np.isfinite(value))
@@ -131,7 +142,8 @@ def make_learner(config: Config, student: Student, criterion: Criterion, device:
         [
             *student.parameter_groups(schedule.lr, factor, schedule.weight_decay),
             {"params": list(criterion.parameters()), "lr": schedule.lr * factor, "weight_decay": 0.0},
-        ]
+        ],
+        fused=device.startswith("cuda") or None,  # in one kernel, which a scaler need not wait for either
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warm_up_and_poly(step, schedule.warm_up, schedule.iterations)

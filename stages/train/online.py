@@ -46,7 +46,5 @@ class LiveTeacher:
         pixels = normalise(loaded["shown"], self._teacher.mean, self._teacher.std, self._device)
         cls_tokens, dense_tokens = self._teacher.encode(pixels)
         groups = pseudo_labels(dense_tokens, loaded["unannotated"].numpy(), self._pseudo_labels, self._kmeans)[1]
-        regions = None
-        if self._most is not None:
-            regions = from_numpy(region_tokens(dense_tokens, groups, self._most)).to(self._device)
-        return cls_tokens.clone(), from_numpy(groups).to(self._device), regions  # cloned, as autograd may need it
+        regions = None if self._most is None else from_numpy(region_tokens(dense_tokens, groups, self._most))
+        return cls_tokens.clone(), from_numpy(groups), regions  # cloned, as autograd may need it

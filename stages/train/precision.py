@@ -1,15 +1,26 @@
 """The student's forward pass and the optimiser's step at `train.precision`, compiled where `train.compile` says so."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from configs.schema import Train
-from pipeline.precision import autocast
+from pipeline.precision import autocast, best_precision
 from pipeline.student.student import Student
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+@contextmanager
+def fixed_shapes() -> Iterator[None]:
+    """Around steps of one shape: cuDNN tries its ways to convolve once. Validation's images have many shapes."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def student_forward(student: Student, schedule: Train) -> Forward:
@@ -30,5 +41,7 @@ def student_forward(student: Student, schedule: Train) -> Forward:
 
 def gradient_scaler(schedule: Train, device: str) -> torch.amp.GradScaler:
     """Keeps small gradients above float16's smallest number; at other precisions it hands everything through."""
+    kind = device.partition(":")[0]
+    precision = best_precision(kind) if schedule.precision == "auto" else schedule.precision
     # torch's first scale, 65,536, overflows at the first steps, which are then lost.
-    return torch.amp.GradScaler(device.partition(":")[0], init_scale=2.0**10, enabled=schedule.precision == "fp16")
+    return torch.amp.GradScaler(kind, init_scale=2.0**10, enabled=precision == "fp16")

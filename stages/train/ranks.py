@@ -1,12 +1,19 @@
 """Training with several processes, started by torchrun: `torchrun --nproc-per-node 8 cli.py train ...`."""
 
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from configs.errors import UserError
+from configs.errors import UserError, writing
 from configs.schema import Train
 from pipeline.learning.ranks import averaged, rank, world_size
 from stages.common.progress import say
+from stages.common.ranks import from_everyone
 
 
 def wait_for_all() -> None:
@@ -16,7 +23,30 @@ def wait_for_all() -> None:
 
 def anywhere(true: bool, device: str) -> bool:
     """Whether it is true on any rank, so that all ranks take the same branch."""
+    if world_size() == 1:
+        return true
     return bool(averaged(torch.tensor(float(true), device=device)) > 0)
+
+
+def loaded_once(load: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `load` returns. Of several ranks, one on each machine loads it; the others map its temporary file.
+
+    Raises:
+        UserError: there is no room for the file.
+    """
+    if world_size() == 1:
+        return load()
+    local = int(os.environ["LOCAL_RANK"])
+    path = Path(tempfile.gettempdir()) / f"clip-zss-{os.getpid()}.npy"
+    if local == 0:
+        with writing(path):
+            np.save(path, load())
+    on_own_machine = from_everyone(path)[rank() - local]
+    mapped: np.ndarray = np.load(on_own_machine, mmap_mode="c")
+    wait_for_all()
+    if local == 0:
+        path.unlink()  # the ranks keep what they have mapped
+    return mapped
 
 
 def micro_batch(schedule: Train) -> int:

@@ -11,7 +11,7 @@ from cache.reader import Cache
 from configs.errors import UserError, reason
 from configs.schema import Config
 from pipeline.learning.criterion import Criterion
-from pipeline.learning.ranks import world_size
+from pipeline.learning.ranks import several_gpus, world_size
 from pipeline.student.student import Student
 from stages.apply.gamma import open_gamma_split
 from stages.common.caches import check_cache
@@ -25,6 +25,7 @@ from stages.train.learner import Learner, make_learner, out_of_proportion
 from stages.train.log import RunLog, import_wandb, is_validated
 from stages.train.pace import Pace
 from stages.train.pictures import attentions, few
+from stages.train.precision import fixed_shapes
 from stages.train.provenance import check_same_cache, record_start
 from stages.train.ranks import anywhere, wait_for_all
 from stages.train.stopping import Stopped, outlive_signals, stop_on_signals
@@ -54,7 +55,8 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
     if schedule.wandb:
         import_wandb()  # or the run would be made first, with a setting that cannot be
     try:
-        share = 1 if config.student.batch_norm == "sync" else world_size()
+        together = {"auto": several_gpus(), "sync": True, "local": False}[config.student.batch_norm]
+        share = 1 if together else world_size()
         config.check_images_at_once(schedule.batch_size // schedule.accumulate // share)
     except ValueError as error:
         raise UserError(f"{error} ({world_size()} processes share a batch)") from error
@@ -62,9 +64,13 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
         say(f"warning: {line}")
     dataset = open_split(config.dataset, data_root, "train")
     check_cache(cache, config, dataset)
+    if device.startswith("cuda") and schedule.teacher == "cached":  # a live teacher computes as in stage one
+        torch.set_float32_matmul_precision("high")  # of what stays float32
     torch.manual_seed(schedule.seed)
     text_features = torch.from_numpy(cache.text_features).to(device)
     student = Student(config.student, text_features.shape[1]).to(device)
+    if schedule.checkpointing:
+        student.recompute_blocks()
     criterion = Criterion(config.loss, text_features[dataset.seen_indices], schedule.accumulate).to(device)
     learner = make_learner(config, student, criterion, device)
     validation_split = open_split(config.dataset, data_root, schedule.validate_on)
@@ -144,12 +150,14 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
                     validate()
                 for parts in batches:
                     lr = learner.lr
-                    losses = learner.step(parts, dataset.ids)
+                    with fixed_shapes():
+                        losses = learner.step(parts, dataset.ids, bool(stop))
                     if writer:
                         writer.step(learner.iteration, losses, lr)
                         noted = learner.iteration % LOG_EVERY == 0
                         advance(1, f"loss {losses['total']:.3f}, {writer.pace.note()}" if noted else None)
-                    stopping = anywhere(bool(stop), device)
+                    # Ranks stop together, after the step that all knew of; a single process after this one.
+                    stopping = learner.stopping if world_size() > 1 else bool(stop)
                     if stopping or due() or learner.iteration % schedule.checkpoint_every == 0:
                         save()
                     if stopping:

@@ -134,13 +134,15 @@ def _batch(seed: int, device: str) -> Batch:
     groups = torch.randint(0, GROUPS, free.shape, generator=generator).masked_fill(~free, ANNOTATED)
     seen = torch.randint(0, len(_config().dataset.seen_indices), free.shape, generator=generator)
     seen = seen.masked_fill(free, ANNOTATED).repeat_interleave(SIZE // GRID, 1).repeat_interleave(SIZE // GRID, 2)
+    on_cpu = seen.to(torch.uint8), groups.to(torch.uint8)
     return Batch(
         pixels=draw(IMAGES, 3, SIZE, SIZE).to(device),
-        seen=seen.to(device, torch.uint8),
+        seen=on_cpu[0].to(device),
         cls_tokens=draw(IMAGES, WIDTH).to(device),
-        groups=groups.to(device, torch.uint8),
+        groups=on_cpu[1].to(device),
         rows=torch.arange(IMAGES, device=device),
         region_tokens=(30 * draw(IMAGES, GROUPS, WIDTH)).clamp(-127, 127).to(device, torch.int8),
+        on_cpu=on_cpu,
     )
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pipeline.learning.pixel_loss import count_labelled, count_pairs, pixel_sums
+from pipeline.learning.pixel_loss import pixel_losses
 
 
 def losses(
@@ -14,7 +14,6 @@ def losses(
     labels: Tensor,
     nel_channels: int | None = None,
 ) -> dict[str, Tensor]:
-    """The sums, divided; NEL of all channels, unless it is of the first few."""
+    """NEL of all channels, unless it is of the first few."""
     count = len(text_seen) + len(prototypes) if nel_channels is None else nel_channels
-    sums = pixel_sums(features, text_seen, prototypes, alpha, beta, labels, count)
-    return {"nel": sums["nel"] / count_pairs(labels, count), "ce": sums["ce"] / count_labelled(labels)}
+    return pixel_losses(features, text_seen, prototypes, alpha, beta, labels, count)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.learning.labels import at_stride, class_centroids, class_sums, fuse_labels
+from pipeline.learning.labels import at_stride, class_centroids, class_sums, fuse_labels, layout
 from tests import reference
 from tests.pipeline.draws import draw, draw_classes
 from tests.pipeline.learning.gradients import assert_gradients, leaf
@@ -14,12 +14,20 @@ NUM_SEEN = 5
 
 
 def assert_fused(seen: Array, groups: Array, num_seen: int = NUM_SEEN) -> tuple[Array, int]:
-    labels, count = fuse_labels(torch.from_numpy(seen), torch.from_numpy(groups), num_seen)
+    """And laid out, for features of a third of the size."""
+    tensors, size = (torch.from_numpy(seen), torch.from_numpy(groups)), (-(-seen.shape[1] // 3), -(-seen.shape[2] // 3))
+    plan = layout(*tensors, num_seen, size)
+    labels = fuse_labels(*tensors, plan.first)
     expected, expected_count = reference.fused_labels(seen, groups, num_seen)
     assert labels.dtype == torch.int64
     np.testing.assert_array_equal(labels, expected)
-    assert count == expected_count
-    return expected, count
+    assert plan.total == expected_count == num_seen + int(plan.groups.sum())
+    present = sorted(set(reference.at_stride(expected, size).flatten().tolist()) - {-1})
+    assert plan.rows.tolist() == present
+    assert plan.classes == sum(label < num_seen for label in present)
+    channels = [*range(num_seen), *(label for label in present if label >= num_seen)]
+    assert plan.channels.tolist() == [channels.index(i) if i in channels else -1 for i in range(plan.total)] + [-1]
+    return expected, plan.total
 
 
 @pytest.mark.parametrize("seed", range(2))

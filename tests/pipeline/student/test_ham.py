@@ -204,3 +204,17 @@ def test_gradients_reach_every_parameter() -> None:
 def test_rank_is_the_official_codes(channels: int, rank: int) -> None:
     """16 for SegNeXt-T and S, 64 for B and L, as their published multiplications tell (benchmarks/students.md)."""
     assert Hamburger(channels).rank == rank
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_large_activations_under_autocast(precision: torch.dtype) -> None:
+    """Of std 9, where the factorisation's products overflow float16."""
+    torch.manual_seed(0)
+    hamburger = Hamburger(512).eval()
+    x = 9 * torch.randn(1, 512, 16, 16)
+    with torch.no_grad():
+        wanted = hamburger(x)
+        with torch.autocast("cpu", precision):
+            found = hamburger(x)
+    assert found.isfinite().all()
+    assert float((found.float() - wanted).norm() / wanted.norm()) < 0.02

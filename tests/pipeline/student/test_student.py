@@ -1,5 +1,6 @@
 """The student: any image size, padding that leaves no trace, and the settings that it is made with."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -228,3 +229,29 @@ def test_without_load_weights_no_file_is_read() -> None:
     assert not torch.equal(restored(pixels), original(pixels))
     restored.load_state_dict(original.state_dict())
     assert torch.equal(restored(pixels), original(pixels))
+
+
+@pytest.mark.parametrize("model", ["segformer-b0", "segnext-t", "swin-t", "timm:test_resnet"])
+def test_recomputed_blocks_change_nothing(model: str) -> None:
+    """Neither features nor gradients, nor the running statistics of our own encoders; drop path draws the same."""
+    plain = student(model).train()
+    other = copy.deepcopy(plain)
+    other.recompute_blocks()
+    pixels, found = torch.randn(2, 3, 64, 64), []
+    for made in (plain, other):
+        torch.manual_seed(1)
+        features = made(pixels)
+        features.square().mean().backward()
+        found.append([features.detach(), *(p.grad for p in made.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 50
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+    if not model.startswith("timm:"):
+        for (name, one), two in zip(plain.named_buffers(), other.buffers(), strict=True):
+            assert "num_batches" in name or torch.equal(one, two), name
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_batch_norm_is_synchronised_where_several_gpus_train(monkeypatch: pytest.MonkeyPatch, several: bool) -> None:
+    monkeypatch.setattr("pipeline.student.student.several_gpus", lambda: several)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in student("segformer-b0").modules()) == several

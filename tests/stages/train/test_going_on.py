@@ -43,6 +43,13 @@ def test_going_on_at_a_chosen_checkpoint_as_the_line_says(world: World, tmp_path
     assert (new / "student.safetensors").read_bytes() == (run / "student.safetensors").read_bytes()
 
 
+def test_a_run_from_before_a_free_setting_goes_on(world: World, run: Path) -> None:
+    before = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(before.replace("  checkpointing: false\n", ""))
+    assert (run / "config.yaml").read_text() != before
+    assert "is finished: nothing to do" in world.run("train", "--run", run).stderr
+
+
 @pytest.mark.parametrize("left", ["no folder", "an empty folder", "half a save"])
 def test_a_run_without_checkpoints_keeps_its_weights(world: World, run: Path, left: str) -> None:
     shutil.rmtree(run / "checkpoints")

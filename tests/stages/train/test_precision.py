@@ -9,6 +9,7 @@ import torch
 
 from configs.schema import Student as StudentConfig
 from configs.schema import Train
+from pipeline.precision import best_precision
 from pipeline.student.student import Student
 from stages.train.precision import gradient_scaler, student_forward
 from tests.conftest import World
@@ -28,6 +29,17 @@ def test_features_are_float32_and_near_those_of_float32(student: Student, precis
     assert features.dtype == torch.float32 and auxiliary is None
     away = float((features.detach() - expected).norm() / expected.norm())
     assert away == 0 if precision == "fp32" else 1e-5 < away < 0.05
+
+
+@pytest.mark.parametrize(("bf16", "best"), [(True, "bf16"), (False, "fp16")])
+def test_auto(student: Student, monkeypatch: pytest.MonkeyPatch, bf16: bool, best: str) -> None:
+    """Half precision on a GPU; on a CPU what float32 is, to the bit, and no scaler."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    assert best_precision("cuda") == best
+    assert best_precision("cpu") == best_precision("mps") == "fp32"
+    pixels = torch.randn(1, 3, 64, 64)
+    found, wanted = (student_forward(student, Train(precision=name))(pixels)[0] for name in ("auto", "fp32"))
+    assert torch.equal(found, wanted) and not gradient_scaler(Train(), "cpu").is_enabled()
 
 
 def test_the_forward_pass_is_compiled_by_option(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:

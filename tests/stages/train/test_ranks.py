@@ -67,7 +67,7 @@ def train(folder: Path, run: str, stop_at: int | None = None, **settings: object
 
 def _rank(rank: int, folder: Path, port: int, run: str, stop_at: int | None) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TMPDIR": str(folder / "temporary")}
     train(folder, run, stop_at)
 
 
@@ -75,7 +75,9 @@ def two_ranks(folder: Path, run: str, stop_at: int | None = None) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    (folder / "temporary").mkdir(exist_ok=True)
     mp.spawn(_rank, (folder, port, run, stop_at), nprocs=2)
+    assert not list((folder / "temporary").glob("*.npy"))  # in which the ranks shared the cache's arrays
 
 
 def losses(folder: Path, run: str) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -214,9 +215,10 @@ def test_a_device_agrees_with_the_cpu_or_doctor_says_where_it_does_not(monkeypat
     criterion = Criterion.forward
     calls = []
 
-    def wrong(self: Criterion, *arguments: object) -> dict[str, torch.Tensor]:
+    def wrong(self: Criterion, *arguments: Any, **named: Any) -> dict[str, torch.Tensor]:
         calls.append(self)  # the first is the CPU's
-        return {name: loss * (1.01 if len(calls) == 2 else 1) for name, loss in criterion(self, *arguments).items()}  # type: ignore[arg-type]
+        losses = criterion(self, *arguments, **named)
+        return {name: loss * (1.01 if len(calls) == 2 else 1) for name, loss in losses.items()}
 
     monkeypatch.setattr(Criterion, "forward", wrong)
     faults = {item.part for item in stages.upkeep.doctor._agreement("cpu") if item.fault}
