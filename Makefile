@@ -20,7 +20,7 @@ demo: $(DEMO_READY)  ## both stages on the embedded scenes, and their scores
 	$(BIN)/clip-zss demo
 
 benchmark: $(DEMO_READY)  ## the demo with three seeds; writes the tables in benchmarks/
-	$(BIN)/clip-zss demo --seeds 0,1,2 --output benchmarks --set evaluate.gamma=holdout
+	$(BIN)/clip-zss demo --seeds 0,1,2 --output benchmarks
 
 check: lint typecheck  ## style, types, and the fast tests of losses, cache and settings
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' tests/pipeline/learning tests/cache tests/configs
