@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from pipeline.student.student import Student
 from pipeline.teacher.teacher import Teacher, load_teacher
 from stages.common.ahead import ahead
 from stages.common.devices import choose_gpu, computing_threads, lanes, local_workers, processes_here
+from stages.common.ranks import SHARE
 from stages.common.text import class_features
 
 _T = TypeVar("_T")
@@ -25,7 +27,6 @@ _P = TypeVar("_P")
 _R = TypeVar("_R")
 BATCH_PIXELS = 16 * 512**2  # of a pass on a GPU: little, as there are no gradients
 CPU_PIXELS = 2**18  # of larger batches torch computes some layers another way, with other last bits
-WAITING = 4  # batches' worth of images that may wait for others of their size
 AHEAD = 4  # images for each thread that reads
 
 
@@ -97,18 +98,20 @@ class Predictor:
                 yield from results
 
     def _in_groups(self, images: Iterable[tuple[Cut, _P] | None]) -> Iterator[list[tuple[Cut, _P]]]:
-        """Of windows of one size, each as many as go through the model at once, or more."""
-        waiting: dict[tuple[int, int], list[tuple[Cut, _P]]] = defaultdict(list)
-        for found in images:
-            if found is None:
-                continue
-            size, at_once = found[0].window, self._at_once(found[0])
-            waiting[size].append(found)
-            if sum(len(image.boxes) for image, _ in waiting[size]) >= at_once:
-                yield waiting.pop(size)
-            elif sum(map(len, waiting.values())) >= WAITING * at_once:  # many sizes, none of them common
-                yield waiting.pop(max(waiting, key=lambda key: len(waiting[key])))
-        yield from waiting.values()
+        """Groups of images with windows of one size, as many as go through the model at once.
+
+        All of a group come from one share: a batch's other images change the last bits of an image's logits, so they
+        must not depend on how many ranks there are.
+        """
+        images = iter(images)
+        while share := list(islice(images, SHARE)):
+            by_size: dict[tuple[int, int], list[tuple[Cut, _P]]] = defaultdict(list)
+            for found in share:
+                if found:
+                    by_size[found[0].window].append(found)
+            for group in by_size.values():
+                count = max(1, self._at_once(group[0][0]) // len(group[0][0].boxes))
+                yield from (group[start : start + count] for start in range(0, len(group), count))
 
     def _at_once(self, image: Cut) -> int:
         """How many of its windows a pass takes."""

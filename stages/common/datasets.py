@@ -29,10 +29,16 @@ def _miscount(dataset: SegmentationDataset) -> str:
 
 @dataclass
 class Check:
-    """The result of `check`. `pixels` and `images`: (K,) int64 counts of each class; warnings may be intended."""
+    """The result of `check`. Warnings may be intended.
+
+    Attributes:
+        pixels, images: (K,) int64 counts of each class.
+        good: by split, the ids whose image and mask can be used.
+    """
 
     pixels: np.ndarray
     images: np.ndarray
+    good: dict[str, list[str]] = field(default_factory=dict)
     unlabelled: int = 0
     readable: int = 0
     faults: list[str] = field(default_factory=list)
@@ -66,12 +72,14 @@ def check(config: Dataset, data_root: Path) -> Check:
         split_of = images | split_of
         ignored = [Path(name) for name in dataset.passed_over]
         doubts = {"files next to the images are ignored, because of their extension or as repeated links": ignored}
+        good = found.good[split] = list[str]()
         with progress_bar(f"check {split}", len(dataset), "images") as advance:
             for row, read in enumerate(_read_all(dataset)):
                 advance()
                 if isinstance(read, str):
                     found.faults.append(read)
                     continue
+                good.append(dataset.ids[row])
                 counts, doubted = read
                 for doubt in doubted:
                     doubts.setdefault(doubt, []).append(dataset.mask_path(row))
@@ -82,6 +90,24 @@ def check(config: Dataset, data_root: Path) -> Check:
                 found.unlabelled += int(counts[IGNORE])
         found.warnings += [f"split {split}: {len(f)} {doubt}; {f[0]} is the first" for doubt, f in doubts.items() if f]
     return found
+
+
+def good_lists(config: Dataset, file: Path) -> dict[str, Path]:
+    """By split, the file for its good ids: `file`, with the split's name in place of {split}.
+
+    Raises:
+        UserError: the splits would share a file, or it is there already.
+    """
+    files = {split: Path(str(file).replace("{split}", split)) for split in config.splits}
+    if len(set(files.values())) < len(files):
+        raise UserError(
+            f"--fix-list {file}: {config.name} has the splits {', '.join(files)}: put {{split}} into the name, as in "
+            "good-{split}.txt"
+        )
+    for path in files.values():
+        if path.exists():
+            raise UserError(f"--fix-list: {path} exists already: choose another name, or delete it")
+    return files
 
 
 def _read_all(dataset: SegmentationDataset) -> Iterator[tuple[np.ndarray, list[str]] | str]:

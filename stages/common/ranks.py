@@ -15,6 +15,7 @@ from pipeline.learning.ranks import rank, world_size
 from stages.common.progress import console
 
 _T = TypeVar("_T")
+SHARE = 16  # images, which one rank takes together
 PATIENCE = timedelta(hours=3)  # of the other ranks, while the first one calibrates or writes
 
 
@@ -81,8 +82,8 @@ def from_everyone(value: _T) -> list[_T]:
 
 
 def own_share(items: Sequence[_T]) -> Sequence[_T]:
-    """The items of this rank: every n-th."""
-    return items[rank() :: world_size()]
+    """The items of this rank: shares of SHARE neighbours, every n-th."""
+    return [item for index, item in enumerate(items) if index // SHARE % world_size() == rank()]
 
 
 def add_up(counts: Tensor, count: Callable[[], object]) -> None:

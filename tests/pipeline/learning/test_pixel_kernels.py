@@ -16,6 +16,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_by_th
 compiled = pytest.mark.skipif(INTERPRETED, reason="has run")
 
 
+@pytest.mark.slow
 @compiled
 def test_by_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]

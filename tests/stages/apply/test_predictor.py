@@ -18,6 +18,7 @@ from pipeline.inference import ClassLogits, Cut
 from pipeline.metrics import best_of
 from stages.apply import predictor
 from stages.apply.predictor import Predictor, student_predictor
+from stages.common.ranks import SHARE
 from stages.common.runs import load_run
 from tests.conftest import World
 
@@ -69,6 +70,7 @@ def test_batches_give_what_single_images_give(
 
 
 def test_images_of_rare_sizes_do_not_wait_for_ever(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only images of one share go through the model together, at most as many as it takes at once."""
     predict = predictor_of(trained, "whole", 1, [])
     cuts = [predict.cut(np.zeros((64, 64 + 8 * (row % 50), 3), np.uint8)) for row in range(200)]
     monkeypatch.setattr(predictor, "CPU_PIXELS", 10**5)
@@ -82,11 +84,12 @@ def test_images_of_rare_sizes_do_not_wait_for_ever(trained: Path, monkeypatch: p
 
     seen, most = Counter[int](), 0
     for group in predict._in_groups(images()):
-        assert len({image.window for image, _ in group}) == 1
+        assert len({image.window for image, _ in group}) == 1 and len(group) <= 10**5 // 64**2
+        assert len({row // SHARE for _, row in group}) == 1
         seen.update(row for _, row in group)
         most = max(most, taken - sum(seen.values()))
     assert set(seen) == set(range(200)) and set(seen.values()) == {1}
-    assert most <= predictor.WAITING * 10**5 // 64**2
+    assert most <= SHARE
 
 
 def test_an_image_that_cannot_be_read_ends_it(trained: Path) -> None:

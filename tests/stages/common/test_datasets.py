@@ -390,3 +390,23 @@ def test_samples_of_real_datasets(name: str, folder: str, counts: dict[str, tupl
     ignored = sum(int(values[value]) for value in settings.ignore_index)
     assert f"{len(masks):,} images, {ignored:,} pixels without a class" in output
     assert sum(pixels for _, _, pixels in table.values()) + ignored == values.sum()
+
+
+def test_the_fix_list_holds_what_is_good(tmp_path: Path) -> None:
+    """A dataset with these lists has no faults."""
+    here, root = World(tmp_path), tmp_path / "shelf"
+    for index, name in enumerate(("a", "deep/b", "c", "d")):
+        add(root, name, index)
+    (root / "images" / "c.png").write_bytes(b"no image")
+    (root / "masks" / "d.png").unlink()
+    files = {"images": "images/{id}.*", "masks": "masks/{id}.png"}
+    for split, ids in {"train": ["a", "c", "d"], "val": ["deep/b"]}.items():
+        (root / f"{split}.txt").write_text("\n".join(ids))
+    described(tmp_path, splits={split: {**files, "ids": f"{split}.txt"} for split in ("train", "val")})
+    command = ("datasets", "check", "shelf.yaml", "--data-root", ".", "--fix-list")
+    assert "has the splits train, val: put {split} into the name" in here.fails(*command, "good.txt")
+    assert "2 faults" in here.fails(*command, "shelf/good-{split}.txt")
+    assert (root / "good-train.txt").read_text() == "a\n" and (root / "good-val.txt").read_text() == "deep/b\n"
+    assert "good-train.txt exists already" in here.fails(*command, "shelf/good-{split}.txt")
+    described(tmp_path, splits={split: {**files, "ids": f"good-{split}.txt"} for split in ("train", "val")})
+    here.run("datasets", "check", "shelf.yaml", "--data-root", ".")
