@@ -110,8 +110,9 @@ class Predictor:
                 if found:
                     by_size[found[0].window].append(found)
             for group in by_size.values():
-                count = max(1, self._at_once(group[0][0]) // len(group[0][0].boxes))
-                yield from (group[start : start + count] for start in range(0, len(group), count))
+                most = max(1, self._at_once(group[0][0]) // len(group[0][0].boxes))
+                parts = -(-len(group) // most)  # of nearly one size: a pass of a single image is the slowest
+                yield from (group[part::parts] for part in range(parts))
 
     def _at_once(self, image: Cut) -> int:
         """How many of its windows a pass takes."""

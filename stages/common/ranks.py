@@ -15,7 +15,7 @@ from pipeline.learning.ranks import rank, world_size
 from stages.common.progress import console
 
 _T = TypeVar("_T")
-SHARE = 16  # images, which one rank takes together
+SHARE = 32  # images, which one rank takes together
 PATIENCE = timedelta(hours=3)  # of the other ranks, while the first one calibrates or writes
 
 

@@ -18,10 +18,12 @@ from pipeline.inference import ClassLogits, Cut
 from pipeline.metrics import best_of
 from stages.apply import predictor
 from stages.apply.predictor import Predictor, student_predictor
+from stages.common import ranks
 from stages.common.ranks import SHARE
 from stages.common.runs import load_run
 from tests.conftest import World
 
+FEW = 4  # images in a share, so that both processes have some
 SIZES = [(64, 64)] * 5 + [(64, 90)] * 4 + [(50, 200), (90, 64), (64, 64), (300, 40)]
 
 
@@ -112,6 +114,7 @@ def evaluated(folder: Path, run: Path, report: str) -> None:
 
 def _rank(rank: int, folder: Path, run: Path, port: int) -> None:
     torch.set_num_threads(1)
+    predictor.SHARE = ranks.SHARE = FEW
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     World(folder).run("evaluate", "--run", run, "--set", "evaluate.split=train", "--json", "two.json")
@@ -119,8 +122,10 @@ def _rank(rank: int, folder: Path, run: Path, port: int) -> None:
     World(folder).run("predict", folder / "data" / "tiny" / "images", "--run", run, "--output", "masks-two.json")
 
 
-def test_two_processes_count_what_one_counts(world: World, trained: Path) -> None:
+def test_two_processes_count_what_one_counts(world: World, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every IoU is equal, and so is every mask; each photo is segmented by one of them."""
+    for module in (predictor, ranks):
+        monkeypatch.setattr(module, "SHARE", FEW)
     evaluated(world.folder, trained, "one.json")
     with socket.socket() as free:
         free.bind(("localhost", 0))
