@@ -13,9 +13,14 @@ def best_precision(device_type: str) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def precision_on(device_type: str, asked: str) -> str:
+    """`asked`, or what `auto` means on this kind of device."""
+    return best_precision(device_type) if asked == "auto" else asked
+
+
 def autocast(device_type: str, precision: str) -> torch.autocast:
     """Around a model's forward pass; fp32 leaves everything as it is."""
-    precision = best_precision(device_type) if precision == "auto" else precision
+    precision = precision_on(device_type, precision)
     return torch.autocast(device_type, DTYPES[precision], enabled=precision != "fp32")
 
 

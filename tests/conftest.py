@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from unittest import mock
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -156,3 +157,13 @@ def trained(world: World) -> Path:
     """A run of the world."""
     world.run("train", "--cache", "caches/tiny", "--config", world.config, "--run", "runs/one", "--seed", "3")
     return world.folder / "runs" / "one"
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No network and an empty Hugging Face cache, as HF_HUB_OFFLINE=1 and HF_HUB_CACHE make them."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return cache

@@ -13,6 +13,17 @@ from urllib.parse import unquote
 SHA = "0" * 40  # of the only commit
 
 
+def put(cache: Path, repository: str, files: dict[str, bytes]) -> None:
+    """A repository as huggingface_hub keeps it."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / SHA
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(SHA)
+    for name, content in files.items():
+        (snapshot / name).write_bytes(content)
+
+
 @contextmanager
 def serve(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
     """Yields the address (HF_ENDPOINT) and the list of files that are asked for.

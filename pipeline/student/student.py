@@ -19,6 +19,11 @@ AUXILIARY_CHANNELS, AUXILIARY_LEVEL, AUXILIARY_STRIDE = 256, 2, 16
 POSITIONS = ("pos_embed", "position", "rel_pos", "attention_biases", "cls_token", "reg_token")
 
 
+def is_synchronised(batch_norm: str) -> bool:
+    """Whether `student.batch_norm` means statistics over all processes here."""
+    return batch_norm == "sync" or (batch_norm == "auto" and several_gpus())
+
+
 class Student(nn.Module):
     """Image (B, 3, H, W) -> features R (B, C, ceil(H / s), ceil(W / s)), for any H and W.
 
@@ -65,7 +70,7 @@ class Student(nn.Module):
                 load_head(self.head, config.weights, "decode_head")
                 if self.auxiliary_head:
                     load_head(self.auxiliary_head, config.weights, "auxiliary_head")
-        if config.batch_norm == "sync" or (config.batch_norm == "auto" and several_gpus()):
+        if is_synchronised(config.batch_norm):
             convert_sync_batchnorm(self)  # type: ignore[no-untyped-call]  # timm's knows its own norms, which hold an activation
         self.stride: int = family.head.stride
         self.head_lr_factor = family.head_lr_factor

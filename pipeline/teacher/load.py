@@ -20,8 +20,8 @@ from torch import Tensor
 
 from configs.errors import UserError, reason
 from configs.schema import CONFIGS, Teacher
+from pipeline.hub import HUB
 
-HUB = "hf-hub:"
 Tokenizer = Callable[[list[str]], Tensor]  # texts -> token ids (n, context length)
 
 

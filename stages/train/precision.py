@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Train
-from pipeline.precision import autocast, best_precision
+from pipeline.precision import autocast, precision_on
 from pipeline.student.student import Student
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -42,6 +42,6 @@ def student_forward(student: Student, schedule: Train) -> Forward:
 def gradient_scaler(schedule: Train, device: str) -> torch.amp.GradScaler:
     """Keeps small gradients above float16's smallest number; at other precisions it hands everything through."""
     kind = device.partition(":")[0]
-    precision = best_precision(kind) if schedule.precision == "auto" else schedule.precision
+    precision = precision_on(kind, schedule.precision)
     # torch's first scale, 65,536, overflows at the first steps, which are then lost.
     return torch.amp.GradScaler(kind, init_scale=2.0**10, enabled=precision == "fp16")

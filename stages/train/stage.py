@@ -11,8 +11,8 @@ from cache.reader import Cache
 from configs.errors import UserError, reason
 from configs.schema import Config
 from pipeline.learning.criterion import Criterion
-from pipeline.learning.ranks import several_gpus, world_size
-from pipeline.student.student import Student
+from pipeline.learning.ranks import world_size
+from pipeline.student.student import Student, is_synchronised
 from stages.apply.gamma import open_gamma_split
 from stages.common.caches import check_cache
 from stages.common.datasets import open_split
@@ -55,8 +55,7 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
     if schedule.wandb:
         import_wandb()  # or the run would be made first, with a setting that cannot be
     try:
-        together = {"auto": several_gpus(), "sync": True, "local": False}[config.student.batch_norm]
-        share = 1 if together else world_size()
+        share = 1 if is_synchronised(config.student.batch_norm) else world_size()
         config.check_images_at_once(schedule.batch_size // schedule.accumulate // share)
     except ValueError as error:
         raise UserError(f"{error} ({world_size()} processes share a batch)") from error

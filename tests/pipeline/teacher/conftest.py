@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import open_clip.factory
 import pytest
 import torch
@@ -44,27 +43,6 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """open_clip keeps every JSON file it was shown; each test leaves its lists as they were."""
     for name in ("_MODEL_CONFIG_PATHS", "_MODEL_CONFIGS"):
         monkeypatch.setattr(open_clip.factory, name, getattr(open_clip.factory, name).copy())
-
-
-@pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No network and an empty Hugging Face cache, as HF_HUB_OFFLINE=1 and HF_HUB_CACHE make them."""
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-    return cache
-
-
-def put(cache: Path, repository: str, files: dict[str, bytes]) -> None:
-    """A repository as huggingface_hub keeps it."""
-    folder = cache / f"models--{repository.replace('/', '--')}"
-    snapshot = folder / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("0" * 40)
-    for name, content in files.items():
-        (snapshot / name).write_bytes(content)
 
 
 @pytest.fixture(scope="module")

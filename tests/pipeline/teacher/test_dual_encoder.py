@@ -17,7 +17,8 @@ from pipeline.teacher.clip import FrozenClip
 from pipeline.teacher.dense import VARIANTS
 from pipeline.teacher.dual_encoder import MODELS
 from pipeline.teacher.teacher import Teacher, fingerprint, load_teacher
-from tests.pipeline.teacher.conftest import ARCHITECTURE, draw_pixels, put, random_weights, write
+from tests.hub import put
+from tests.pipeline.teacher.conftest import ARCHITECTURE, draw_pixels, random_weights, write
 from tests.pipeline.teacher.dual_encoders import KINDS, PATCH, SIDE, write_dual_encoder
 from tests.pipeline.teacher.test_towers import timm_tower
 

@@ -16,7 +16,8 @@ from configs.errors import UserError
 from configs.schema import CONFIGS, Teacher
 from pipeline.teacher.clip import FrozenClip
 from pipeline.teacher.load import weights_fingerprint
-from tests.pipeline.teacher.conftest import ARCHITECTURE, Weights, draw_pixels, put, random_weights, refusal, write
+from tests.hub import put
+from tests.pipeline.teacher.conftest import ARCHITECTURE, Weights, draw_pixels, random_weights, refusal, write
 
 # Widths of 64: OpenAI's archives say nothing of heads, which are all 64 wide.
 OPENAI = ARCHITECTURE | {

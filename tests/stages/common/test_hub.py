@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -19,18 +18,10 @@ from pipeline.student.student import Student
 from stages.apply.predict import Segmenter
 from stages.common.runs import CONFIG, load_run
 from tests.conftest import ROOT, World
-from tests.hub import serve
-from tests.pipeline.teacher.test_load import put
+from tests.hub import put, serve
 
 SHA = "0" * 40
 NAME = "hf-hub:org/one"
-
-
-@pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
 
 
 @pytest.fixture
