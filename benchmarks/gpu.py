@@ -135,7 +135,7 @@ class Steps:
         torch.manual_seed(0)
         text_features = torch.from_numpy(cache.text_features).to(device)
         student = Student(config.student, text_features.shape[1]).to(device).train()
-        criterion = Criterion(config.loss, text_features[dataset.seen_indices]).to(device)
+        criterion = Criterion(config.loss, text_features[dataset.config.seen_channels]).to(device)
         self.learner: Learner = make_learner(config, student, criterion, device)
         self.ids, self.device = dataset.ids, device
         self.batches = Batches(config, cache, dataset, student.mean, student.std, device)

@@ -89,7 +89,7 @@ class Steps:
         torch.manual_seed(0)
         text_features = torch.from_numpy(cache.text_features)
         student = Student(config.student, text_features.shape[1]).train()
-        self.criterion = Criterion(config.loss, text_features[dataset.seen_indices])
+        self.criterion = Criterion(config.loss, text_features[dataset.config.seen_channels])
         parameters = [*student.parameters(), *self.criterion.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, schedule.lr)
         self.forward, self.scaler = student_forward(student, schedule), gradient_scaler(schedule, "cpu")

@@ -3,9 +3,22 @@
 import difflib
 import re
 from collections.abc import Iterable
+from itertools import islice
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+
+MOST_CLASSES = 2**16 - 1  # of 16-bit masks; the last value is that of pixels without a class
 
 
 class Section(BaseModel):
@@ -24,14 +37,14 @@ def check_names(names: Iterable[str], of: str) -> None:
 
 
 def pixel_value(value: Any) -> int | str:
-    """A grey value or palette index from 0 to 255, or a colour as "#rrggbb", also written [r, g, b]."""
+    """A grey value or palette index from 0 to 65535, or a colour as "#rrggbb", also written [r, g, b]; or "others"."""
     if isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int and 0 <= v < 256 for v in value):
         return "#" + bytes(value).hex()
-    if isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value):
+    if isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}|others", value):
         return value.lower()
-    if type(value) is int and 0 <= value < 256:
+    if type(value) is int and 0 <= value <= MOST_CLASSES:
         return value
-    raise ValueError("write a number from 0 to 255, or a colour such as [128, 0, 64]")
+    raise ValueError("write a number from 0 to 65535, or a colour such as [128, 0, 64]")
 
 
 def pixel_values(values: Any) -> str:
@@ -93,12 +106,30 @@ class Split(Section):
         return self
 
 
+class AnyOf(Section):
+    """Words that a class is any of: each has a channel of its own, and the best of them counts."""
+
+    any: tuple[str, ...]
+
+
+WORD_KINDS = "(names)", "(any of)"  # pydantic adds them to the place of an error
+
+
+def _kind(words: object) -> str:
+    return WORD_KINDS[isinstance(words, dict | AnyOf)]
+
+
+Words = Annotated[
+    Annotated[tuple[str, ...], Tag(WORD_KINDS[0])] | Annotated[AnyOf, Tag(WORD_KINDS[1])], Discriminator(_kind)
+]
+
+
 class Dataset(Section):
     """A dataset on disk, and the names and prompts of its classes.
 
     The i-th of `values` ("0-10, 12-23", or a list of colours) is the mask value of the i-th class; the default is the
-    lowest values not in `ignore_index`, whose pixels have no class. Any other value in a mask is an error. Masks with
-    their own `values` may assign a class to values in `ignore_index`.
+    lowest values not in `ignore_index`, whose pixels have no class. Any other value in a mask is an error, unless
+    `ignore_index` has `others`. Masks with their own `values` may assign a class to values in `ignore_index`.
     """
 
     name: str = Field(pattern=r"^\w[\w.-]*$")  # names files
@@ -108,10 +139,17 @@ class Dataset(Section):
     limit: PositiveInt | None = Field(None, description="only the first images of each split")
     classes: tuple[str, ...] = Field(description="names, or a text file of them, one a line, beside the YAML")
     values: Values | None = None
-    ignore_index: tuple[PixelValue, ...] = (255,)
+    ignore_index: tuple[PixelValue, ...] = Field(
+        (255,), description="others: all values of no class; default: 255, or 65535 if there are more than 255 classes"
+    )
+    coding: Literal["ade20k"] | None = Field(  # not in the settings of caches that are older than it
+        None, description="the value is red // 10 * 256 + green", exclude_if=lambda coding: coding is None
+    )
     unseen: tuple[str, ...] = Field((), description="classes, or the name of one of `unseen_splits`")
     unseen_splits: dict[str, tuple[str, ...]] = {}
-    prompts: dict[str, tuple[str, ...]] = Field({}, description="names of a class in prompts, averaged")
+    prompts: dict[str, Words] = Field(
+        {}, description="names of a class in prompts, averaged; or {any: WORDS}, of which the best counts"
+    )
     templates: Literal["single", "zegclip", "imagenet"] | tuple[str, ...] = "single"
     text_features: str | None = Field(None, description=".npy or .safetensors (K, C), read in place of a text tower")
 
@@ -120,7 +158,8 @@ class Dataset(Section):
     def _short_forms(cls, dataset: Any) -> Any:
         if not isinstance(dataset, dict):
             return dataset
-        dataset = {"root": dataset.get("name", "")} | dataset
+        many = isinstance(dataset.get("classes"), list | tuple) and len(dataset["classes"]) > 255
+        dataset = {"root": dataset.get("name", ""), "ignore_index": [MOST_CLASSES if many else 255]} | dataset
         if isinstance(dataset.get("ignore_index"), int | str):
             dataset["ignore_index"] = [dataset["ignore_index"]]
         if isinstance(dataset.get("prompts"), dict):
@@ -135,8 +174,11 @@ class Dataset(Section):
     @model_validator(mode="after")
     def _classes_are_consistent(self) -> "Dataset":
         check_names(self.classes, "classes")
-        for key, synonyms in self.prompts.items():
-            check_names(synonyms, f"prompts.{key}")
+        for key, words in self.prompts.items():
+            listed = words.any if isinstance(words, AnyOf) else words
+            check_names(listed, f"prompts.{key}")
+            if not listed:
+                raise ValueError("each class in prompts needs at least one name")
         if len(set(self.classes)) != len(self.classes):
             twice = next(name for name in self.classes if self.classes.count(name) > 1)
             raise ValueError(f"classes lists {twice!r} twice")
@@ -152,14 +194,14 @@ class Dataset(Section):
                 )
         if len(set(self.unseen)) == len(self.classes):
             raise ValueError("at least one class must be seen")
-        if len(self.classes) > 255:
-            raise ValueError("8-bit masks can hold at most 255 classes")
+        if len(self.classes) > MOST_CLASSES:
+            raise ValueError(f"16-bit masks can hold at most {MOST_CLASSES:,} classes")
         if not self.templates or (isinstance(self.templates, tuple) and any("{}" not in t for t in self.templates)):
             raise ValueError("give one or more templates, each with {} for the class name")
-        if not all(self.prompts.values()):
-            raise ValueError("each class in prompts needs at least one name")
         for masks in (masks for split in self.splits.values() for masks in split.masks):
             self.value_of_class(masks.values)
+        if self.coding and isinstance(self.value_of_class(None)[0], str):
+            raise ValueError(f"with coding {self.coding}, values are numbers, not colours")
         both = [value for value in self.value_of_class(None) if value in self.ignore_index]
         if both:
             raise ValueError(f"{both[0]} is in values and in ignore_index: drop it from one of them")
@@ -168,10 +210,10 @@ class Dataset(Section):
     def value_of_class(self, values: str | None) -> list[int] | list[str]:
         """The pixel values of the K classes, for masks coded by `values` (None: the dataset's)."""
         values = self.values if values is None else values
-        not_ignored = [value for value in range(256) if value not in self.ignore_index][: len(self.classes)]
-        found = not_ignored if values is None else value_list(values)
+        not_ignored = (value for value in range(MOST_CLASSES + 1) if value not in self.ignore_index)
+        found = list(islice(not_ignored, len(self.classes))) if values is None else value_list(values)
         if len(found) != len(self.classes):
-            raise ValueError(f"values {values or '0-255'} has {len(found)} values for {len(self.classes)} classes")
+            raise ValueError(f"values {values or '0-65535'} has {len(found)} values for {len(self.classes)} classes")
         return found
 
     @property
@@ -183,21 +225,44 @@ class Dataset(Section):
         return [i for i, name in enumerate(self.classes) if name in self.unseen]
 
     @property
-    def synonyms(self) -> list[tuple[str, ...]]:
-        """The names of each class in prompts: its `prompts`, or its name."""
-        return [self.prompts.get(name, (name,)) for name in self.classes]
+    def channels(self) -> list[tuple[int, tuple[str, ...]]]:
+        """The class of each text feature, ascending, and the names in its prompts, which are averaged.
+
+        A class has one channel, or one for each word that it is any of.
+        """
+        found: list[tuple[int, tuple[str, ...]]] = []
+        for index, name in enumerate(self.classes):
+            words = self.prompts.get(name, (name,))
+            found += [(index, (word,)) for word in words.any] if isinstance(words, AnyOf) else [(index, words)]
+        return found
+
+    @property
+    def seen_channels(self) -> list[int]:
+        return [
+            channel for channel, index in enumerate(self.class_of_channel) if self.classes[index] not in self.unseen
+        ]
+
+    @property
+    def words(self) -> list[str]:
+        """A name for each channel: its class's, or its word where the class is any of several."""
+        found = self.class_of_channel
+        return [self.classes[index] if found.count(index) == 1 else names[0] for index, names in self.channels]
+
+    @property
+    def class_of_channel(self) -> tuple[int, ...]:
+        return tuple(index for index, _ in self.channels)
 
 
 def value_list(text: str) -> list[int] | list[str]:
-    """Parse "0-2, 5" to [0, 1, 2, 5]. ValueError unless 8-bit, ascending and unique, or unique colours."""
+    """Parse "0-2, 5" to [0, 1, 2, 5]. ValueError unless 16-bit and unique, or unique colours."""
     colours = [part.strip() for part in text.split(",")]
     if all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in colours) and len(set(colours)) == len(colours):
         return colours
-    parts = [re.fullmatch(r"\s*(\d{1,3})\s*(?:-\s*(\d{1,3})\s*)?", part) for part in text.split(",")]
+    parts = [re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part) for part in text.split(",")]
     if not all(parts):
         raise ValueError(f"values {text!r}: write numbers and ranges such as 0-10, 12, or a list of distinct colours")
     ranges = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
-    bounds = [bound for first, last in ranges for bound in (first - 1, last)]  # rises, but for ranges that touch
-    if any(first > last for first, last in ranges) or bounds != sorted(bounds) or bounds[-1] > 255:
-        raise ValueError(f"values {text!r} must be ascending, between 0 and 255, without duplicates")
-    return [value for first, last in ranges for value in range(first, last + 1)]
+    values = [value for first, last in ranges for value in range(first, last + 1)]
+    if any(first > last for first, last in ranges) or len(set(values)) < len(values) or max(values) > MOST_CLASSES:
+        raise ValueError(f"values {text!r} must be between 0 and 65535, without duplicates, and ranges ascending")
+    return values

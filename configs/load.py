@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from configs.dataset import Dataset
+from configs.dataset import WORD_KINDS, AnyOf, Dataset, Words
 from configs.errors import UserError
 from configs.schema import CONFIGS, Config
 
@@ -134,6 +134,8 @@ def _walk(model: Any, location: Location) -> tuple[Location, Any]:
     Where pydantic tries the members of a union, it adds their names to the location.
     """
     for depth, part in enumerate(location):
+        if model is Words:
+            model = AnyOf if part == "any" else tuple[str, ...]
         kind = get_origin(model)
         if kind is dict or (kind is tuple and isinstance(part, int)):
             model = next(inner for inner in reversed(get_args(model)) if inner is not Ellipsis)
@@ -160,6 +162,8 @@ def _paths(section: type[BaseModel]) -> Iterator[str]:
 
 def _explain(model: Any, errors: list[ErrorDetails]) -> str:
     """Explain the first error: the setting, what is wrong, and the allowed values."""
+    for error in errors:
+        error["loc"] = tuple(part for part in error["loc"] if part not in WORD_KINDS)
     first = errors[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":

@@ -53,28 +53,37 @@ class ClassLogits:
         size: (H, W) of the image.
         stride: pixels per logit along one side.
         windows: together they cover the image.
+        class_of_channel: the class of each of the K logits, ascending; None where each is a class.
     """
 
     size: tuple[int, int]
     stride: int
     windows: tuple[Window, ...]
+    class_of_channel: Sequence[int] | None = None
+
+    def channels_of(self, classes: list[int]) -> list[tuple[int, int]]:
+        """(channel, class) of each channel of these classes."""
+        if self.class_of_channel is None:
+            return [(index, index) for index in classes]
+        wanted = set(classes)
+        return [(channel, index) for channel, index in enumerate(self.class_of_channel) if index in wanted]
 
     @torch.inference_mode()
-    def upsampled(self, classes: list[int]) -> Tensor:
-        """(k, H, W) logits of these classes, bilinear; averaged where windows overlap."""
+    def upsampled(self, channels: list[int]) -> Tensor:
+        """(k, H, W) logits of these channels, bilinear; averaged where windows overlap."""
         if len(self.windows) == 1:
-            return self._full_size(self.windows[0], classes)
-        total = self.windows[0].logits.new_zeros(len(classes), *self.size)
+            return self._full_size(self.windows[0], channels)
+        total = self.windows[0].logits.new_zeros(len(channels), *self.size)
         count = total.new_zeros(self.size)
         for window in self.windows:
             top, bottom, left, right = window.box
-            total[:, top:bottom, left:right] += self._full_size(window, classes)
+            total[:, top:bottom, left:right] += self._full_size(window, channels)
             count[top:bottom, left:right] += 1
         return total.div_(count)
 
-    def _full_size(self, window: Window, classes: list[int]) -> Tensor:
+    def _full_size(self, window: Window, channels: list[int]) -> Tensor:
         top, bottom, left, right = window.box
-        logits = window.logits[classes][None]
+        logits = window.logits[channels][None]
         full = (
             nn.functional.interpolate(logits, scale_factor=self.stride, mode="bilinear") if self.stride > 1 else logits
         )
@@ -118,6 +127,7 @@ def class_logits(
     std: tuple[float, ...],
     device: str = "cpu",
     at_once: int = 1,
+    class_of_channel: Sequence[int] | None = None,
 ) -> list[ClassLogits]:
     """Inference of section 3.4 on images whose windows have one size, `at_once` windows in a pass on `device`.
 
@@ -133,7 +143,10 @@ def class_logits(
             raise UserError("the model gives logits that are not finite: train again by a lower train.lr, or in fp32")
         found += logits
     each = iter(found)
-    return [ClassLogits(image.size, stride, tuple(Window(box, next(each)) for box in image.boxes)) for image in cuts]
+    return [
+        ClassLogits(image.size, stride, tuple(Window(box, next(each)) for box in image.boxes), class_of_channel)
+        for image in cuts
+    ]
 
 
 def whole(height: int, width: int) -> list[tuple[int, int, int, int]]:

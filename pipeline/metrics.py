@@ -8,22 +8,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.dataset import IGNORE
+from pipeline.data.dataset import IGNORE, ignore_index
 from pipeline.inference import ClassLogits
 
 CHUNK_VALUES = 2**20  # logits that a CPU holds at full size at once: 4 MB
-FEWEST = 4  # classes upsampled at once: for fewer torch takes another kernel, whose last bit differs
+PIXELS = 2**20  # counted at once: in 64 bits, all of a large image would take much memory
+FEWEST = 4  # channels upsampled at once: for fewer torch takes another kernel, whose last bit differs
 
 
 def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
-    """(K, K) int64 counts of pixels, rows truth, columns prediction; pixels with IGNORE in `truth` are skipped.
+    """(K, K) int64 counts of pixels, rows truth, columns prediction; pixels without a class in `truth` are skipped.
 
     Args:
-        truth: uint8 of any shape.
+        truth: as masks are, uint8 or uint16, of any shape.
         prediction: integers from 0 of that shape, on the same device.
     """
-    pairs = torch.where(truth == IGNORE, classes * classes, truth.long() * classes + prediction)
-    return torch.bincount(pairs.flatten(), minlength=classes * classes + 1)[:-1].view(classes, classes)
+    counts = torch.zeros(classes * classes + 1, dtype=torch.int64, device=truth.device)
+    for true, predicted in zip(truth.flatten().split(PIXELS), prediction.flatten().split(PIXELS), strict=True):
+        rows = true.long()
+        pairs = torch.where(rows == ignore_index(classes), classes * classes, rows * classes + predicted)
+        counts += torch.bincount(pairs, minlength=classes * classes + 1)
+    return counts[:-1].view(classes, classes)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,9 @@ def _resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
 def best_of(logits: ClassLogits, classes: list[int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The best of `classes` at each pixel: logit (H, W) and class index (H, W); ties go to the smallest index.
 
-    The logits are upsampled to `size` (bilinear, align_corners=False) some classes at a time: all of them at the size
+    A class with several channels counts by the best of them.
+
+    The logits are upsampled to `size` (bilinear, align_corners=False) some channels at a time: all of them at the size
     of a large image would fill the memory. Bit for bit what the maximum over all at once gives (on a CPU of images of
     more than 128 pixels in height and width together; of smaller ones torch's last bit depends on the classes' order).
     """
@@ -82,10 +89,12 @@ def best_of(logits: ClassLogits, classes: list[int], size: tuple[int, int]) -> t
     best = torch.full(size, -torch.inf, device=device)
     which = torch.full(size, classes[0], dtype=torch.int32, device=device)
     raise_to = _raise_one_by_one if device.type == "cpu" else _raise_at_once
-    for start in range(0, len(classes), step):
-        chunk = classes[start : start + step]
+    channels = logits.channels_of(classes)
+    for start in range(0, len(channels), step):
+        chunk = channels[start : start + step]
         chunk += chunk[-1:] * (FEWEST - len(chunk))
-        raise_to(best, which, _resize(logits.upsampled(chunk), size), chunk)
+        upsampled = logits.upsampled([channel for channel, _ in chunk])
+        raise_to(best, which, _resize(upsampled, size), [index for _, index in chunk])
     return best, which
 
 

@@ -2,6 +2,7 @@
 
 import colorsys
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -14,19 +15,20 @@ _GOLDEN = 0.61803398875
 _CELLS = 64  # along the longer side, when places for numbers are looked for
 
 
-def palette(count: int = 256) -> np.ndarray:
-    """(256, 3) uint8: neighbours in number are far apart in hue and lightness; IGNORE is dark grey."""
-    colours = np.zeros((256, 3), np.uint8)
-    for index in range(min(count, 255)):
+@cache
+def palette(none: int = IGNORE) -> np.ndarray:
+    """(none + 1, 3) uint8, read-only: neighbours in number are far apart in hue and lightness; `none` is dark grey."""
+    colours = np.full((none + 1, 3), IGNORED_COLOUR, np.uint8)
+    for index in range(none):
         hue, value = (index * _GOLDEN) % 1, (1.0, 0.75, 0.5)[index % 3]
         colours[index] = [round(255 * part) for part in colorsys.hsv_to_rgb(hue, (0.65, 0.9)[index % 2], value)]
-    colours[IGNORE] = IGNORED_COLOUR
+    colours.flags.writeable = False
     return colours
 
 
 def colourise(labels: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 labels -> (H, W, 3) uint8."""
-    return np.asarray(palette()[labels])
+    """(H, W) labels, uint8 or uint16 -> (H, W, 3) uint8."""
+    return np.asarray(palette(np.iinfo(labels.dtype).max)[labels])
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, strength: float = 0.65) -> np.ndarray:
@@ -43,24 +45,27 @@ def numbered(picture: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
     (H, W, 3), (H, W) -> (H, W, 3) uint8.
     """
-    step = -(-max(labels.shape) // _CELLS)
-    cells = labels[::step, ::step]
+    step, none = -(-max(labels.shape) // _CELLS), np.iinfo(labels.dtype).max
+    cells = labels[::step, ::step].astype(np.int32)
     patches, room = Image.fromarray(cells).copy(), 2 * step * _depths(cells)  # floodfill needs memory of its own
     shown, size = Image.fromarray(picture), max(_NUMBER_LEAST, round(_NUMBER_HEIGHT * max(labels.shape)))
     draw, font = ImageDraw.Draw(shown), ImageFont.load_default(size)
-    while (left := np.where(np.asarray(patches) == IGNORE, 0, room)).max() >= size:
+    while (left := np.where(np.asarray(patches) == none, 0, room)).max() >= size:
         y, x = divmod(int(left.argmax()), patches.width)
         width = font.getlength(str(cells[y, x]))
         if room[y, x] >= 0.85 * width:  # a little may hang over
             middle = min(max((x + 0.5) * step, width / 2), shown.width - width / 2)  # not cut off by the edge
             _number(draw, int(cells[y, x]), (middle, (y + 0.5) * step), size)
-        ImageDraw.floodfill(patches, (x, y), IGNORE)
+        ImageDraw.floodfill(patches, (x, y), none)
     return np.asarray(shown)
 
 
 def _depths(labels: np.ndarray) -> np.ndarray:
-    """How far, in squares around it, each pixel is from another label or the edge, at least 1. (H, W) -> (H, W) int."""
-    least, most = (Image.fromarray(np.pad(labels, 1, constant_values=value)) for value in (0, 255))
+    """How far, in squares around it, each pixel is from another label or the edge, at least 1.
+
+    (H, W) int32 -> (H, W) int.
+    """
+    least, most = (Image.fromarray(np.pad(labels, 1, constant_values=value)) for value in (-1, 2**16))
     depths = np.zeros((least.height, least.width), int)
     while (same := np.asarray(least) == np.asarray(most)).any():
         depths += same
@@ -115,8 +120,8 @@ def lit(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.asarray((image * (0.15 + 0.85 * np.asarray(light)[..., None])).round().astype(np.uint8))
 
 
-def legend(names: Mapping[int, str], columns: int = 10) -> Image.Image:
-    """A strip of colour swatches, each with its class index on it, and class names."""
+def legend(names: Mapping[int, str], columns: int = 10, none: int = IGNORE) -> Image.Image:
+    """A strip of colour swatches, each with its class index on it, and class names. `none`: that of no class."""
     font = ImageFont.load_default(14)
     width = 46 + max(int(font.getlength(name)) for name in names.values())
     lines = -(-len(names) // columns)
@@ -124,8 +129,8 @@ def legend(names: Mapping[int, str], columns: int = 10) -> Image.Image:
     draw = ImageDraw.Draw(strip)
     for place, (index, name) in enumerate(names.items()):
         x, y = 6 + width * (place % columns), 6 + 24 * (place // columns)
-        draw.rectangle((x, y, x + 28, y + 16), fill=tuple(int(part) for part in palette()[index]))
-        _number(draw, index, (x + 14.5, y + 8.5), 13)
+        draw.rectangle((x, y, x + 28, y + 16), fill=tuple(int(part) for part in palette(none)[index]))
+        _number(draw, index, (x + 14.5, y + 8.5), 13 if index < 1000 else 9)
         draw.text((x + 34, y), name, "black", font)
     return strip
 

@@ -381,15 +381,24 @@ def evaluate(
     gammas: Sequence[float],
     side: int,
     stride: int | None,
+    class_of: Sequence[int] | None = None,
 ) -> Array:
-    """Images (H, W, 3) and their masks (H, W) -> the confusion counts at each gamma, (gammas, K, K)."""
-    out = np.zeros((len(gammas), len(text), len(text)), dtype=np.int64)
+    """Images (H, W, 3) and their masks (H, W) -> the confusion counts at each gamma, (gammas, K, K).
+
+    `class_of` is the class of each row of `text`: a class has the highest logit of its rows.
+    """
+    class_of = list(range(len(text)) if class_of is None else class_of)
+    classes = max(class_of) + 1
+    out = np.zeros((len(gammas), classes, classes), dtype=np.int64)
     for image, mask in pairs:
         height, width = short_side_size(*image.shape[:2], side)
         resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-        logits = bilinear(image_logits(resized, dense, text, side, stride)[None], mask.shape)[0]
+        channels = bilinear(image_logits(resized, dense, text, side, stride)[None], mask.shape)[0]
+        logits = np.full((classes, *mask.shape), -np.inf)
+        for channel, its_class in zip(channels, class_of, strict=True):
+            logits[its_class] = np.maximum(logits[its_class], channel)
         for row, gamma in enumerate(gammas):
-            out[row] += confusion(mask, calibrated_argmax(logits, seen, gamma), len(text))
+            out[row] += confusion(mask, calibrated_argmax(logits, seen, gamma), classes)
     return out
 
 

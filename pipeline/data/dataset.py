@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from pipeline.data.files import BrokenFile as BrokenFile  # part of this module'
 from pipeline.data.files import files_in, is_picture, listing, opened, rgb
 from pipeline.data.masks import IGNORE as IGNORE
 from pipeline.data.masks import MaskReader, Palette, colours, orientation
+from pipeline.data.masks import ignore_index as ignore_index
 from pipeline.data.pascal_context import write_context_masks
 from pipeline.data.scenes import write_scenes
 
@@ -33,7 +35,6 @@ class SegmentationDataset:
         passed_over: ignored files, if ids come from file names: repeated links, and other formats for a final `.*`.
         palettes: for each coding of masks, the palette that others are compared with, once it is known.
         seen_indices: which of all classes are seen, ascending.
-        seen_lookup: (256,) uint8, class index -> index among the seen classes, IGNORE for unseen ones.
     """
 
     def __init__(self, config: Dataset, data_root: Path, split: str, faults: list[str] | None = None) -> None:
@@ -53,9 +54,23 @@ class SegmentationDataset:
         self.ids = self._list_ids(faults)[: config.limit]
         self._readers = {masks.values: MaskReader(config, masks.values) for masks in self._files.masks}
         self.palettes: dict[str | None, Palette] = {}
-        self.seen_lookup = np.full(256, IGNORE, np.uint8)
         self.seen_indices = config.seen_indices
-        self.seen_lookup[self.seen_indices] = np.arange(len(self.seen_indices))
+
+    @cached_property
+    def seen_lookup(self) -> np.ndarray:
+        """(256,) uint8, class index -> index among the seen classes, IGNORE for unseen ones.
+
+        Raises:
+            UserError: there are more classes than 8-bit masks hold.
+        """
+        if len(self.config.classes) > IGNORE:
+            raise UserError(
+                f"dataset {self.config.name} has {len(self.config.classes)} classes: training takes at most {IGNORE}; "
+                "more can be evaluated"
+            )
+        lookup = np.full(256, IGNORE, np.uint8)
+        lookup[self.seen_indices] = np.arange(len(self.seen_indices))
+        return lookup
 
     @property
     def expected(self) -> int:
@@ -175,7 +190,7 @@ class SegmentationDataset:
             return rgb(picture, f"image {path}")
 
     def mask(self, row: int) -> np.ndarray:
-        """(H, W) uint8, class indices of *all* classes, IGNORE where there is none. For evaluation and reports."""
+        """(H, W), indices of *all* classes, `ignore_index` where there is none. For evaluation and reports."""
         masks = self._mask_file(row)[2]
         path = self._the_file("mask", masks.files, row)
         return self._readers[masks.values](path, lambda: self._first_palette(masks.values))

@@ -1,4 +1,8 @@
-"""Reads the classes of a mask file from grey values, palette indices or colours."""
+"""Reads the classes of a mask file from grey values, palette indices or colours.
+
+Masks in memory are 8-bit, or 16-bit if there are more than 255 classes. Their highest value is that of pixels without a
+class. Training, and everything before it, knows 8-bit masks alone.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +13,16 @@ from PIL import Image, ImageOps
 from configs.dataset import Dataset
 from pipeline.data.files import BrokenFile, opened
 
-IGNORE = 255
+IGNORE = 255  # in 8-bit masks
 _LOSSY = {"JPEG", "MPO", "JPEG2000", "HEIF", "AVIF", "WEBP", "jpeg", "tiff_jpeg", "webp"}  # the last three inside TIFF
+_NUMBERS = ("L", "P", "I;16", "I;16B", "I;16L", "I;16N")  # modes with a number at each pixel
 _SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads grey values of 2 and 4 bits over 0..255
 Palette = tuple[Path, np.ndarray]  # a file and its (K, 3) uint8 colours
+
+
+def ignore_index(classes: int) -> int:
+    """The value of pixels without a class in masks of so many classes. Its smallest type is the masks'."""
+    return IGNORE if classes <= IGNORE else 2**16 - 1
 
 
 class MaskReader:
@@ -20,16 +30,19 @@ class MaskReader:
 
     def __init__(self, config: Dataset, values: str | None) -> None:
         codes = config.value_of_class(values)
-        self._name, self._by_colour = config.name, isinstance(codes[0], str)
+        self._name, self._by_colour, self._coding = config.name, isinstance(codes[0], str), config.coding
         self._meant = values is not None or config.values is not None
-        self._modes = ("L", "P", "RGB", "RGBA") if self._by_colour else ("L", "P")
-        self._lookup = np.full(2**24 if self._by_colour else 256, -1, np.int16)
-        number = {value: int(str(value).replace("#", "0x"), 0) for value in (*codes, *config.ignore_index)}
-        self._lookup[[number[v] for v in config.ignore_index if isinstance(v, str) == self._by_colour]] = IGNORE
+        self._modes = ("RGB",) if self._coding else ("L", "P", "RGB", "RGBA") if self._by_colour else _NUMBERS
+        self._none = ignore_index(len(codes))
+        rest, kind = self._none if "others" in config.ignore_index else -1, np.int16 if self._none < 2**15 else np.int32
+        ignored = [value for value in config.ignore_index if value != "others"]
+        self._lookup = np.full(2**24 if self._by_colour else 2**16, rest, kind)
+        number = {value: int(str(value).replace("#", "0x"), 0) for value in (*codes, *ignored)}
+        self._lookup[[number[v] for v in ignored if isinstance(v, str) == self._by_colour]] = self._none
         self._lookup[[number[v] for v in codes]] = np.arange(len(codes))
 
     def __call__(self, path: Path, first_palette: Callable[[], Palette]) -> np.ndarray:
-        """(H, W) uint8 class indices, IGNORE where there is none; the mask's own orientation tag is applied.
+        """(H, W) class indices, `ignore_index` where there is none; the mask's own orientation tag is applied.
 
         BrokenFile if it cannot be decoded, has a lossy format, a value that is neither a class nor ignored, or a
         palette that contradicts `first_palette`.
@@ -52,13 +65,17 @@ class MaskReader:
             )
         if not self._meant and (clash := self.clash(path, upright, first_palette)):
             raise BrokenFile(f"{clash}; use one palette, or, if the indices are classes, set `values`")
-        return mask.astype(np.uint8)
+        return mask.astype(np.min_scalar_type(self._none))
 
     def _codes(self, picture: Image.Image, path: Path) -> np.ndarray:
         """(H, W) indices into the lookup; a colour is red * 65536 + green * 256 + blue."""
         if picture.mode not in self._modes:
-            wanted = "8-bit, with one class value per pixel, or RGB with colours as `values`"
+            indices = "8- or 16-bit, with one class value per pixel, or RGB with colours as `values`"
+            wanted = f"RGB, for `coding: {self._coding}`" if self._coding else indices
             raise BrokenFile(f"mask {path} has mode {picture.mode}: masks must be {wanted}")
+        if self._coding:
+            red, green, _ = np.moveaxis(np.asarray(picture).astype(np.uint16), 2, 0)
+            return red // 10 * 256 + green
         if not self._by_colour:
             return np.asarray(picture)
         if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:

@@ -159,7 +159,7 @@ def _describe(run: Run, gamma: float, model: Portable, precision: str, fixed: in
         "short_side": run.config.views.size,
         "padding": [round(255 * value) for value in run.student.mean],
         "precision": precision,
-        "classes": list(dataset.classes),
+        "classes": [dataset.classes[index] for index in dataset.class_of_channel],
         "unseen": list(dataset.unseen),
         "gamma": gamma,
         "teacher": {"model": run.config.teacher.model, "pretrained": run.config.teacher.pretrained},

@@ -21,6 +21,7 @@ from torch import nn
 
 from configs.errors import UserError, writing
 from pipeline.data.files import WRITTEN, BrokenFile, rgb
+from pipeline.data.masks import ignore_index
 from pipeline.data.photos import find_photos, read_photo
 from pipeline.data.views import normalise
 from pipeline.inference import ClassLogits, Cut, short_side_to
@@ -38,18 +39,19 @@ from stages.common.ranks import from_everyone, own_share
 from stages.common.runs import Run, load_run
 
 MOST_PIXELS = 2**22  # of a mask before it is enlarged: finer than the student sees
-NONE = 255  # in a mask: none of these
 PICTURE_SIDE = 2048  # longest side of a picture for people
 
 
 def best_words(logits: ClassLogits, size: tuple[int, int], words: Vocabulary, gamma: float) -> np.ndarray:
-    """(H, W) uint8 indices of the words, at the photo's `size`; NONE where a class that was not asked for wins."""
+    """(H, W) indices of the words, at the photo's `size`; `ignore_index` where a class that was not asked for wins."""
     height, width = size
     scale = min(1.0, (MOST_PIXELS / (height * width)) ** 0.5)
     small = max(1, round(height * scale)), max(1, round(width * scale))
     groups = (words.seen, words.unseen) if words.seen else (words.unseen, [])
     [found] = calibrated_argmax(logits, small, *groups, [gamma])
-    mask = Image.fromarray(found.where(found < len(words.names), NONE).byte().cpu().numpy())
+    none = ignore_index(len(words.names))
+    indices = found.where(found < len(words.names), none).cpu().numpy().astype(np.min_scalar_type(none))
+    mask = Image.fromarray(indices)
     return np.asarray(mask.resize((width, height), Image.Resampling.NEAREST))
 
 
@@ -85,7 +87,8 @@ class Segmenter:
             others: the training classes compete too.
 
         Returns:
-            (H, W) uint8: index into `classes` for each pixel; with `others`, 255 where none of them is the best.
+            (H, W) uint8: index into `classes` for each pixel; with `others`, 255 where none of them is the best. With
+            more than 255 classes uint16, and 65535.
 
         Raises:
             UserError: invalid words (see `parse_words`), not an image, or new words but no text tower.
@@ -100,7 +103,7 @@ class Segmenter:
         return best_words(self.predictor(words)(image), (image.shape[0], image.shape[1]), words, self.gamma)
 
     def predictor(self, words: Vocabulary) -> Predictor:
-        return student_predictor(self.run.student, words.features, words.config)
+        return student_predictor(self.run.student, words.features, words.config, words.class_of_channel)
 
     def vocabulary(self, classes: Sequence[str] | None = None, others: bool = False) -> Vocabulary:
         """The words, parsed, with their features, and with those of the training classes if `others` compete."""
@@ -143,7 +146,7 @@ def predict(
         rle: also write PHOTO.rle.json, COCO's compressed run lengths of every predicted class.
         compare: also write PHOTO.compare.png, the teacher's dense prediction next to the student's. Loads CLIP.
         show_attention: also write PHOTO.attention.png, where GLM attends for the photo's CLS token. Loads CLIP.
-        others: the training classes compete too; what they win is NONE in the mask and absent from the run lengths.
+        others: the training classes compete too; what they win is the mask's highest value, and no run length.
 
     Returns:
         The number of segmented photos, and the reason for each that could not be read or written, of all ranks.
@@ -155,7 +158,9 @@ def predict(
     teacher = None
     if compare or show_attention:
         teacher, student = load_teacher(words.config.teacher, device), replace(student, lanes=1)
-    by_teacher = dense_predictor(teacher, words.features, words.config) if teacher and compare else None
+    by_teacher = None
+    if teacher and compare:
+        by_teacher = dense_predictor(teacher, words.features, words.config, words.class_of_channel)
     failures: dict[Path, str] = {}  # whatever happens to a photo, the others follow
 
     def ready(file: Path) -> tuple[Cut, _Photo] | None:
@@ -218,7 +223,8 @@ def _write(found: _Results, words: Vocabulary, output: Path, rle: bool) -> None:
     shown = overlay(small, _small(mask))
     _save(stacked([Image.fromarray(shown), _legend([mask], words)]), Path(f"{stem}.overlay.png"))
     indices = Image.fromarray(mask)
-    indices.putpalette(palette().tobytes())  # the overlay's colours
+    if mask.dtype == np.uint8:  # PNG has no larger palette
+        indices.putpalette(palette().tobytes())  # the overlay's colours
     _save(indices, Path(f"{stem}.mask.png"))
     if rle:
         with writing(Path(f"{stem}.rle.json")):
@@ -246,7 +252,7 @@ def cls_attention(run: Run, teacher: Teacher, image: np.ndarray) -> np.ndarray:
 def coco_rle(mask: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
     """Annotations of the classes in a mask (H, W), as pycocotools reads and writes them."""
     found = []
-    for index in np.unique(mask[mask != NONE]).tolist():
+    for index in np.unique(mask[mask != ignore_index(len(names))]).tolist():
         runs = coco.encode(np.asfortranarray(mask == index, np.uint8))
         found.append(
             {
@@ -274,11 +280,12 @@ def _small(picture: np.ndarray) -> np.ndarray:
 
 def _legend(masks: Sequence[np.ndarray], words: Vocabulary) -> Image.Image:
     """The classes in the masks, the largest first, each with its share of every mask."""
-    shares = 100 * np.stack([np.bincount(mask.ravel(), minlength=NONE + 1) / mask.size for mask in masks])
+    none = ignore_index(len(words.names))
+    shares = 100 * np.stack([np.bincount(mask.ravel(), minlength=none + 1) / mask.size for mask in masks])
+    found = np.flatnonzero(shares.any(axis=0))
     names = {}
-    for index in np.argsort(-shares.sum(0), kind="stable").tolist():
-        if shares[:, index].any():
-            texts = ("0" if not share else "< 1" if share < 1 else f"{share:.0f}" for share in shares[:, index])
-            name = "none of these" if index == NONE else words.names[index]
-            names[index] = f"{name} {', '.join(texts)} %"
-    return legend(names, columns=4)
+    for index in found[np.argsort(-shares.sum(axis=0)[found], kind="stable")].tolist():
+        texts = ("0" if not share else "< 1" if share < 1 else f"{share:.0f}" for share in shares[:, index])
+        name = "none of these" if index == none else words.names[index]
+        names[index] = f"{name} {', '.join(texts)} %"
+    return legend(names, 4, none)

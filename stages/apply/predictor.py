@@ -39,6 +39,7 @@ class Predictor:
         stride, mean, std: the model's.
         config: `views.size` and `evaluate.mode` say how images are cut into windows.
         device: where it computes.
+        class_of_channel: the class of each logit, ascending.
         lanes: how many batches may be computed at the same time.
         before: called before the results of a batch are handed on; may raise.
     """
@@ -49,6 +50,7 @@ class Predictor:
     std: tuple[float, ...]
     config: Config
     device: str
+    class_of_channel: Sequence[int]
     lanes: int = 1
     before: Callable[[], object] = lambda: None
 
@@ -64,7 +66,9 @@ class Predictor:
     def logits(self, cuts: Sequence[Cut]) -> list[ClassLogits]:
         """The class logits of images whose windows have one size."""
         at_once = self._at_once(cuts[0])
-        return class_logits(cuts, self.classify, self.stride, self.mean, self.std, self.device, at_once)
+        return class_logits(
+            cuts, self.classify, self.stride, self.mean, self.std, self.device, at_once, self.class_of_channel
+        )
 
     def __call__(self, image: np.ndarray) -> ClassLogits:
         return self.logits([self.cut(image)])[0]
@@ -120,8 +124,10 @@ class Predictor:
         return max(1, (BATCH_PIXELS if self.device != "cpu" else CPU_PIXELS) // (height * width))
 
 
-def student_predictor(student: Student, text_features: Tensor, config: Config) -> Predictor:
-    """The student alone, in eval mode; `text_features` (K, C) are those of `config.dataset`."""
+def student_predictor(
+    student: Student, text_features: Tensor, config: Config, class_of_channel: Sequence[int] | None = None
+) -> Predictor:
+    """The student alone, in eval mode; `text_features` (K, C), and the class of each, are those of `config.dataset`."""
 
     def classify(pixels: Tensor) -> Tensor:
         return student.classify(pixels, text_features)
@@ -129,7 +135,8 @@ def student_predictor(student: Student, text_features: Tensor, config: Config) -
     device = str(text_features.device)
     # Small layers gain little from many cores, so on a CPU each group of cores has its own images, as in stage one.
     at_once = max(1, local_workers("cpu") // processes_here()) if device == "cpu" else 1
-    return Predictor(classify, student.stride, student.mean, student.std, config, device, at_once)
+    classes = config.dataset.class_of_channel if class_of_channel is None else class_of_channel
+    return Predictor(classify, student.stride, student.mean, student.std, config, device, classes, at_once)
 
 
 def teacher_predictor(config: Config, device: str) -> Predictor:
@@ -138,7 +145,9 @@ def teacher_predictor(config: Config, device: str) -> Predictor:
     return dense_predictor(teacher, torch.from_numpy(class_features(config, lambda: teacher)).to(device), config)
 
 
-def dense_predictor(teacher: Teacher, text_features: Tensor, config: Config) -> Predictor:
+def dense_predictor(
+    teacher: Teacher, text_features: Tensor, config: Config, class_of_channel: Sequence[int] | None = None
+) -> Predictor:
     """Cosine of the teacher's dense tokens and `text_features` (K, C)."""
 
     def classify(pixels: Tensor) -> Tensor:
@@ -146,4 +155,5 @@ def dense_predictor(teacher: Teacher, text_features: Tensor, config: Config) -> 
         _, dense = teacher.encode(nn.functional.pad(pixels, (0, -width % teacher.stride, 0, -height % teacher.stride)))
         return torch.einsum("bhwc,kc->bkhw", nn.functional.normalize(dense, dim=-1), text_features)
 
-    return Predictor(classify, teacher.stride, teacher.mean, teacher.std, config, str(text_features.device))
+    classes = config.dataset.class_of_channel if class_of_channel is None else class_of_channel
+    return Predictor(classify, teacher.stride, teacher.mean, teacher.std, config, str(text_features.device), classes)

@@ -4,27 +4,24 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from configs.dataset import check_names
+from configs.dataset import MOST_CLASSES, check_names
 from configs.errors import UserError
 from configs.schema import Config
-from pipeline.teacher.teacher import Teacher, load_teacher
+from pipeline.teacher.teacher import load_teacher
 from stages.common.runs import Run
-from stages.common.text import class_features
-
-MOST_CLASSES = 255  # as in the masks of a dataset
+from stages.common.text import word_features
 
 
 def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Class name -> its names in prompts: "cow|bull|calf" is the class cow with three names.
 
     Raises:
-        UserError: no words, a name that no class of a dataset may have, a duplicate, or more than 255.
+        UserError: no words, a name that no class of a dataset may have, a duplicate, or more than 65,535.
     """
     parsed: dict[str, tuple[str, ...]] = {}
     for word in words:
@@ -37,7 +34,7 @@ def parse_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
             raise UserError(f"--classes: {names[0]!r} is listed twice")
         parsed[names[0]] = names
     if not 1 <= len(parsed) <= MOST_CLASSES:
-        raise UserError(f"--classes: {len(parsed)} classes; give 1 to {MOST_CLASSES}")
+        raise UserError(f"--classes: {len(parsed):,} classes; give 1 to {MOST_CLASSES:,}")
     return parsed
 
 
@@ -63,12 +60,15 @@ class Vocabulary:
 
     Attributes:
         config: the run's, with these classes as its dataset's.
-        features: (K, C), or (K + O, C): the training classes that are not asked for follow, if they compete too.
+        features: (K, C), one row for each channel. The training classes that are not asked for follow, if they compete
+            too.
+        class_of_channel: the class of each row.
         seen, unseen: indices of the classes with masks in training, and of the rest.
     """
 
     config: Config
     features: Tensor
+    class_of_channel: list[int]
     seen: list[int]
     unseen: list[int]
 
@@ -90,23 +90,23 @@ def vocabulary(run: Run, words: Sequence[str], others: bool = False) -> Vocabula
     parsed, trained = parse_words(words), run.config.dataset
     known = {name: row for row, name in enumerate(trained.classes)}
     new = {name: names for name, names in parsed.items() if names != (name,) or name not in known}
-    rows = {name: run.text_features[known[name]] for name in parsed if name not in new}
+    of_run = torch.tensor(trained.class_of_channel, device=run.text_features.device)
+    rows = {name: run.text_features[of_run == known[name]] for name in parsed if name not in new}
 
-    @cache
-    def teacher() -> Teacher:
-        return load_teacher(run.config.teacher)
-
-    for name, names in new.items():  # each is kept separately, as other lists may contain it too
-        (row,) = class_features(_with_classes(run.config, {name: names}), teacher, run.text_features.shape[1])
-        rows[name] = torch.from_numpy(row).to(run.text_features.device)
+    if new:
+        width = run.text_features.shape[1]
+        found = word_features(run.config, list(new.values()), lambda: load_teacher(run.config.teacher), width)
+        rows |= {name: torch.from_numpy(row).to(run.text_features.device) for name, row in zip(new, found, strict=True)}
     competing = list(parsed)
     if others:
         asked = {name for synonyms in parsed.values() for name in synonyms}
         competing += [name for name in trained.classes if name not in asked]
-        rows |= {name: run.text_features[known[name]] for name in competing[len(parsed) :]}
+        rows |= {name: run.text_features[of_run == known[name]] for name in competing[len(parsed) :]}
     seen = [index for index, name in enumerate(competing) if name in known and known[name] in trained.seen_indices]
     unseen = [index for index in range(len(competing)) if index not in seen]
-    return Vocabulary(_with_classes(run.config, parsed), torch.stack([rows[name] for name in competing]), seen, unseen)
+    classes = [index for index, name in enumerate(competing) for _ in rows[name]]
+    features = torch.cat([rows[name] for name in competing])
+    return Vocabulary(_with_classes(run.config, parsed), features, classes, seen, unseen)
 
 
 def _with_classes(config: Config, words: dict[str, tuple[str, ...]]) -> Config:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.dataset import Dataset
+from configs.dataset import AnyOf, Dataset
 from configs.errors import UserError
-from pipeline.data.dataset import IGNORE, BrokenFile, SegmentationDataset
+from pipeline.data.dataset import BrokenFile, SegmentationDataset, ignore_index
 from pipeline.data.masks import Palette
 from stages.common.progress import progress_bar, say
 
@@ -20,6 +20,21 @@ def open_split(config: Dataset, data_root: Path, split: str) -> SegmentationData
     dataset = SegmentationDataset(config, data_root, split)
     if len(dataset) != dataset.expected:
         say(f"warning: {_miscount(dataset)}; run `datasets check {config.name}` to see what is missing")
+    return dataset
+
+
+def open_training_split(config: Dataset, data_root: Path) -> SegmentationDataset:
+    """The split `train`. UserError if its classes cannot be trained on."""
+    several = [
+        name for name in config.classes if name not in config.unseen and isinstance(config.prompts.get(name), AnyOf)
+    ]
+    if several:
+        raise UserError(
+            f"dataset {config.name}: prompts.{several[0]} is {{any: ...}}, but the class is seen: for training, list "
+            "its names, which are averaged, or make it unseen"
+        )
+    dataset = open_split(config, data_root, "train")
+    _ = dataset.seen_lookup  # UserError if there are too many classes
     return dataset
 
 
@@ -87,7 +102,7 @@ def check(config: Dataset, data_root: Path) -> Check:
                 found.readable += 1
                 found.pixels += pixels
                 found.images += pixels > 0
-                found.unlabelled += int(counts[IGNORE])
+                found.unlabelled += int(counts[-1])
         found.warnings += [f"split {split}: {len(f)} {doubt}; {f[0]} is the first" for doubt, f in doubts.items() if f]
     return found
 
@@ -111,11 +126,12 @@ def good_lists(config: Dataset, file: Path) -> dict[str, Path]:
 
 
 def _read_all(dataset: SegmentationDataset) -> Iterator[tuple[np.ndarray, list[str]] | str]:
-    """For every row, the pixel count of each class, (256,), and doubts; or the error. Decoding runs in threads."""
+    """For every row, pixel counts of all mask values, and doubts; or the error. Decoding runs in threads."""
+    values = ignore_index(len(dataset.config.classes)) + 1
 
     def read(row: int) -> tuple[np.ndarray, list[str]] | str:
         try:
-            return np.bincount(dataset.pair(row)[1].ravel(), minlength=256), dataset.doubts(row)
+            return np.bincount(dataset.pair(row)[1].ravel(), minlength=values), dataset.doubts(row)
         except BrokenFile as error:
             return str(error)
 

@@ -31,7 +31,7 @@ from pipeline.openmp import faiss
 from pipeline.teacher.teacher import fingerprint as teacher_fingerprint
 from pipeline.teacher.text import read_text_features
 from stages.common.caches import CACHES, split_settings
-from stages.common.datasets import open_split
+from stages.common.datasets import open_training_split
 from stages.common.progress import progress_bar, say
 from stages.common.text import class_features
 from stages.precompute.pca import fit_dense_pca
@@ -44,7 +44,7 @@ def cache_settings(config: StageOne, dataset: SegmentationDataset) -> dict[str, 
     """The content of the fingerprint: the resolved settings and digests of the teacher's and the dataset's files."""
     files = {"dataset": dataset.digest(), **teacher_fingerprint(config.teacher)}
     if config.dataset.text_features is not None:
-        features = read_text_features(Path(config.dataset.text_features), len(config.dataset.classes), None)
+        features = read_text_features(Path(config.dataset.text_features), len(config.dataset.channels), None)
         files["text_features"] = hashlib.sha256(features.tobytes()).hexdigest()
     return {**split_settings(config)[0], "files": files}
 
@@ -71,7 +71,7 @@ def precompute(
         The cache's folder or URL.
     """
     with progress_bar("reading the dataset"):
-        dataset = open_split(config.dataset, data_root, "train")
+        dataset = open_training_split(config.dataset, data_root)
         settings = cache_settings(config.stage_one, dataset)
     name = fingerprint(settings)
     path = cache or str(CACHES / f"{config.dataset.name}-{name[:12]}")

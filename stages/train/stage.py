@@ -15,7 +15,7 @@ from pipeline.learning.ranks import world_size
 from pipeline.student.student import Student, is_synchronised
 from stages.apply.gamma import open_gamma_split
 from stages.common.caches import check_cache
-from stages.common.datasets import open_split
+from stages.common.datasets import open_split, open_training_split
 from stages.common.progress import progress_bar, say
 from stages.common.ranks import OtherRankFailed, everyone_has, is_main, ranks, take_buffers
 from stages.common.runs import begin_run, one_trainer, run_folder, save_config, save_student
@@ -61,7 +61,7 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
         raise UserError(f"{error} ({world_size()} processes share a batch)") from error
     for line in out_of_proportion(schedule):
         say(f"warning: {line}")
-    dataset = open_split(config.dataset, data_root, "train")
+    dataset = open_training_split(config.dataset, data_root)
     check_cache(cache, config, dataset)
     if device.startswith("cuda") and schedule.teacher == "cached":  # a live teacher computes as in stage one
         torch.set_float32_matmul_precision("high")  # of what stays float32
@@ -70,7 +70,7 @@ def _train(config: Config, cache: Cache, data_root: Path, run: Path | None, devi
     student = Student(config.student, text_features.shape[1]).to(device)
     if schedule.checkpointing:
         student.recompute_blocks()
-    criterion = Criterion(config.loss, text_features[dataset.seen_indices], schedule.accumulate).to(device)
+    criterion = Criterion(config.loss, text_features[config.dataset.seen_channels], schedule.accumulate).to(device)
     learner = make_learner(config, student, criterion, device)
     validation_split = open_split(config.dataset, data_root, schedule.validate_on)
     gamma_split = open_gamma_split(config, data_root)

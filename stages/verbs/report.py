@@ -11,7 +11,7 @@ from rich.table import Table
 from cache.manifest import short
 from cache.store import open_store
 from cache.verify import Damage, Info
-from configs.dataset import Dataset
+from configs.dataset import AnyOf, Dataset
 from configs.load import known_datasets, resolve
 from configs.schema import Config
 from pipeline.metrics import Scores
@@ -95,9 +95,11 @@ def dataset_layout(config: Dataset, data_root: Path) -> None:
             show(f"  ids     {listing}")
     values, ignored = config.value_of_class(None), ", ".join(map(str, config.ignore_index))
     classes = _folded("value", "class", "", "in prompts")
-    for value, name, synonyms in zip(values, config.classes, config.synonyms, strict=True):
+    for value, name in zip(values, config.classes, strict=True):
         unseen = "unseen" if name in config.unseen else ""
-        classes.add_row(str(value), escape(name), unseen, escape(", ".join(synonyms)))
+        words = config.prompts.get(name, (name,))
+        prompts = "any of " + ", ".join(words.any) if isinstance(words, AnyOf) else ", ".join(words)
+        classes.add_row(str(value), escape(name), unseen, escape(prompts))
     output.print(classes)
     show(f"ignored values: {ignored}")
     templates = config.templates if isinstance(config.templates, str) else ", ".join(config.templates)

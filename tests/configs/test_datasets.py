@@ -27,6 +27,8 @@ FACTS: dict[str, tuple[int, int, int, str, list[int]]] = {
     "pascal-voc": (20, 10582, 1449, "VOCdevkit/VOC2012", [0, 255]),
     "pascal-context": (59, 4996, 5104, "VOCdevkit/VOC2010", [0]),
     "ade20k": (150, 20210, 2000, "ADEChallengeData2016", [0]),
+    "pascal-voc-21": (21, 10582, 1449, "VOCdevkit/VOC2012", [255]),
+    "pascal-context-60": (60, 4996, 5104, "VOCdevkit/VOC2010", [255]),
     "cityscapes": (19, 2975, 500, "cityscapes", [*range(7), 9, 10, 14, 15, 16, 18, 29, 30, 255]),
 }
 UNSEEN = {
@@ -40,9 +42,15 @@ UNSEEN = {
         0: "aeroplane", 6: "bird", 7: "boat", 14: "cat", 19: "cow", 24: "fence", 31: "keyboard", 33: "motorbike",
         48: "sofa", 54: "tvmonitor",
     },
+    "pascal-voc-21": {0: "background", 16: "pottedplant", 17: "sheep", 18: "sofa", 19: "train", 20: "tvmonitor"},
+    "pascal-context-60": {
+        0: "background", 1: "aeroplane", 7: "bird", 8: "boat", 15: "cat", 20: "cow", 25: "fence", 32: "keyboard",
+        34: "motorbike", 49: "sofa", 55: "tvmonitor",
+    },
     "ade20k": {},
     "cityscapes": {},
 }  # fmt: skip
+FOR_EVALUATION = {"ade20k-847": 847, "ade20k-847-release": 847, "pascal-context-459": 459}  # classes; only val
 COCO_RAW_UNSEEN = [20, 24, 32, 33, 40, 56, 86, 99, 105, 123, 144, 147, 148, 168, 171]
 COCO_DROPPED = [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90]
 CITYSCAPES = {  # the official ids of the evaluated classes
@@ -78,7 +86,7 @@ def coco_names() -> dict[int, str]:
 
 
 def test_all_are_known() -> None:
-    assert set(known_datasets()) == {*FACTS, "scenes"} and set(FACTS) == set(UNSEEN)
+    assert set(known_datasets()) == {*FACTS, *FOR_EVALUATION, "scenes"} and set(FACTS) == set(UNSEEN)
 
 
 @pytest.mark.parametrize("name", FACTS)
@@ -154,6 +162,46 @@ def test_context_names() -> None:
     assert dataset.value_of_class(None) == list(range(1, 60))
 
 
+@pytest.mark.parametrize("name", FOR_EVALUATION)
+def test_many_classes(name: str) -> None:
+    dataset = read(name)
+    assert len(dataset.classes) == FOR_EVALUATION[name] and not dataset.unseen
+    assert {key: split.count for key, split in dataset.splits.items()} == {"val": 5104 if "459" in name else 2000}
+
+
+@needs_names
+def test_ade20k_847_names() -> None:
+    """The first synonym of each in the open-vocabulary test, or all, where two have the same."""
+    official = json_names("catseg_ade847.json")
+    firsts = [synonyms.split(", ")[0] for synonyms in official]
+    wanted = [first if firsts.count(first) == 1 else all_ for first, all_ in zip(firsts, official, strict=True)]
+    assert list(read("ade20k-847").classes) == list(read("ade20k-847-release").classes) == wanted
+    numbers = read("ade20k-847-release").value_of_class(None)
+    # Of classes 0, 1, 2, 50, 100 and 846, from Mask2Former's table.
+    assert [numbers[index] for index in (0, 1, 2, 50, 100, 846)] == [2978, 312, 2420, 294, 308, 3148]
+
+
+@needs_names
+def test_context_459_names() -> None:
+    assert list(read("pascal-context-459").classes) == list(numbered("pascal_context_classes-400_fcn.txt").values())
+
+
+@needs_names
+def test_names_with_background() -> None:
+    """Background first; VOC's is any of the words that CAT-Seg's test has beside VOC's classes."""
+    voc, context = read("pascal-voc-21"), read("pascal-context-60")
+    assert list(voc.classes) == ["background", *read("pascal-voc").classes]
+    assert list(context.classes) == ["background", *read("pascal-context").classes]
+    with_background = json_names("catseg_voc20b.json")
+    assert with_background[:20] == list(voc.classes[1:])
+    assert voc.channels == [
+        *((0, (word,)) for word in with_background[20:]),
+        *((index, (name,)) for index, name in enumerate(voc.classes) if index),
+    ]
+    assert voc.value_of_class(None) == list(range(21)) and context.value_of_class(None) == list(range(60))
+    assert voc.templates == read("pascal-voc").templates and context.templates == read("pascal-context").templates
+
+
 @needs_names
 def test_context_splits() -> None:
     """The numbers of cascade-clip, read in the order that has VOC's classes first, are the split zs3."""
@@ -204,8 +252,10 @@ def test_prompts() -> None:
     for name in FACTS:
         dataset = read(name)
         spaced = {key: value for key, value in apart.items() if key in dataset.classes}
-        assert dataset.prompts == ({} if name == "pascal-voc" else spaced)
-        assert dataset.synonyms == [dataset.prompts.get(key, (key,)) for key in dataset.classes]
+        if name != "pascal-voc-21":
+            assert dataset.prompts == ({} if name == "pascal-voc" else spaced)
+            names = [dataset.prompts.get(key, (key,)) for key in dataset.classes]
+            assert dataset.channels == list(enumerate(names))
     assert read("pascal-voc").templates == ("a photo of a {}",)
     assert read("coco-stuff").templates == "zegclip"
 
@@ -215,7 +265,8 @@ def test_prompts() -> None:
 SPLIT = {"images": "i/{id}.jpg", "masks": "m/{id}.png"}
 PATTERN = "must contain {id} once, no other braces, and * only as a final .*"
 NUMBERS = "write numbers and ranges such as 0-10, 12, or a list of distinct colours"
-VALUE = "write a number from 0 to 255, or a colour such as [128, 0, 64]"
+VALUE = "write a number from 0 to 65535, or a colour such as [128, 0, 64]"
+RANGE = "must be between 0 and 65535, without duplicates, and ranges ascending"
 NAME = "must not be empty, have outer spaces, or contain | or a line break"
 QUOTES = ", not as text: put it in quotes"
 
@@ -269,19 +320,20 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"unseen": "all", "unseen_splits": {"all": ["a", "b", "c", "d"]}}, "at least one class must be seen"),
     ({"classes": [], "unseen": []}, "at least one class must be seen"),
     (
-        {"classes": [f"c{index}" for index in range(256)], "unseen": []},
-        "8-bit masks can hold at most 255 classes",
+        {"classes": [f"c{index}" for index in range(65536)], "unseen": []},
+        "16-bit masks can hold at most 65,535 classes",
     ),
     ({"templates": ["a {}", "a"]}, "give one or more templates, each with {} for the class name"),
     ({"values": "0-2"}, "values 0-2 has 3 values for 4 classes"),
     (
         {"values": "0-2, 1"},
-        "setting values: values '0-2, 1' must be ascending, between 0 and 255, without duplicates (it is '0-2, 1')",
+        f"setting values: values '0-2, 1' {RANGE} (it is '0-2, 1')",
     ),
     (
-        {"values": "253-256"},
-        "setting values: values '253-256' must be ascending, between 0 and 255, without duplicates (it is '253-256')",
+        {"values": "65533-65536"},
+        f"setting values: values '65533-65536' {RANGE} (it is '65533-65536')",
     ),
+    ({"values": "3-0"}, f"setting values: values '3-0' {RANGE} (it is '3-0')"),
     ({"values": "none"}, f"setting values: values 'none': {NUMBERS} (it is 'none')"),
     ({"values": 3}, "values 3 has 1 values for 4 classes"),
     ({"classes": ["a", True]}, f"setting classes.1: YAML reads this as yes, no, true or false{QUOTES} (it is True)"),
@@ -305,8 +357,18 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         f"prompts.a: the name 'x|y' {NAME}",
     ),
     ({"values": "0-3", "ignore_index": [7, 2]}, "2 is in values and in ignore_index: drop it from one of them"),
-    ({"ignore_index": list(range(253))}, "values 0-255 has 3 values for 4 classes"),
-    ({"ignore_index": 256}, f"setting ignore_index.0: {VALUE} (it is 256)"),
+    ({"ignore_index": 65536}, f"setting ignore_index.0: {VALUE} (it is 65536)"),
+    ({"prompts": {"a": {"any": "b"}}}, "setting prompts.a.any: Input should be a list (it is 'b')"),
+    (
+        {"coding": "ade20k", "values": ["#000000", "#000001", "#000002", "#000003"]},
+        "with coding ade20k, values are numbers, not colours",
+    ),
+    ({"ignore_index": "other"}, f"setting ignore_index.0: {VALUE} (it is 'other')"),
+    ({"prompts": {"a": {"any": []}}}, "each class in prompts needs at least one name"),
+    ({"prompts": {"a": {"any": ["b|c"]}}}, f"prompts.a: the name 'b|c' {NAME}"),
+    ({"prompts": {"a": {"anyof": ["b"]}}}, "setting prompts.a.any is missing"),
+    ({"prompts": {"a": 5}}, "setting prompts.a: Input should be a list (it is 5)"),
+    ({"prompts": {"a": {"any": ["b", 7]}}}, f"setting prompts.a.any.1: YAML reads this as a number{QUOTES} (it is 7)"),
     ({"ignore_index": [0, -1]}, f"setting ignore_index.1: {VALUE} (it is -1)"),
 ]
 

@@ -73,8 +73,8 @@ def test_seen_and_unseen_keep_the_classes_order() -> None:
         ({"classes": [], "unseen": []}, "at least one class must be seen"),
         ({"templates": ["a {}.", "a photo"]}, "give one or more templates, each with {}"),
         ({"generator": "shapes"}, "Input should be 'scenes' or 'pascal-context'"),
-        ({"ignore_index": "none"}, "write a number from 0 to 255, or a colour such as"),
-        ({"ignore_index": ["none"]}, "write a number from 0 to 255, or a colour such as"),
+        ({"ignore_index": "none"}, "write a number from 0 to 65535, or a colour such as"),
+        ({"ignore_index": ["none"]}, "write a number from 0 to 65535, or a colour such as"),
         ({"values": 3}, "values 3 has 1 values for 4 classes"),
     ],
 )
@@ -92,15 +92,11 @@ def test_consistent_dataset(changes: dict[str, Any]) -> None:
     assert sorted(dataset.seen_indices + dataset.unseen_indices) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("classes", [256, 300])
-def test_more_classes_than_a_mask_can_hold(classes: int) -> None:
-    with pytest.raises(ValidationError, match="at most 255 classes"):
-        Dataset.model_validate(DATASET | {"classes": [str(i) for i in range(classes)], "unseen": []})
-
-
-def test_as_many_classes_as_a_mask_can_hold() -> None:
-    dataset = Dataset.model_validate(DATASET | {"classes": [str(i) for i in range(255)], "unseen": ["7"]})
-    assert dataset.value_of_class(None) == list(range(255))
+@pytest.mark.parametrize(("classes", "ignored"), [(255, 255), (256, 65535), (65535, 65535)])
+def test_as_many_classes_as_a_mask_can_hold(classes: int, ignored: int) -> None:
+    """8-bit masks as far as they go."""
+    dataset = Dataset.model_validate(DATASET | {"classes": [str(i) for i in range(classes)], "unseen": ["7"]})
+    assert dataset.value_of_class(None) == list(range(classes)) and dataset.ignore_index == (ignored,)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +108,8 @@ def test_as_many_classes_as_a_mask_can_hold() -> None:
         ("0-2,5,7-7", [0, 1, 2, 5, 7]),
         ("  3 ,4-5", [3, 4, 5]),
         ("007", [7]),
+        ("3, 0-1", [3, 0, 1]),
+        ("65535", [65535]),
     ],
 )
 def test_value_lists(text: str, expected: list[int]) -> None:
@@ -119,15 +117,15 @@ def test_value_lists(text: str, expected: list[int]) -> None:
 
 
 NOT_NUMBERS = ["", " ", ",", "1,", ",1", "1,,2", "a", "1-b", "-", "-3", "1 2", "1.5", "0x1", "1-2-3", "²"]
-NOT_RISING = ["3, 2", "0-5, 5", "4, 4", "256", "250-256", "2, 1-3"]
+NO_VALUES = ["3-2", "0-5, 5", "4, 4", "65536", "250-65536", "2, 1-3"]
 
 
-@pytest.mark.parametrize("text", [*NOT_NUMBERS, *NOT_RISING])
+@pytest.mark.parametrize("text", [*NOT_NUMBERS, *NO_VALUES])
 def test_no_value_list(text: str) -> None:
     with pytest.raises(ValueError) as error:
         value_list(text)
-    rising, numbers = "must be ascending, between 0 and 255, without duplicates", "write numbers and ranges such as"
-    said = rising if text in NOT_RISING else numbers
+    range_, numbers = "must be between 0 and 65535, without duplicates, and ranges", "write numbers and ranges such as"
+    said = range_ if text in NO_VALUES else numbers
     assert said in str(error.value) and repr(text) in str(error.value)
 
 
@@ -182,8 +180,18 @@ def test_short_forms() -> None:
     assert split_of(ids="a.txt") == split_of(ids=["a.txt"]) and split_of(ids=["a", "b"]).ids == ("a", "b")
     short = Dataset.model_validate(DATASET | {"ignore_index": 7, "prompts": {"a": "one", "b": ["two", "three"]}})
     assert short.ignore_index == (7,) and short.prompts == {"a": ("one",), "b": ("two", "three")}
-    assert short.synonyms == [("one",), ("two", "three"), ("c",), ("d",)]
+    assert short.channels == [(0, ("one",)), (1, ("two", "three")), (2, ("c",)), (3, ("d",))]
     assert short.root == "tiny" and Dataset.model_validate(DATASET | {"root": "a/b"}).root == "a/b"
+
+
+def test_a_class_that_is_any_of_several_words() -> None:
+    """A channel for each word, beside classes of one; as text and back."""
+    prompts = {"a": ["x", "y"], "b": {"any": ["wall", "sky"]}, "d": {"any": ["d"]}}
+    dataset = Dataset.model_validate(DATASET | {"unseen": ["b"], "prompts": prompts})
+    assert dataset.channels == [(0, ("x", "y")), (1, ("wall",)), (1, ("sky",)), (2, ("c",)), (3, ("d",))]
+    assert dataset.class_of_channel == (0, 1, 1, 2, 3) and dataset.seen_channels == [0, 3, 4]
+    assert dataset.words == ["a", "wall", "sky", "c", "d"]
+    assert Dataset.model_validate(dataset.model_dump(mode="json")) == dataset
 
 
 def test_unseen_by_the_name_of_a_split() -> None:

@@ -13,8 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from configs.dataset import Dataset
+from configs.load import dataset_settings
 from configs.schema import Config
 from pipeline import metrics
+from pipeline.data.dataset import SegmentationDataset
 from pipeline.inference import Cut, class_logits, short_side_to, sliding, whole, windows
 from pipeline.metrics import CalibratedStacking
 from stages.apply.evaluate import evaluate_predictor
@@ -22,7 +25,7 @@ from stages.apply.predictor import Predictor, student_predictor
 from tests import reference
 from tests.pipeline.data.trees import Tree
 from tests.pipeline.draws import draw, draw_classes
-from tests.reference import Array
+from tests.reference import NONE, Array
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHANNELS = 5
@@ -113,7 +116,9 @@ class Case:
         self.seen = sorted(set(range(self.classes)) - set(unseen.tolist()))
         self.gammas = [0.0, *np.round(rng.normal(size=rng.integers(1, 4)), 3).tolist()]
         self.student = FakeStudent(rng).eval()
-        self.text = reference.unit(draw(rng, self.classes, CHANNELS)).astype(np.float32)
+        words = rng.integers(1, 4, self.classes) if self.seed % 3 == 0 else np.ones(self.classes, int)
+        self.class_of = np.arange(self.classes).repeat(words).tolist()
+        self.text = reference.unit(draw(rng, len(self.class_of), CHANNELS)).astype(np.float32)
         tree = Tree(self.folder)
         self.pairs = []
         kinds, masks = list(SHAPES), list(MASKS)
@@ -124,7 +129,10 @@ class Case:
             mask = draw_truth(masks[(self.seed // 2 + len(self.pairs)) % len(masks)], shape, self.classes, rng)
             self.pairs.append((rng.integers(0, 256, (*shape, 3)).astype(np.uint8), mask))
             tree.add(str(len(self.pairs)), *self.pairs[-1])
-        changes: dict[str, Any] = {"classes": names, "unseen": [names[index] for index in unseen]}
+        prompts = {
+            name: {"any": [f"word {i}" for i in range(n)]} for name, n in zip(names, words, strict=True) if n > 1
+        }
+        changes: dict[str, Any] = {"classes": names, "unseen": [names[i] for i in unseen], "prompts": prompts}
         self.dataset = tree.read(**changes)
 
     def predictor(self, **changes: Any) -> Predictor:
@@ -134,7 +142,9 @@ class Case:
 
     def expected(self) -> Array:
         stride = self.stride if self.mode == "slide" else None
-        return reference.evaluate(self.pairs, self.student.dense, self.text, self.seen, self.gammas, self.size, stride)
+        return reference.evaluate(
+            self.pairs, self.student.dense, self.text, self.seen, self.gammas, self.size, stride, self.class_of
+        )
 
 
 @pytest.fixture
@@ -178,15 +188,54 @@ def test_evaluation_a_few_classes_at_a_time(
     assert_evaluation(Case(tmp_path, seed), counted)
 
 
+@pytest.mark.parametrize("name", ["pascal-voc-21", "pascal-context-60"])
+@pytest.mark.parametrize("seed", range(2))
+def test_protocols_with_background(seed: int, name: str, tmp_path: Path, counted: list[CalibratedStacking]) -> None:
+    """Background is hidden in training, and in the test a class: of VOC any of 39 words."""
+    rng, config = np.random.default_rng(seed), Dataset.model_validate(dataset_settings(name))
+    root, pairs = tmp_path / config.root, []
+    files = config.splits["val"]
+    for index in range(3):
+        mask = np.where(rng.random((20, 30)) < 0.4, 0, rng.choice([*range(len(config.classes)), 255], (20, 30)))
+        mask = mask.astype(np.uint8)
+        pairs.append((rng.integers(0, 256, (20, 30, 3)).astype(np.uint8), mask))
+        for part, pattern in zip(pairs[-1], (files.images.replace(".jpg", ".png"), files.masks[0].files), strict=True):
+            path = root / pattern.replace("{id}", str(index))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(part).save(path)
+    for split in config.splits.values():
+        for index, listing in enumerate(split.ids):
+            (root / listing).parent.mkdir(parents=True, exist_ok=True)
+            (root / listing).write_text("0\n1\n2\n" if split is files else f"{index}\n")
+    splits = {
+        key: one.model_copy(update={"images": files.images.replace(".jpg", ".png")})
+        for key, one in config.splits.items()
+    }
+    config = config.model_copy(update={"splits": splits})
+    assert (SegmentationDataset(config, tmp_path, "train").training_pair(0)[1][pairs[0][1] == 0] == NONE).all()
+    text, student = (
+        reference.unit(draw(rng, len(config.channels), CHANNELS)).astype(np.float32),
+        FakeStudent(rng).eval(),
+    )
+    settings = Config(dataset=config, views={"size": 20})  # type: ignore[arg-type]
+    predict = student_predictor(student, torch.from_numpy(text), settings)  # type: ignore[arg-type]
+    evaluate_predictor(predict, SegmentationDataset(config, tmp_path, "val"), [0.0, 0.2])
+    words = [39 if index == 0 and "voc" in name else 1 for index in range(len(config.classes))]
+    class_of = np.arange(len(words)).repeat(words).tolist()
+    expected = reference.evaluate(pairs, student.dense, text, config.seen_indices, [0.0, 0.2], 20, None, class_of)
+    np.testing.assert_array_equal(counted[-1].confusions.numpy(), expected, strict=True)
+    assert expected[0, 0].sum() > 600 and 0 in config.unseen_indices
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_one_window_is_the_whole(seed: int, tmp_path: Path) -> None:
     """Of square images of any size, bit for bit, whatever the stride."""
     case, rng = Case(tmp_path, seed), np.random.default_rng(seed)
     for side in (1, 9, case.size, 90):
         image = rng.integers(0, 256, (side, side, 3)).astype(np.uint8)
-        everything = list(range(case.classes))
+        everything = list(range(len(case.text)))
         expected = case.predictor(mode="whole")(image).upsampled(everything)
-        assert expected.shape == (case.classes, case.size, case.size) and expected.isfinite().all()
+        assert expected.shape == (len(case.text), case.size, case.size) and expected.isfinite().all()
         for stride in (1, 8, case.stride, case.size):
             assert torch.equal(case.predictor(mode="slide", stride=stride)(image).upsampled(everything), expected)
 
@@ -320,24 +369,25 @@ def test_the_reference_interpolates_between_centres(source: tuple[int, int], siz
 
 
 LARGE = """
-import re, torch
+import re, numpy as np, torch
 from pipeline.inference import ClassLogits, Window
-from pipeline.metrics import best_of
+from pipeline.metrics import CalibratedStacking, best_of
 def peak():  # of this process only: a child's ru_maxrss begins at its parent's
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 small = ClassLogits((8, 8), 4, (Window((0, 8, 0, 8), torch.randn(9, 2, 2)),))
 best_of(small, [0, 1], (8, 8))  # what torch itself takes comes first
 before = peak()
 logits = ClassLogits((1024, 1024), 4, (Window((0, 1024, 0, 1024), torch.randn(847, 256, 256)),))
-best, which = best_of(logits, list(range(847)), (1024, 1024))
-assert which.max() > 840
+stacking = CalibratedStacking(847, list(range(840)), list(range(840, 847)), [0.0])
+stacking.update(np.full((1024, 1024), 300, np.uint16), logits)
+assert stacking.confusions[0, 300].sum() == 1024 * 1024 and stacking.confusions[0, 300, 840:].any()
 print(peak() - before)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_of_many_classes() -> None:
-    """847 classes at 1024 x 1024: at most a tenth of what the logits at that size and at R's stride would take."""
+    """847 classes counted at 1024 x 1024: at most a tenth of what the logits at that size and at R's stride take."""
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", LARGE], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

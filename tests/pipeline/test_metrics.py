@@ -36,13 +36,18 @@ def assert_scores(matrix: Array, seen: list[int], unseen: list[int]) -> None:
 
 
 @pytest.mark.parametrize("none", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("classes", [1, 2, 20, 255])
-def test_confusion_matrix(classes: int, none: float) -> None:
-    rng = np.random.default_rng(classes)
-    truth, prediction = draw_classes(rng, (9, 14), none, classes), draw_classes(rng, (9, 14), 0, classes)
+@pytest.mark.parametrize("classes", [1, 2, 20, 255, 256, 847])
+@pytest.mark.parametrize("at_once", [5, 2**20])
+def test_confusion_matrix(at_once: int, classes: int, none: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of more than 255 classes have 16 bits."""
+    monkeypatch.setattr("pipeline.metrics.PIXELS", at_once)
+    rng, ignored = np.random.default_rng(classes), NONE if classes <= 255 else 65535
+    truth = np.where(rng.random((9, 14)) < none, ignored, rng.integers(0, classes, (9, 14)))
+    truth = truth.astype(np.uint8 if classes <= 255 else np.uint16)
+    prediction = rng.integers(0, classes, (9, 14)).astype(np.int32)
     found = confusion_matrix(torch.tensor(truth), torch.tensor(prediction), classes).numpy()
-    np.testing.assert_array_equal(found, reference.confusion(truth, prediction, classes), strict=True)
-    assert found.sum() == (truth != NONE).sum()
+    np.testing.assert_array_equal(found, reference.confusion(truth, prediction, classes, ignored), strict=True)
+    assert found.sum() == (truth != ignored).sum()
 
 
 def test_confusion_matrix_has_the_truth_in_rows() -> None:

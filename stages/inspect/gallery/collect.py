@@ -25,7 +25,7 @@ class Regions:
     Attributes:
         similarity: (k, k) float64, as used by fusion.
         lengths: (k,) float64, length of the sum of each region's unit-length tokens.
-        text: (k, K) float64, cosines of the regions' centroids with the class features.
+        text: (k, K) float64, cosines of the regions' centroids with the text features.
         same: whether fusing them at the cache's lambda gives the cache's groups.
     """
 

@@ -76,6 +76,7 @@ def _write(config: Config, location: str, views: Iterable[View], folder: Path) -
         "cache": location,
         "lambda": config.pseudo_labels.threshold,
         "classes": config.dataset.classes,
+        "words": config.dataset.words,
         "hidden": hidden,
         "views": table,
         "similarities": histogram.tolist(),

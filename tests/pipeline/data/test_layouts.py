@@ -32,6 +32,8 @@ CODINGS: dict[str, Coding] = {
     "coco-stuff converted": {value: value for value in range(171)} | {255: None},
     "pascal-voc": {0: None, 255: None} | {value: value - 1 for value in range(1, 21)},
     "pascal-context": {0: None} | {value: value - 1 for value in range(1, 60)},
+    "pascal-voc-21": {255: None} | {value: value for value in range(21)},
+    "pascal-context-60": {255: None} | {value: value for value in range(60)},
     "ade20k": {0: None} | {value: value - 1 for value in range(1, 151)},
     "cityscapes": {v: EVALUATED.index(v) if v in EVALUATED else None for v in [*range(34), 255]},
     "cityscapes converted": {value: value for value in range(19)} | {255: None},
@@ -153,35 +155,37 @@ def test_both_codings_of_coco_stuff_are_one_mask(tmp_path: Path) -> None:
     np.testing.assert_array_equal(masks[0], converted, strict=True)
 
 
-def test_pascal_voc(tmp_path: Path, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("name", ["pascal-voc", "pascal-voc-21"])
+def test_pascal_voc(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
     """VOC's own masks go before those of SBD, which hold other values; both are palette images."""
-    layout = Layout("pascal-voc", tmp_path, rng)
+    layout, coding = Layout(name, tmp_path, rng), CODINGS[name]
     lists = {"train": ["2008_02", "2007_33"], "aug": ["2011_01", "2008_01", "2009_05"], "val": ["2007_99", "2007_10"]}
-    for name, ids in lists.items():
-        layout.lines(f"ImageSets/Segmentation/{name}.txt", ids)
+    for part, ids in lists.items():
+        layout.lines(f"ImageSets/Segmentation/{part}.txt", ids)
         for image_id in ids:
             layout.image(f"JPEGImages/{image_id}.jpg", image_id)
-            if name != "aug":
-                layout.mask(f"SegmentationClass/{image_id}.png", image_id, CODINGS["pascal-voc"], palette=True)
-            if name != "val":
+            if part != "aug":
+                layout.mask(f"SegmentationClass/{image_id}.png", image_id, coding, palette=True)
+            if part != "val":
                 aug = f"SegmentationClassAug/{image_id}.png"
-                layout.mask(aug, image_id, CODINGS["pascal-voc"], read=name == "aug")
+                layout.mask(aug, image_id, coding, read=part == "aug")
     layout.image("JPEGImages/2012_unlisted.jpg", "2012_unlisted")
     layout.check("train", [*lists["train"], *lists["aug"]])
     layout.check("val", lists["val"])
 
 
-def test_pascal_context(tmp_path: Path, rng: np.random.Generator) -> None:
-    layout = Layout("pascal-context", tmp_path, rng)
+@pytest.mark.parametrize("name", ["pascal-context", "pascal-context-60"])
+def test_pascal_context(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    layout = Layout(name, tmp_path, rng)
     lists = {"train": ["2008_000002", "2010_1", "2008_000001"], "val": ["2009_2", "2008_5"]}
-    for name, ids in lists.items():
-        layout.lines(f"ImageSets/SegmentationContext/{name}.txt", ids)
+    for part, ids in lists.items():
+        layout.lines(f"ImageSets/SegmentationContext/{part}.txt", ids)
         for image_id in ids:
             layout.image(f"JPEGImages/{image_id}.jpg", image_id)
-            layout.mask(f"SegmentationClassContext/{image_id}.png", image_id, CODINGS["pascal-context"])
+            layout.mask(f"SegmentationClassContext/{image_id}.png", image_id, CODINGS[name])
     layout.image("JPEGImages/2010_unlisted.jpg", "2010_unlisted")
-    for name, ids in lists.items():
-        layout.check(name, ids)
+    for part, ids in lists.items():
+        layout.check(part, ids)
 
 
 def test_pascal_context_masks_are_painted_in_the_order_of_the_classes() -> None:

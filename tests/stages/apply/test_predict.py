@@ -1,6 +1,7 @@
 """Own photos, own words: what is asked of CLIP, what is written, and photos of every kind."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,80 @@ def test_none_of_these_in_what_predict_writes(world: World, trained: Path, tmp_p
     assert [one["category_name"] for one in written] == ["heart"] * bool((mask == 0).any())
 
 
+def test_a_thousand_words(segmenter: Segmenter, no_clip: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of 16 bits, in the file too; a legend and run lengths of the words that were found."""
+    words, rng = [f"word {index}" for index in range(1000)], np.random.default_rng(0)
+    features = rng.normal(size=(1000, segmenter.run.text_features.shape[1])).astype(np.float32)
+    features = torch.nn.functional.normalize(torch.from_numpy(features), dim=1)
+
+    def of_words(config: Config, asked: list[tuple[str, ...]], *_: object) -> list[np.ndarray]:
+        return [features[[words.index(name)]].numpy() for (name,) in asked]
+
+    monkeypatch.setattr("stages.apply.words.word_features", of_words)
+    image = scene(0)
+    for others in (False, True):
+        rows = torch.cat([features, segmenter.run.text_features]) if others else features
+        logits, hidden = slow_logits(segmenter, image, rows), np.arange(len(rows)) < 1000
+        hidden[[1000 + CLASSES.index(name) for name in UNSEEN] if others else []] = True
+        gamma = float(np.median(logits[~hidden].max(axis=0) - logits[hidden].max(axis=0))) if others else 0.0
+        wanted = (logits - gamma * ~hidden[:, None, None]).argmax(axis=0)
+        wanted[wanted >= 1000] = 65535
+        own = Segmenter(segmenter.run, gamma)
+        found = own(image, words, others=others)
+        assert found.dtype == np.uint16 and (found == wanted).mean() > 0.999
+        assert (found == 65535).any() == others and (found > 255).any()
+        Image.fromarray(image).save(tmp_path / "a.png")
+        predict(own, [tmp_path / "a.png"], words, tmp_path / "out", rle=True, others=others)
+        with Image.open(tmp_path / "out" / "a.png.mask.png") as written:
+            assert written.mode == "I;16"
+            np.testing.assert_array_equal(np.asarray(written), found)
+        lengths = json.loads((tmp_path / "out" / "a.png.rle.json").read_text())
+        assert [one["category_name"] for one in lengths] == [words[i] for i in np.unique(found) if i < 1000]
+        for one in lengths:
+            np.testing.assert_array_equal(coco.decode(one["segmentation"]), found == one["category_id"])
+        with Image.open(tmp_path / "out" / "a.png.overlay.png") as shown:
+            assert shown.height == SIZE + 24 * -(-len(np.unique(found)) // 4) + 6  # the legend has what was found
+
+
+def test_new_words_are_encoded_together(segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    passes = []
+    encode = FrozenClip.text_features
+
+    def counted(self: FrozenClip, names: list[tuple[str, ...]], templates: str) -> torch.Tensor:
+        passes.append(len(names))
+        return encode(self, names, templates)
+
+    monkeypatch.setattr(FrozenClip, "text_features", counted)
+    first = Segmenter(segmenter.run).vocabulary(["cow|bull", "grass", "sky"])
+    more = Segmenter(segmenter.run).vocabulary(["river", "sky", "cow|bull", "road"])
+    assert passes == [3, 2]
+    torch.testing.assert_close(more.features[[2, 1]], first.features[[0, 2]])
+    alone = Segmenter(segmenter.run).vocabulary(["road"]).features
+    torch.testing.assert_close(alone, more.features[[3]])
+
+
+def test_a_training_class_that_is_any_of_several_words(segmenter: Segmenter, no_clip: None) -> None:
+    """The best of its channels counts, asked for or as one of the others."""
+    run, image = segmenter.run, scene(2)
+    prompts = {"heart": {"any": ["heart", "love", "valentine"]}}
+    dataset = run.config.dataset.model_validate(run.config.dataset.model_dump() | {"prompts": prompts})
+    place, drawn = CLASSES.index("heart"), np.random.default_rng(1).normal(size=(2, run.text_features.shape[1]))
+    more = torch.nn.functional.normalize(torch.from_numpy(drawn.astype(np.float32)), dim=1)
+    features = torch.cat([run.text_features[: place + 1], more, run.text_features[place + 1 :]])
+    changed = replace(run, config=run.config.model_copy(update={"dataset": dataset}), text_features=features)
+    for asked in ([*CLASSES], ["heart", CLASSES[0]], [CLASSES[0], CLASSES[5]]):
+        rows = [CLASSES.index(name) for name in asked]
+        rows += [row for row in range(len(CLASSES)) if row not in rows]
+        logits = slow_logits(segmenter, image, run.text_features[rows])
+        extra = slow_logits(segmenter, image, more).max(axis=0)
+        logits[rows.index(place)] = np.maximum(logits[rows.index(place)], extra)
+        wanted = logits.argmax(axis=0)
+        assert (wanted == rows.index(place)).any()
+        found = Segmenter(changed, 0.0)(image, asked, others=True)
+        assert (found == np.where(wanted < len(asked), wanted, 255)).mean() > 0.999
+
+
 def test_gamma_moves_pixels_to_the_unseen_classes(segmenter: Segmenter, no_clip: None) -> None:
     image = scene(1)
     words = [CLASSES[0], "heart"]
@@ -173,7 +248,7 @@ def test_a_class_of_the_training_by_other_names_is_new(
 @pytest.mark.parametrize(
     ("classes", "message"),
     [("cow,,grass", "'' must not be empty"), ("cow|", "'' must not be empty"), ("cow, cow", "is listed twice"),
-     ("", "'' must not be empty"), (",".join(map(str, range(256))), "256 classes; give 1 to 255")],
+     ("", "'' must not be empty"), (",".join(map(str, range(65536))), "65,536 classes; give 1 to 65,535")],
 )  # fmt: skip
 def test_wrong_words(classes: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -295,7 +370,7 @@ def test_nothing_stands_that_is_of_another_time(world: World, trained: Path, tmp
 
 def test_shares_of_each_mask(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[dict[int, str]] = []
-    monkeypatch.setattr(stages.apply.predict, "legend", lambda names, columns: told.append(dict(names)))
+    monkeypatch.setattr(stages.apply.predict, "legend", lambda names, *_: told.append(dict(names)))
     words = segmenter.vocabulary([CLASSES[2], CLASSES[0], CLASSES[1], CLASSES[5]])
     first, second = np.zeros((20, 20), np.uint8), np.full((20, 20), 2, np.uint8)
     first[0, 0], second[:10] = 3, 0
@@ -349,8 +424,9 @@ def test_the_teacher_beside_it_is_asked_for_the_same_features(
     """Those of the run, which may come of a file or of other prompts than the class's name."""
     asked = []
 
-    def dense_predictor(teacher: FrozenClip, features: torch.Tensor, config: Config) -> Predictor:
+    def dense_predictor(teacher: FrozenClip, features: torch.Tensor, config: Config, classes: list[int]) -> Predictor:
         asked.append(features)
+        assert classes == [0, 1]
         return student_predictor(segmenter.run.student, features, config)
 
     monkeypatch.setattr(stages.apply.predict, "dense_predictor", dense_predictor)

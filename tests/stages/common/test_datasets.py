@@ -111,8 +111,8 @@ FILE_FAULTS: dict[str, tuple[str, Damage, str]] = {
     "no image": ("images", lambda file: file.write_text("text") and None, "image {} is truncated or not an image ("),
     "no mask": ("masks", lambda file: file.write_text("text") and None, "mask {} is truncated or not an image ("),
     "mask in colours": ("masks", rewrite(lambda m: np.stack([m] * 3, axis=2)), "mask {} has mode RGB: masks must be"),
-    "mask of 16 bits": ("masks", rewrite(lambda m: m.astype(np.uint16)), "mask {} has mode I;16: masks must be 8-bit"),
-    "mask of 1 bit": ("masks", rewrite(lambda m: m > 4), "mask {} has mode 1: masks must be 8-bit"),
+    "mask of 16 bits": ("masks", rewrite(lambda m: m * np.uint16(257)), "mask {} holds "),
+    "mask of 1 bit": ("masks", rewrite(lambda m: m > 4), "mask {} has mode 1: masks must be 8- or 16-bit"),
     "mask as JPEG": (
         "masks",
         lambda file: Image.open(file).save(file, "JPEG"),
@@ -299,6 +299,11 @@ def test_list_names_all(world: World) -> None:
         "cityscapes": (19, 0),
         "coco-stuff": (171, 15),
         "pascal-context": (59, 10),
+        "pascal-context-60": (60, 11),
+        "pascal-context-459": (459, 0),
+        "ade20k-847": (847, 0),
+        "ade20k-847-release": (847, 0),
+        "pascal-voc-21": (21, 6),
         "pascal-voc": (20, 5),
         "scenes": (20, 6),
     }
@@ -317,8 +322,8 @@ def test_show(world: World) -> None:
     assert [value for value, _, _ in table.values()] == [v for v in range(182) if v not in dropped]
     assert {name for name, (_, mark, _) in table.items() if mark == "unseen"} == set(settings.unseen)
     assert len(settings.unseen) == 15 and {"cow", "grass", "tree"} <= set(settings.unseen)
-    for name, synonyms in zip(settings.classes, settings.synonyms, strict=True):
-        assert table[name][2] == ", ".join(synonyms)
+    for name, (_, names) in zip(settings.classes, settings.channels, strict=True):
+        assert table[name][2] == ", ".join(names)
     for text in ("/somewhere/coco_stuff164k", "images/train2017/{id}.jpg", "annotations/val2017/{id}.png", "0-170"):
         assert text in output
     assert "118287" in output and "ignored values: " in output

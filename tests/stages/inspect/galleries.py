@@ -61,17 +61,20 @@ class Made:
 
     def __init__(self, folder: Path, with_tokens: int = VIEWS, views: int = VIEWS, kmeans: str = "joint") -> None:
         """`with_tokens`: how many of the views, the first ones, have dense tokens."""
-        self.config = resolve("scenes", assignments=[f"pseudo_labels.kmeans={kmeans}"])
+        words = "dataset.prompts={clouds: {any: [cumulus, haze, mist]}}"  # each word has a name of its own in the page
+        self.config = resolve("scenes", assignments=[f"pseudo_labels.kmeans={kmeans}", words])
         self.hidden = [self.config.dataset.classes.index(name) for name in self.config.dataset.unseen]
         rng = np.random.default_rng(0)
-        self.text = rng.normal(size=(len(self.config.dataset.classes), WIDTH))
+        self.text = rng.normal(size=(len(self.config.dataset.channels), WIDTH))
         self.text = (self.text / np.linalg.norm(self.text, axis=1, keepdims=True)).astype(np.float32)
         self.tokens, self.clusters, self.views = [], [], list[View]()
         for number in range(views):
             tokens, clusters = draw_tokens(rng, number)
             grid = len(clusters)
             groups = self.fused(tokens, clusters, THRESHOLD)
-            truth = rng.integers(0, len(self.text), 3)[rng.integers(0, 3, clusters.shape)].astype(np.uint8)
+            truth = rng.integers(0, len(self.config.dataset.classes), 3)[rng.integers(0, 3, clusters.shape)].astype(
+                np.uint8
+            )
             truth[rng.random(clusters.shape) < 0.2] = IGNORE
             regions = find_regions(tokens, clusters, groups, self.text, THRESHOLD)
             picture = rng.integers(0, 256, (grid * 4, grid * 4, 3), dtype=np.uint8)

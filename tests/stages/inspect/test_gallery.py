@@ -142,7 +142,7 @@ def test_names_of_a_group_are_the_nearest_classes(page: Browser, made: Made) -> 
         mean = (tokens / np.linalg.norm(tokens, axis=1, keepdims=True)).sum(axis=0)
         cosine = made.text @ mean / np.linalg.norm(mean)
         found = re.findall(r"([\w ]+?) (-?[01]\.\d\d)", note.partition("looks like: ")[2].partition("\n")[0])
-        names = [made.config.dataset.classes.index(name.strip()) for name, _ in found]
+        names = [made.config.dataset.words.index(name.strip()) for name, _ in found]
         assert names == np.argsort(-cosine)[:3].tolist()
         np.testing.assert_allclose([float(value) for _, value in found], cosine[names], atol=0.0051)
     page.page.keyboard.press("Escape")

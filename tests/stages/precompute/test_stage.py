@@ -74,7 +74,7 @@ def test_contents_equal_teacher_and_reference(world: World, config: Config) -> N
         regions = reference.region_tokens(dense.numpy(), groups[None], 5)[0]
         np.testing.assert_allclose(cache.read("region_tokens", row, 0), regions, atol=1)
         assert regions.any() == (groups < 255).any()
-    features = teacher.text_features(config.dataset.synonyms, config.dataset.templates)
+    features = teacher.text_features([names for _, names in config.dataset.channels], config.dataset.templates)
     torch.testing.assert_close(torch.from_numpy(cache.text_features), features)
 
 

@@ -141,8 +141,8 @@ const labels = {
     return `${count} ${noun}${count === 1 ? "" : "s"}`;
   },
 
-  // Lines about one label of `flat`, which is a region or a group (`kind`).
-  tell(view, flat, label, kind, classes) {
+  // Lines about one label of `flat`, which is a region or a group (`kind`). `words`: of each text feature.
+  tell(view, flat, label, kind, classes, words) {
     const tokens = [...flat.keys()].filter((token) => flat[token] === label);
     const share = ((100 * tokens.length) / flat.length).toFixed(0);
     const lines = [`${kind} ${label}: ${labels.many(tokens.length, "token")}, ${share} % of the view`];
@@ -150,7 +150,7 @@ const labels = {
     if (window) lines.push(`seeded by a window of ${window} × ${window} tokens`);
     if (view.similarity) {
       const members = [...new Set(tokens.map((token) => view.regions.indexOf(view.clusters[token])))];
-      const found = [...labels.likeness(view, members)].map((cosine, name) => [cosine, classes[name]]);
+      const found = [...labels.likeness(view, members)].map((cosine, name) => [cosine, words[name]]);
       const names = found.sort((a, b) => b[0] - a[0]).slice(0, NAMES_SHOWN);
       lines.push(`this ${kind} looks like: ${names.map(([cosine, name]) => `${name} ${cosine.toFixed(2)}`).join(", ")}`);
     }

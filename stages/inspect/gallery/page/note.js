@@ -1,8 +1,8 @@
 "use strict";
 // The note about what is pointed at, by mouse or by keys, and which group is lit up.
 
-// `page`: at(id), cards, labelsOf(card, panel), paint(card, panels), classes(), isSeen(label), shown() cards in order.
-function makeNote({ at, cards, labelsOf, paint, classes, isSeen, shown }) {
+// `page`: at(id), cards, labelsOf(card, panel), paint(card, panels), classes(), words(), isSeen(label), shown() cards in order.
+function makeNote({ at, cards, labelsOf, paint, classes, words, isSeen, shown }) {
   // What is known of the token (x, y in [0, 1)) of a panel: [text, label to light up or null].
   function tell(card, panel, x, y) {
     const flat = labelsOf(card, panel);
@@ -18,7 +18,7 @@ function makeNote({ at, cards, labelsOf, paint, classes, isSeen, shown }) {
 
   function tellLabel(card, panel, label) {
     const kind = panel === "K-means regions" ? "region" : "group";
-    return labels.tell(card.view, labelsOf(card, panel), label, kind, classes()).join("\n");
+    return labels.tell(card.view, labelsOf(card, panel), label, kind, classes(), words()).join("\n");
   }
 
   function choose(card, panel, label) {

@@ -268,6 +268,7 @@ const gallery = (() => {
   const note = makeNote({
     at, cards, labelsOf, paint,
     classes: () => index.classes,
+    words: () => index.words,
     isSeen: (label) => seen[label],
     shown: () => shown,
   });
