@@ -154,7 +154,7 @@ def uncounted(function: Callable[..., Any]) -> Callable[..., Any]:
     return quietly
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: None, dropout_p: float, is_causal: bool) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: None = None, dropout_p: float = 0.0) -> Tensor:
     """The kernel that torch chooses on a GPU in float32."""
     found: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout_p)[0]
     return found

@@ -78,7 +78,7 @@ class Criterion(nn.Module):
         prototypes = centroids[rows]
         if len(rows):
             prototypes = self.synthesizer(prototypes, cls_tokens)
-        of_seen, pseudo = prototypes[: plan.classes], prototypes[plan.classes :]
+        of_seen, pseudo = prototypes.split([plan.classes, len(rows) - plan.classes])
         if self.config.bce:
             losses["bce"] = prototype_bce(of_seen, rows[: plan.classes], text_seen, self.config.bce_negatives)
         if self.config.nel or self.config.ce:

@@ -10,8 +10,8 @@ from pipeline.learning.losses import channels_last
 
 def attention(features: Tensor, cls_token: Tensor) -> Tensor:
     """Eq. 1: W = softmax(S R / sqrt(C)) over the positions. (B, C, H, W), (B, C) -> (B, H * W)."""
-    scores = (channels_last(features) @ cls_token[:, :, None])[..., 0]
-    return (scores / cls_token.shape[1] ** 0.5).softmax(dim=1)
+    query = cls_token / cls_token.shape[1] ** 0.5
+    return (channels_last(features) @ query[:, :, None]).squeeze(2).softmax(dim=1)
 
 
 SELECTED = 0.1  # the share of the features that `selective` ends with
@@ -38,7 +38,7 @@ def predict_cls(
         return flat.amax(dim=1)
     if mode == "mean":
         return flat.mean(dim=1)
-    return (attention(features, cls_token)[:, None] @ flat)[:, 0]
+    return (attention(features, cls_token)[:, None] @ flat).squeeze(1)
 
 
 def info_nce(
@@ -51,8 +51,8 @@ def info_nce(
         bank: (M, C) more negatives, M may be 0.
         image_ids, bank_ids: (B,), (M,); other tokens of the same image are not negatives and are excluded.
     """
-    candidates = nn.functional.normalize(torch.cat([cls_token, bank]), dim=1)
-    logits = nn.functional.normalize(predicted, dim=1) @ candidates.T / tau  # (B, B + M)
+    candidates = nn.functional.normalize(torch.cat([cls_token, bank]), dim=1) / tau
+    logits = nn.functional.normalize(predicted, dim=1) @ candidates.T  # (B, B + M)
     same_image = image_ids[:, None] == torch.cat([image_ids, bank_ids])[None]
     same_image.fill_diagonal_(False)
     own = torch.arange(len(predicted), device=predicted.device)

@@ -74,7 +74,7 @@ def fuse_labels(seen: Tensor, groups: Tensor, first: Tensor) -> Tensor:
 
 
 def _numbered(groups: Tensor, first: Tensor) -> Tensor:
-    return torch.where(groups == ANNOTATED, UNLABELLED, groups.long() + first[:, None, None])
+    return (groups.long() + first[:, None, None]).masked_fill(groups == ANNOTATED, UNLABELLED)
 
 
 def _fused(seen: Tensor, tokens: Tensor) -> Tensor:

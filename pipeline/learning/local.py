@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from pipeline.learning.ranks import gathered
 from pipeline.transfer import sent
 
+SKIPPED = -1
+
 
 def tokens_of_groups(region_tokens: Tensor, groups: Tensor) -> Tensor:
     """The region tokens of all groups of the batch, on all ranks, in the order of `fuse_labels`.
@@ -40,10 +42,10 @@ def region_loss(centroids: Tensor, region_tokens: Tensor, tau: float) -> Tensor:
         A scalar; 0 if all regions are skipped.
     """
     told = region_tokens.any(dim=1)
-    unit = nn.functional.normalize(region_tokens.to(centroids.dtype), dim=1)
-    logits = nn.functional.normalize(centroids, dim=1) @ unit.T / tau
-    own = torch.arange(len(told), device=told.device)
-    # Skipped regions are no candidates, except of themselves: their rows, which do not count, must be finite.
-    others = logits.masked_fill(~told & (own[:, None] != own), -torch.inf)
-    each = nn.functional.cross_entropy(others, own, reduction="none")
-    return (told * each).sum() / told.sum().clamp(min=1)
+    unit = nn.functional.normalize(region_tokens.to(centroids.dtype), dim=1) / tau
+    logits = nn.functional.normalize(centroids, dim=1) @ unit.T
+    # Skipped regions are no candidates. They are not -inf, as rows that do not count must be finite too.
+    logits = logits.masked_fill(~told, torch.finfo(logits.dtype).min)
+    own = torch.arange(len(told), device=told.device).masked_fill(~told, SKIPPED)
+    total = nn.functional.cross_entropy(logits, own, ignore_index=SKIPPED, reduction="sum")
+    return total / told.sum().clamp(min=1)

@@ -61,12 +61,12 @@ class _Classify(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         flat, channels, length, logits = ctx.saved_tensors
-        of_length = (gradient[..., ctx.seen :] * logits[..., ctx.seen :]).sum(2, keepdim=True) / -length
+        of_length = (gradient[..., ctx.seen :] * logits[..., ctx.seen :]).sum(2, keepdim=True) / length
         gradient = gradient.clone()
         gradient[..., ctx.seen :].div_(length)
         gradient = gradient.to(flat.dtype)
         of_flat = gradient @ channels.to(flat.dtype)
-        of_flat.addcmul_(flat, (of_length / length).masked_fill(length <= EPSILON, 0).to(flat.dtype))
+        of_flat.addcmul_(flat, (of_length / length).masked_fill(length <= EPSILON, 0).to(flat.dtype), value=-1)
         return of_flat, (gradient.flatten(0, 1).T @ flat.flatten(0, 1)).to(channels.dtype), None
 
 

@@ -13,6 +13,7 @@ from pipeline.learning.labels import UNLABELLED
 # Upsampled logits of a band: a CPU's caches hold a few tensors of it; a GPU needs many for each kernel it starts.
 CPU_BAND, GPU_BAND = 2**19, 2**27
 SINK = 1e30
+ALPHA = 0.25  # of ZegCLIP's focal loss, whose gamma is 2
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -20,63 +21,85 @@ Found = tuple[Tensor, Tensor, Tensor, Tensor]
 def reductions(logits: Tensor, labels: Tensor, count: int, ce: bool) -> tuple[Found, list[Tensor]]:
     """What `pixel_loss.Reductions` returns, and what `gradient` needs: U' of the derivatives of each reduction.
 
-    These are (B, h, w, count) of negatives and of scores, and (B, h, w, N + 1) of log-sum-exp over labelled pixels.
+    These are (B, h, w, count) of the focal loss, each logit a negative, up to a factor, and of scores, (B, h, w, N + 1)
+    of log-sum-exp over labelled pixels, and (B, H, W) of what a pixel's own logit adds to the focal loss as a positive.
     """
-    batch, height, width, channels = logits.shape
-    negatives, scores, entropies = (logits.new_zeros(batch, *size) for size in ((), (count,), ()))
-    own = logits.new_zeros(labels.shape)
-    of_negatives, of_scores = (logits.new_empty(*logits.shape[:3], count) for _ in range(2))
+    batch, height, _, channels = logits.shape
+    focal, entropies, scores = logits.new_zeros(()), logits.new_zeros(()), logits.new_zeros(batch, count)
+    own, zero = logits.new_zeros(labels.shape), logits.new_zeros(())
+    of_focal, of_scores = (logits.new_empty(*logits.shape[:3], count) for _ in range(2))
     of_entropies = logits.new_empty(*logits.shape[:3], (channels + 1) * ce)
-    wide = labels.shape[2]
+    high, wide = labels.shape[1:]
     for images, bands in _bands(logits, labels):
+        before = high if len(bands) > 1 else height  # whole images are resized in both directions at once
         if ce:
             # A channel more, which takes all of an unlabelled pixel's probability: its gradient is zero without a mask.
-            tall = _resize(F.pad(logits[images], (0, 1)), labels.shape[1], width)
-            of_tall = torch.empty_like(tall)
+            maps = _resize(F.pad(logits[images], (0, 1)), before, -1)
+            of_maps = torch.empty_like(maps)
             for rows in bands:
-                x, label = _resize(tall[:, rows], -1, wide), labels[images, rows]
+                label = labels[images, rows]
+                x = _resize(maps[:, rows], label.shape[1], wide)
                 labelled = label != UNLABELLED
                 x[..., -1] = torch.where(labelled, -SINK, SINK)
                 log_p = x.log_softmax(3)
                 own_log_p = log_p.gather(3, label.clamp(min=0)[..., None])[..., 0]
-                entropies[images] -= torch.where(labelled, own_log_p, 0.0).sum((1, 2))
-                of_tall[:, rows] = _resized_gradient(log_p.exp_(), -1, width)
-            of_entropies[images] = _resized_gradient(of_tall, height, -1)
+                entropies -= torch.where(labelled, own_log_p, 0.0).sum()
+                _resized_gradient(log_p.exp_(), of_maps[:, rows])
+            _resized_gradient(of_maps, of_entropies[images])
         if count:
-            tall = _resize(logits[images][..., :count].contiguous(), labels.shape[1], width)
-            of_tall, of_tall_scores = torch.empty_like(tall), torch.empty_like(tall)
+            maps = _resize(logits[images][..., :count].contiguous(), before, -1)
+            of_maps, of_maps_scores = torch.empty_like(maps), torch.empty_like(maps)
             for rows in bands:
-                x, label = _resize(tall[:, rows], -1, wide), labels[images, rows]
+                label = labels[images, rows]
+                x = _resize(maps[:, rows], label.shape[1], wide)
                 own[images, rows] = x.gather(3, label.clamp(0, count - 1)[..., None])[..., 0]
-                # n = s^2 softplus(x); n' = s^3 + 2 s^2 (1 - s) softplus(x) = 2 n + s (s^2 - 2 n); s' = s - s^2.
+                # n = s^2 softplus(x); n' = s^3 + 2 s^2 (1 - s) softplus(x) = 2 (n + s (s^2 / 2 - n)); s' = s - s^2.
                 s, n = x.sigmoid(), F.softplus(x)
-                square = s * s
-                n.mul_(square)
-                of_s, of_square, of_n = (_resized_gradient(g, -1, width) for g in (s, square, n))
-                of_rest = _resized_gradient(square.sub_(n, alpha=2).mul_(s), -1, width)
-                torch.add(of_rest, of_n, alpha=2, out=of_tall[:, rows])
-                torch.sub(of_s, of_square, out=of_tall_scores[:, rows])
-                negatives[images] += of_n.sum((1, 2, 3))  # a pixel's shares of the features around it add up to 1
-                scores[images] += of_s.sum((1, 2))
-            of_negatives[images] = _resized_gradient(of_tall, height, -1)
-            of_scores[images] = _resized_gradient(of_tall_scores, height, -1)
-    return (negatives, scores, own, entropies), [of_negatives, of_scores, of_entropies]
+                half = torch.addcmul(zero, s, s, value=0.5)
+                torch.addcmul(zero, half, n, value=2, out=n)
+                focal += n.sum()
+                of_s, of_half = torch.empty_like(of_maps[:, rows]), torch.empty_like(of_maps[:, rows])
+                _resized_gradient(s, of_s)
+                _resized_gradient(half, of_half)
+                scores[images] += of_s.sum((1, 2))  # a pixel's shares of the features around it add up to 1
+                torch.sub(of_s, of_half, alpha=2, out=of_maps_scores[:, rows])
+                _resized_gradient(n.lerp_(half, s), of_maps[:, rows])
+            _resized_gradient(of_maps, of_focal[images])
+            _resized_gradient(of_maps_scores, of_scores[images])
+    of_corrections = own
+    if count:
+        corrections, of_corrections = _corrections(own, (labels >= 0) & (labels < count))
+        focal = (1 - ALPHA) * focal + corrections
+    return (focal, scores, own, entropies), [of_focal, of_scores, of_entropies, of_corrections]
+
+
+def _corrections(x: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """What the pixels' own logits x add to the focal loss as positives, less what as negatives; and the derivative.
+
+    (B, H, W) each -> (), (B, H, W).
+    """
+    s, softplus = x.sigmoid(), F.softplus(x)
+    rest = 1 - s  # sigmoid(-x); softplus(-x) = softplus(x) - x
+    of_positives, of_negatives = positive * ALPHA * rest * rest, positive * (1 - ALPHA) * s * s
+    total = (of_positives * (softplus - x) - of_negatives * softplus).sum()
+    return total, -of_positives * (2 * s * (softplus - x) + rest) - of_negatives * (2 * rest * softplus + s)
 
 
 def gradient(
     labels: Tensor, kept: list[Tensor], count: int, ce: bool, shape: tuple[int, ...],
-    of_negatives: Tensor, of_scores: Tensor, of_own: Tensor, of_entropies: Tensor,
+    of_focal: Tensor, of_scores: Tensor, of_own: Tensor, of_entropies: Tensor,
 ) -> Tensor:  # fmt: skip
     """(B, h, w, N), the gradient of the logits from those of the reductions."""
-    negatives, scores, entropies = kept
+    focal, scores, entropies, corrections = kept
     if ce:
-        found = entropies[..., :-1] * of_entropies[:, None, None, None]
-        of_own = of_own - torch.where(labels != UNLABELLED, of_entropies[:, None, None], 0.0)
+        found = entropies[..., :-1] * of_entropies
+        of_own = of_own - torch.where(labels != UNLABELLED, of_entropies, 0.0)
     else:
         found = of_own.new_zeros(shape)
     if count:
+        of_own = of_own + of_focal * corrections
         first = found[..., :count]
-        first.addcmul_(negatives, of_negatives[:, None, None, None])
+        first.addcmul_(focal, of_focal, value=2 * (1 - ALPHA))
         first.addcmul_(scores, of_scores[:, None, None])
     return _add_own(found.contiguous(), labels, of_own)
 
@@ -107,20 +130,18 @@ def _resize(maps: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(maps.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
 
 
-def _resized_gradient(of_maps: Tensor, height: int, width: int) -> Tensor:
-    """The transpose of `_resize`: gradients (b, H, W, N) -> (b, h, w, N); -1 leaves a side as it is."""
-    batch, tall, wide, channels = of_maps.shape
-    size = [batch, channels, height if height > 0 else tall, width if width > 0 else wide]
-    first = of_maps.permute(0, 3, 1, 2)
-    return torch.ops.aten.upsample_bilinear2d_backward(first, [tall, wide], size, False).permute(0, 2, 3, 1)
+def _resized_gradient(of_maps: Tensor, out: Tensor) -> None:
+    """The transpose of `_resize`: gradients (b, H, W, N) -> `out` (b, h, w, N), which is overwritten."""
+    first, into = of_maps.permute(0, 3, 1, 2), out.permute(0, 3, 1, 2)
+    transpose = torch.ops.aten.upsample_bilinear2d_backward.grad_input
+    transpose(first, of_maps.shape[1:3], into.shape, False, grad_input=into)
 
 
 def _bands(logits: Tensor, labels: Tensor) -> list[tuple[slice, list[slice]]]:
-    """Several whole images each, or one image in bands of rows."""
+    """Several whole images each, or one image in bands of rows; `slice(None)` is all rows."""
     most = CPU_BAND if logits.device.type == "cpu" else GPU_BAND
     batch, height, width = labels.shape
-    row = logits.shape[3] * width
-    images = max(1, most // (row * height))
-    rows = max(1, most // row)
-    bands = [slice(top, top + rows) for top in range(0, height, rows)] if images == 1 else [slice(0, height)]
+    rows = max(1, most // (logits.shape[3] * width))
+    images = max(1, rows // height)
+    bands = [slice(None)] if rows >= height else [slice(top, top + rows) for top in range(0, height, rows)]
     return [(slice(first, first + images), bands) for first in range(0, batch, images)]

@@ -3,7 +3,7 @@
 With E = B h w N logits at the features' size and P = B H W pixels, 4 bytes each, the kernels must move
 
 - `_reduce`: read E logits and P labels (8 bytes); write P own logits, P log-sums and, of every COLUMNS pixels,
-  count + 1 partial sums. The logits of a pixel's four features are read where they are needed, H / h times as often as
+  count + 2 partial sums. The logits of a pixel's four features are read where they are needed, H / h times as often as
   E counts by rows of pixels, from the caches.
 - `_gather`: read E logits, P labels, P log-sums, P gradients; write E gradients. Each feature collects the gradients of
   the pixels around it, so that no two programs write to one place and sums have one order.
@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.learning.labels import UNLABELLED
+from pipeline.learning import pixel_bands
 from pipeline.learning.pixel_bands import Found
 
 COLUMNS, CHANNELS = 16, 64  # of a program's tile
 FAR = tl.constexpr(1e30)  # a log-sum that leaves no probability
+ALPHA = tl.constexpr(pixel_bands.ALPHA)
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _sigmoids(x):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _reduce(  # type: ignore[no-untyped-def]
-    logits, labels, own, log_sums, negatives, scores, h, w, n, height, width, count, y_ratio, x_ratio,
+    logits, labels, own, log_sums, focal, scores, entropies, h, w, n, height, width, count, y_ratio, x_ratio,
     CE: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program: COLUMNS pixels of a row, all channels."""
@@ -58,7 +59,7 @@ def _reduce(  # type: ignore[no-untyped-def]
     left, right, across = _cells(x, w, x_ratio)
     start = logits + image.to(tl.int64) * h * w * n
     largest, total = tl.full((COLUMNS,), -FAR, tl.float32), tl.zeros((COLUMNS,), tl.float32)
-    of_label, negative = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+    of_label, loss = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, n if CE else count, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
         there = inside[:, None] & (channel < n)[None, :]
@@ -75,20 +76,24 @@ def _reduce(  # type: ignore[no-untyped-def]
             total = total * tl.exp(largest - higher) + tl.sum(tl.exp(bounded - higher[:, None]), 1)
             largest = higher
         if first < count:
-            s, _, softplus = _sigmoids(v)
+            s, rest, softplus = _sigmoids(v)
             wanted = there & (channel < count)[None, :]
-            negative += tl.sum(tl.where(wanted, s * s * softplus, 0.0), 1)
+            negative, positive = (1 - ALPHA) * s * s * softplus, ALPHA * rest * rest * (softplus - v)
+            each = tl.where(channel[None, :] == label[:, None], positive, negative)
+            loss += tl.sum(tl.where(wanted, each, 0.0), 1)
             sums = tl.sum(tl.where(wanted, s, 0.0), 0)
             tl.store(scores + program.to(tl.int64) * count + channel, sums, channel < count)
     tl.store(own + pixel, of_label, inside)
-    tl.store(negatives + program, tl.sum(negative, 0))
+    tl.store(focal + program, tl.sum(loss, 0))
     if CE:
-        tl.store(log_sums + pixel, largest + tl.log(total), inside)
+        log_sum = largest + tl.log(total)
+        tl.store(log_sums + pixel, log_sum, inside)
+        tl.store(entropies + program, tl.sum(tl.where(label >= 0, log_sum - of_label, 0.0), 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gather(  # type: ignore[no-untyped-def]
-    logits, labels, log_sums, of_negatives, of_scores, of_own, of_entropies, found,
+    logits, labels, log_sums, of_focal, of_scores, of_own, of_entropies, found,
     h, w, n, height, width, count, y_ratio, x_ratio,
     CE: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -102,9 +107,8 @@ def _gather(  # type: ignore[no-untyped-def]
     there = inside[:, None] & (channel < n)[None, :]
     start = logits + image.to(tl.int64) * h * w * n
     before, after = tl.maximum(j - 1, 0), tl.minimum(j + 1, w - 1)
-    of_negative = tl.load(of_negatives + image)
+    of_loss, of_entropy = tl.load(of_focal), tl.load(of_entropies)
     of_score = tl.load(of_scores + image * count + channel, channel < count, 0.0)
-    of_entropy = tl.load(of_entropies + image)
     # The first pixels that lie beyond the centre of the cell before; one earlier, in case of rounding.
     y_first = tl.floor((i - 0.5) / y_ratio - 0.5).to(tl.int32)
     x_first = tl.floor((j - 0.5) / x_ratio - 0.5).to(tl.int32)
@@ -129,14 +133,17 @@ def _gather(  # type: ignore[no-untyped-def]
                 label = tl.load(labels + pixel, used, -1).to(tl.int32)
                 v = tl.where((left == j)[:, None], b + (c - b) * across[:, None], a + (b - a) * across[:, None])
                 s, rest, softplus = _sigmoids(v)
-                g = of_negative * s * s * (s + 2 * rest * softplus) + of_score[None, :] * s * rest
+                negative = (1 - ALPHA) * s * s * (s + 2 * rest * softplus)
+                positive = -ALPHA * rest * rest * (rest + 2 * s * (softplus - v))
+                own = channel[None, :] == label[:, None]
+                g = of_loss * tl.where(own, positive, negative) + of_score[None, :] * s * rest
                 g = tl.where((channel < count)[None, :], g, 0.0)
                 of_label = tl.load(of_own + pixel, used, 0.0)
                 if CE:
                     log_sum = tl.load(log_sums + pixel, used & (label >= 0), FAR)
                     g += of_entropy * tl.exp(v - log_sum[:, None])
                     of_label -= of_entropy
-                g += tl.where(channel[None, :] == label[:, None], of_label[:, None], 0.0)
+                g += tl.where(own, of_label[:, None], 0.0)
                 sums += tl.where(used, share * part, 0.0)[:, None] * g
     tl.store(found + ((image.to(tl.int64) * h + i) * w + j)[:, None] * n + channel[None, :], sums, there)
 
@@ -147,21 +154,18 @@ def reductions(logits: Tensor, labels: Tensor, count: int, ce: bool) -> tuple[Fo
     height, width = labels.shape[1:]
     programs = height * math.ceil(width / COLUMNS)
     own, log_sums = (logits.new_empty(labels.shape) for _ in range(2))
-    negatives, scores = logits.new_empty(batch, programs), logits.new_empty(batch, programs, count)
+    focal, scores, entropies = (logits.new_empty(batch, programs, *size) for size in ((), (count,), ()))
     labels = labels.contiguous()
     _reduce[(batch * programs,)](
-        logits, labels, own, log_sums, negatives, scores, h, w, n, height, width, count, h / height, w / width,
+        logits, labels, own, log_sums, focal, scores, entropies, h, w, n, height, width, count, h / height, w / width,
         CE=ce, COLUMNS=COLUMNS, CHANNELS=CHANNELS,
     )  # fmt: skip
-    entropies = logits.new_zeros(batch)
-    if ce:
-        entropies = ((labels != UNLABELLED) * (log_sums - own)).sum((1, 2))
-    return (negatives.sum(1), scores.sum(1), own, entropies), [logits, log_sums]
+    return (focal.sum(), scores.sum(1), own, entropies.sum() if ce else logits.new_zeros(())), [logits, log_sums]
 
 
 def gradient(
     labels: Tensor, kept: list[Tensor], count: int, ce: bool, shape: tuple[int, ...],
-    of_negatives: Tensor, of_scores: Tensor, of_own: Tensor, of_entropies: Tensor,
+    of_focal: Tensor, of_scores: Tensor, of_own: Tensor, of_entropies: Tensor,
 ) -> Tensor:  # fmt: skip
     """As pixel_bands.gradient."""
     logits, log_sums = kept
@@ -169,8 +173,8 @@ def gradient(
     height, width = labels.shape[1:]
     found = torch.empty_like(logits)
     _gather[(batch * h * math.ceil(w / COLUMNS), math.ceil(n / CHANNELS))](
-        logits, labels.contiguous(), log_sums, of_negatives.contiguous(), of_scores.contiguous(), of_own.contiguous(),
-        of_entropies.contiguous(), found, h, w, n, height, width, count, h / height, w / width,
+        logits, labels.contiguous(), log_sums, of_focal, of_scores.contiguous(), of_own.contiguous(), of_entropies,
+        found, h, w, n, height, width, count, h / height, w / width,
         CE=ce, ROWS=_span(h, height), SPAN=_span(w, width), COLUMNS=COLUMNS, CHANNELS=CHANNELS,
     )  # fmt: skip
     return found

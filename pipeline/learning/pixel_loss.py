@@ -11,15 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from pipeline.learning import pixel_bands
-from pipeline.learning.labels import UNLABELLED
 from pipeline.learning.losses import classify
 from pipeline.learning.ranks import mean_count
 
-# ZegCLIP's NEL: 100 x sigmoid focal loss + 1 x dice loss.
-FOCAL_WEIGHT, FOCAL_ALPHA, FOCAL_GAMMA = 100.0, 0.25, 2.0
+FOCAL_WEIGHT = 100.0  # ZegCLIP's NEL: 100 x sigmoid focal loss + 1 x dice loss
 
 try:
     from pipeline.learning import pixel_kernels
@@ -58,37 +55,25 @@ def pixel_losses(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     sizes = class_sizes(labels, logits.shape[3])
     of_nel = sizes[:, :nel_channels]
-    pairs, labelled = mean_count(torch.stack([(of_nel > 0).sum(), sizes.sum()])).to(logits.dtype)
-    negatives, scores, own, entropies = Reductions.apply(logits, labels, nel_channels, ce)
+    present = of_nel > 0
+    pairs, labelled = mean_count(torch.stack([present.sum(), sizes.sum()])).to(logits.dtype)
+    focal, scores, own, entropies = Reductions.apply(logits, labels, nel_channels, ce)
     losses = {}
     if nel_channels:
-        # Every logit as a negative, then the labelled pixels' own corrected: no one-hot target is ever built.
-        positive = (labels != UNLABELLED) & (labels < nel_channels)
-        corrections = (positive * (_positive(own) - _negative(own))).sum()
-        focal = ((1 - FOCAL_ALPHA) * negatives.sum() + corrections) / labels[0].numel()
-        hits = (positive * own.sigmoid()).flatten(1)
-        index = labels.clamp(0, nel_channels - 1).flatten(1)
-        intersections = torch.zeros_like(scores).scatter_add(1, index, hits)
-        dice = ((of_nel > 0) * (1 - (2 * intersections + 1) / (scores + of_nel + 1))).sum()
-        losses["nel"] = (FOCAL_WEIGHT * focal + dice) / pairs
+        index = labels.clamp(0, nel_channels - 1)
+        hits = (labels == index) * own.sigmoid()
+        intersections = torch.zeros_like(scores).scatter_add(1, index.flatten(1), hits.flatten(1))
+        dice = (present * (1 - (2 * intersections + 1) / (scores + of_nel + 1))).sum()
+        losses["nel"] = torch.add(dice, focal, alpha=FOCAL_WEIGHT / labels[0].numel()) / pairs
     if ce:
-        losses["ce"] = entropies.sum() / labelled
+        losses["ce"] = entropies / labelled
     return losses
 
 
 def class_sizes(labels: Tensor, channels: int) -> Tensor:
-    """(B, H, W) -> (B, channels) int64, pixels of each of the first classes in each image."""
-    rows = (labels.clamp(max=channels) + 1).flatten(1)
-    counts = rows.new_zeros(len(rows), channels + 2).scatter_add_(1, rows, torch.ones_like(rows))
-    return counts[:, 1:-1]
-
-
-def _negative(x: Tensor) -> Tensor:
-    return (1 - FOCAL_ALPHA) * x.sigmoid() ** FOCAL_GAMMA * F.softplus(x)
-
-
-def _positive(x: Tensor) -> Tensor:
-    return FOCAL_ALPHA * (-x).sigmoid() ** FOCAL_GAMMA * F.softplus(-x)
+    """(B, H, W) of -1 to channels - 1 -> (B, channels) int64, pixels of each class in each image."""
+    rows = (labels + 1).flatten(1)
+    return rows.new_zeros(len(rows), channels + 1).scatter_add_(1, rows, torch.ones_like(rows))[:, 1:]
 
 
 def way(logits: Tensor) -> ModuleType:
@@ -103,12 +88,13 @@ class Reductions(torch.autograd.Function):
 
     Args:
         logits: (B, h, w, N) contiguous: channels last, so upsampling costs a CPU next to nothing. labels: (B, H, W).
-        count: negatives, scores and own logits are of the first `count` channels. ce: whether entropies are wanted.
+        count: focal, scores and own logits are of the first `count` channels. ce: whether entropies are wanted.
 
     Returns:
-        negatives (B,): s^2 softplus(x) summed over channels and pixels. scores (B, count): s summed over pixels.
-        own (B, H, W): x of the pixel's label, of any channel where that is none of the first. entropies (B,):
-        log-sum-exp over all channels - x of the label, summed over labelled pixels. Zeros where they are not wanted.
+        focal (): (1 - s)^2 softplus(-x) / 4 of a pixel's label and 3/4 s^2 softplus(x) of other channels, summed over
+        channels and pixels. scores (B, count): s summed over pixels. own (B, H, W): x of the pixel's label, of any
+        channel where that is none of the first. entropies (): log-sum-exp over all channels - x of the label, summed
+        over labelled pixels. Zeros where they are not wanted.
     """
 
     @staticmethod

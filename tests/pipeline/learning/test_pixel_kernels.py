@@ -53,7 +53,7 @@ def test_kernels_equal_bands(
     found, kept = kernels.reductions(logits, labels, count, ce)
     exact, of_exact = pixel_bands.reductions(logits.double(), labels, count, ce)
     used = (labels >= 0) & (labels < count)
-    for name, one, other in zip(("negatives", "scores", "own", "entropies"), found, exact, strict=True):
+    for name, one, other in zip(("focal", "scores", "own", "entropies"), found, exact, strict=True):
         one, other = (torch.where(used, t, 0) if name == "own" else t for t in (one, other))
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     weights = [torch.randn(t.shape, generator=draw) for t in found]

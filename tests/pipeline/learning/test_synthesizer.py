@@ -33,6 +33,20 @@ def test_gradients_reach_centroids_and_parameters(kind: Kind) -> None:
         assert tensor.grad is not None and tensor.grad.isfinite().all() and tensor.grad.any()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_decoder_is_that_of_torch(training: bool) -> None:
+    """Its prototypes, their gradients, and what it draws for dropout."""
+    synthesizer = make_synthesizer("decoder", WIDTH).double().train(training)
+    centroids, tokens = torch.randn(6, WIDTH).double().requires_grad_(), torch.randn(4, WIDTH).double()
+    leaves, decoder, found = [centroids, *synthesizer.parameters()], synthesizer.decoder, []
+    for forward in (synthesizer, lambda *tensors: decoder(*(t[None] for t in tensors))[0]):  # type: ignore[operator]
+        torch.manual_seed(1)
+        prototypes = forward(centroids, tokens)
+        found.append([prototypes, *torch.autograd.grad(prototypes.square().sum(), leaves)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
 def test_order_means_nothing_to_the_decoder() -> None:
     """Centroids are a set, and so are CLS tokens: no position is encoded."""
     torch.manual_seed(0)
