@@ -76,7 +76,7 @@ def _kept_features(
                 store.write(paths[index].name, save({"text_features": np.ascontiguousarray(found)}))
         except UserError as error:  # only a convenience
             say(f"warning: class features are not kept for the next run ({str(error).partition(': ')[0]})")
-    return [
-        computed[index] if index in computed else read_text_features(path, len(lists[index]), width)
+    return [  # from the files, new ones too: reading normalises again, and all runs have the same bytes
+        read_text_features(path, len(lists[index]), width) if path.is_file() else computed[index]
         for index, path in enumerate(paths)
     ]
