@@ -144,7 +144,7 @@ def _walk(model: Any, location: Location) -> tuple[Location, Any]:
         if field is None:
             return location[:depth], model
         model = field.annotation
-    return location, model
+    return location, AnyOf if model is Words else model  # where the words are a dictionary
 
 
 def _names(section: type[BaseModel]) -> list[str]:

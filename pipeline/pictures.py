@@ -12,6 +12,7 @@ from pipeline.data.dataset import IGNORE
 IGNORED_COLOUR = (40, 40, 40)
 _NUMBER_HEIGHT, _NUMBER_LEAST = 0.07, 12  # of a picture's longer side; pixels
 _GOLDEN = 0.61803398875
+_NAME = 48  # letters of a name in a legend
 _CELLS = 64  # along the longer side, when places for numbers are looked for
 
 
@@ -123,6 +124,7 @@ def lit(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def legend(names: Mapping[int, str], columns: int = 10, none: int = IGNORE) -> Image.Image:
     """A strip of colour swatches, each with its class index on it, and class names. `none`: that of no class."""
     font = ImageFont.load_default(14)
+    names = {index: name if len(name) <= _NAME else f"{name[:_NAME]}…" for index, name in names.items()}
     width = 46 + max(int(font.getlength(name)) for name in names.values())
     lines = -(-len(names) // columns)
     strip = Image.new("RGB", (width * min(columns, len(names)) + 6, 24 * lines + 6), "white")

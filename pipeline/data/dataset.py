@@ -40,7 +40,8 @@ class SegmentationDataset:
     def __init__(self, config: Dataset, data_root: Path, split: str, faults: list[str] | None = None) -> None:
         """`faults` gets a line if the split list repeats ids, each of which then counts once; by default an error."""
         if split not in config.splits:
-            raise UserError(f"dataset {config.name} has no split {split!r}; it has {', '.join(config.splits)}")
+            cure = ": it is for `evaluate` only" if split == "train" else ""
+            raise UserError(f"dataset {config.name} has no split {split!r}; it has {', '.join(config.splits)}{cure}")
         self.config = config
         self.split = split
         self._files = config.splits[split]

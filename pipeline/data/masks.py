@@ -70,8 +70,9 @@ class MaskReader:
     def _codes(self, picture: Image.Image, path: Path) -> np.ndarray:
         """(H, W) indices into the lookup; a colour is red * 65536 + green * 256 + blue."""
         if picture.mode not in self._modes:
-            indices = "8- or 16-bit, with one class value per pixel, or RGB with colours as `values`"
-            wanted = f"RGB, for `coding: {self._coding}`" if self._coding else indices
+            wanted = "8- or 16-bit, with one class value per pixel, or RGB with colours as `values`"
+            if self._coding or self._by_colour:
+                wanted = f"RGB, for `coding: {self._coding}`" if self._coding else "RGB, as `values` are colours"
             raise BrokenFile(f"mask {path} has mode {picture.mode}: masks must be {wanted}")
         if self._coding:
             red, green, _ = np.moveaxis(np.asarray(picture).astype(np.uint16), 2, 0)

@@ -61,7 +61,7 @@ def read_text_features(path: Path, classes: int, width: int | None) -> np.ndarra
 
     Args:
         path: .npy, or .safetensors with one tensor or one named text_features.
-        classes: K.
+        classes: K, or how many words and classes have a feature of their own.
         width: C, or None for any.
 
     Raises:
@@ -71,7 +71,10 @@ def read_text_features(path: Path, classes: int, width: int | None) -> np.ndarra
     if features.ndim != 2 or features.dtype.kind != "f":
         raise UserError(f"text features {path} must be floats (classes, width), not {features.dtype} {features.shape}")
     if len(features) != classes:
-        raise UserError(f"text features {path} are for {len(features)} classes, but the dataset has {classes}")
+        raise UserError(
+            f"text features {path} have {len(features)} rows, but {classes} are needed: one for each class, or for "
+            "each word of a class that is any of several"
+        )
     if width is not None and features.shape[1] != width:
         raise UserError(f"text features {path} are {features.shape[1]} wide, but the teacher's embedding is {width}")
     features = features.astype(np.float32)

@@ -103,6 +103,8 @@ def check(config: Dataset, data_root: Path) -> Check:
                 found.pixels += pixels
                 found.images += pixels > 0
                 found.unlabelled += int(counts[-1])
+        if good and not found.pixels.any():
+            found.warnings.append(f"split {split}: no mask has a pixel of any class: check `values`")
         found.warnings += [f"split {split}: {len(f)} {doubt}; {f[0]} is the first" for doubt, f in doubts.items() if f]
     return found
 

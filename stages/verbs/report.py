@@ -120,7 +120,10 @@ def check_report(config: Dataset, found: Check) -> dict[str, Any]:
 
 def check_table(config: Dataset, found: Check) -> None:
     """The class histogram, if anything could be read, then every warning and fault."""
-    table = _folded("class", "", "images", "pixels", "share")
+    table = Table()
+    table.add_column("class", overflow="fold")
+    for column in ("", "images", "pixels", "share"):
+        table.add_column(column, overflow="fold", no_wrap=True)  # names wrap before numbers
     total = max(int(found.pixels.sum()), 1)
     for name, images, pixels in zip(config.classes, found.images.tolist(), found.pixels.tolist(), strict=True):
         unseen = "unseen" if name in config.unseen else ""

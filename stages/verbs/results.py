@@ -94,7 +94,10 @@ def predict(
     ] = None,
     others: Annotated[
         bool,
-        typer.Option("--others", help="Let the training classes compete too; 255 in the mask is none of your classes."),
+        typer.Option(
+            "--others",
+            help="Let the training classes compete too; the mask's highest value, 255 or 65535, is none of yours.",
+        ),
     ] = False,
     rle: Annotated[bool, typer.Option("--rle", help="Also write COCO run lengths as JSON.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Also show CLIP's dense prediction; loads CLIP.")] = False,

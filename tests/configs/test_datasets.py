@@ -367,6 +367,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"prompts": {"a": {"any": []}}}, "each class in prompts needs at least one name"),
     ({"prompts": {"a": {"any": ["b|c"]}}}, f"prompts.a: the name 'b|c' {NAME}"),
     ({"prompts": {"a": {"anyof": ["b"]}}}, "setting prompts.a.any is missing"),
+    ({"prompts": {"a": {"any": ["b"], "all": ["c"]}}}, "unknown setting prompts.a.all"),
     ({"prompts": {"a": 5}}, "setting prompts.a: Input should be a list (it is 5)"),
     ({"prompts": {"a": {"any": ["b", 7]}}}, f"setting prompts.a.any.1: YAML reads this as a number{QUOTES} (it is 7)"),
     ({"ignore_index": [0, -1]}, f"setting ignore_index.1: {VALUE} (it is -1)"),

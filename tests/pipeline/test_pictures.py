@@ -159,6 +159,11 @@ def test_contact_sheet_leaves_its_pictures_alone() -> None:
     np.testing.assert_array_equal(picture, before)
 
 
+def test_a_legend_shortens_long_names() -> None:
+    wide, wider = (legend({0: "w" * letters}) for letters in (60, 600))
+    assert wide.size == wider.size and wide.width < 1000
+
+
 @pytest.mark.parametrize("columns", [1, 3, 10])
 @pytest.mark.parametrize("count", [1, 3, 4, 20])
 def test_legend(count: int, columns: int) -> None:

@@ -89,6 +89,12 @@ def test_datasets_check_counts_16_bit_masks(tree: Tree) -> None:
     assert found.images.tolist() == [sum((truth == index).any() for truth in truths) for index in range(300)]
 
 
+def test_values_that_are_all_ignored_are_doubted(tree: Tree) -> None:
+    tree.add("a", np.zeros((2, 2, 3), np.uint8), np.full((2, 2), 1000, np.uint16))
+    found = check(tree.config(classes=FEW, unseen=(), ignore_index="others"), tree.data_root)
+    assert not found.faults and found.warnings == ["split train: no mask has a pixel of any class: check `values`"]
+
+
 def test_training_takes_8_bits(tree: Tree) -> None:
     tree.add("a", np.zeros((9, 14, 3), np.uint8), draw(np.random.default_rng(0), 256))
     config = tree.config(classes=many(256), unseen=("c3",))

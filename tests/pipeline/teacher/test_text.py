@@ -84,7 +84,7 @@ def refusal(path: Path, classes: int = 3, width: int | None = 4) -> str:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (features(4), "for 4 classes, but the dataset has 3"),
+        (features(4), "have 4 rows, but 3 are needed"),
         (features(3, 5), "5 wide, but the teacher's embedding is 4"),
         (features()[0], "must be floats"),
         (features()[None], "must be floats"),
