@@ -21,6 +21,11 @@ from pydantic import (
 MOST_CLASSES = 2**16 - 1  # of 16-bit masks; the last value is that of pixels without a class
 
 
+def ignore_index(classes: int) -> int:
+    """The value of pixels without a class in masks of so many classes. Its smallest type is the masks'."""
+    return 255 if classes <= 255 else MOST_CLASSES
+
+
 class Section(BaseModel):
     """Unknown keys and numbers that are not finite are errors, and a resolved configuration is immutable."""
 
@@ -158,8 +163,9 @@ class Dataset(Section):
     def _short_forms(cls, dataset: Any) -> Any:
         if not isinstance(dataset, dict):
             return dataset
-        many = isinstance(dataset.get("classes"), list | tuple) and len(dataset["classes"]) > 255
-        dataset = {"root": dataset.get("name", ""), "ignore_index": [MOST_CLASSES if many else 255]} | dataset
+        classes = dataset.get("classes")
+        count = len(classes) if isinstance(classes, list | tuple) else 0
+        dataset = {"root": dataset.get("name", ""), "ignore_index": [ignore_index(count)]} | dataset
         if isinstance(dataset.get("ignore_index"), int | str):
             dataset["ignore_index"] = [dataset["ignore_index"]]
         if isinstance(dataset.get("prompts"), dict):

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from configs.dataset import Dataset
+from configs.dataset import ignore_index as ignore_index
 from pipeline.data.files import BrokenFile, opened
 
 IGNORE = 255  # in 8-bit masks
@@ -18,11 +19,6 @@ _LOSSY = {"JPEG", "MPO", "JPEG2000", "HEIF", "AVIF", "WEBP", "jpeg", "tiff_jpeg"
 _NUMBERS = ("L", "P", "I;16", "I;16B", "I;16L", "I;16N")  # modes with a number at each pixel
 _SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads grey values of 2 and 4 bits over 0..255
 Palette = tuple[Path, np.ndarray]  # a file and its (K, 3) uint8 colours
-
-
-def ignore_index(classes: int) -> int:
-    """The value of pixels without a class in masks of so many classes. Its smallest type is the masks'."""
-    return IGNORE if classes <= IGNORE else 2**16 - 1
 
 
 class MaskReader:
